@@ -1,0 +1,47 @@
+# The two commands to know: `make demo` and `make test`. Everything lives in one virtual environment, .venv.
+
+PYTHON    ?= python3
+# Passed to pip, e.g. PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
+PIP_FLAGS ?=
+EXTRAS    := mergekit,demo,test
+BIN       := .venv/bin
+STAMP     := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+# An editable install fixes the list of packages, so a new folder under integrations/ (which touches the folder's
+# date) installs again, as do changed requirements. Nothing else does.
+$(STAMP): pyproject.toml constraints.txt integrations
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+venv: $(STAMP)  ## create .venv with the package, the demo and the test tools in it
+
+demo: $(STAMP)  ## run the main job on the embedded data
+	$(BIN)/tvbases demo
+
+test: $(STAMP)  ## run the tests; choose some with ARGS="-k gram"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)  ## repair what can be repaired automatically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## run every benchmark in turn
+	@set -e; for script in examples/benchmarks/bench_*.py; do \
+		echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean:  ## remove .venv, build outputs and caches
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find tvbases_hf integrations tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
