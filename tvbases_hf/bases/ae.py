@@ -1,0 +1,227 @@
+"""Autoencoder bases: convex combinations of the task vectors (AE paper, section 3.2), free or balanced.
+
+How the default solver works. Give the M bases a total weight r = encoder @ 1 per task. Their span holds T r, so the
+loss is at least that of the best M-dimensional subspace that holds T r: project T r out and take the spectrum that
+remains. Any r > 0 attains this in closed form: let V [T, M-1] span the rest of the subspace with columns that sum to
+zero, and F [M-1, M] be the vertices of a regular simplex (orthonormal rows that sum to zero). Then
+
+    encoder = r 1^T / M + step * V Q F,     Q any rotation, step > 0 small enough that no entry is negative,
+
+has columns that sum to 1, rows that sum to r, and that very span. So balanced bases (r = M/T for every task) need one
+eigendecomposition and always reach their bound, and free bases are a search over T numbers r instead of T x M. The
+rotation is ours to choose: we take a well-conditioned one, which keeps bases apart and the decoder small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ParameterError
+from ..linalg import condition_number, fix_signs, solve_psd, symmetric
+from .adam import adam_encoder
+from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
+
+# The least share of the average weight that a free encoder leaves to a task. Where the spectral bound is not
+# attainable (Theorem 3.4) the optimum drops tasks altogether, and cond(encoder) grows like 1 / floor.
+FREE_FLOOR = 0.05
+ROTATIONS = 64
+# Stay this far inside the simplex, so that every entry is positive: a softmax encoder has no zeros.
+INTERIOR = 1 - 1e-9
+
+
+def ae_bases(
+    gram: Tensor,
+    num_bases: float,
+    *,
+    solver: str = "varpro",
+    balance: bool = True,
+    target_weights: Sequence[float] | None = None,
+    normalize: bool = False,
+    temperature: float = 5.0,
+    anneal: float | None = None,
+    steps: int = 4000,
+    seed: int = 0,
+) -> BasisWeights:
+    """Encoder and decoder of M autoencoder bases from the T x T Gram matrix of the task vectors.
+
+    Args:
+        gram: [T, T] inner products of the task vectors.
+        num_bases: M, or a fraction of T when below 1.
+        solver: ``varpro`` (the optimum by variable projection) or ``adam`` (the paper's recipe: gradient descent on a
+            softmax encoder and a linear decoder).
+        balance: rows of the encoder sum to M/T, so that task arithmetic over the bases is task arithmetic over all
+            tasks. False: only columns are constrained, as in the paper.
+        target_weights: [T] positive weights for balanced rows to be proportional to, instead of uniform ones.
+        normalize: measure each task's error relative to its own norm, so that short task vectors are not given up.
+        temperature, anneal, steps: of the ``adam`` solver (temperature multiplied by ``anneal`` every 500 steps, not
+            below 0.1); the optimum that ``varpro`` finds does not depend on them.
+        seed: picks among equally good bases (varpro) or the initial logits (adam).
+
+    Raises:
+        ParameterError: M outside 1..T, an unknown solver, weights that are not positive.
+    """
+    gram = check_gram(gram)
+    num_tasks = len(gram)
+    num_bases = resolve_num_bases(num_bases, num_tasks)
+    rows = _row_sums(target_weights, num_tasks, num_bases, balance)
+    scale = _task_scale(gram, normalize)
+    total = gram.trace().clamp_min(torch.finfo(torch.float64).tiny)
+    unit = gram / total
+    if solver == "varpro":
+        if num_bases == num_tasks and target_weights is None:
+            encoder = torch.eye(num_tasks, dtype=torch.float64)
+        else:
+            row_sums = rows if balance else _best_row_sums(unit, scale * total, num_bases)
+            encoder = _encoder_with_rows(unit, scale, row_sums, num_bases, seed)
+        decoder = least_squares_decoder(gram, encoder)
+    elif solver == "adam":
+        encoder, decoder = adam_encoder(
+            unit * num_tasks, num_bases, rows if balance else None, scale * total, temperature, anneal, steps, seed
+        )
+    else:
+        raise ParameterError(f"unknown solver {solver!r}; choose varpro or adam")
+    spectral = _tail(_scaled(gram, scale), num_bases)
+    bound = _tail(_scaled(_project_out(gram, rows), scale), num_bases - 1) if balance else spectral
+    return BasisWeights(
+        method="ae",
+        encoder=encoder,
+        decoder=decoder,
+        loss=squared_error(gram, encoder @ decoder, scale),
+        bound=float(bound),
+        spectral_bound=float(spectral),
+        total=float((gram.diagonal() * scale).sum()),
+    )
+
+
+def least_squares_decoder(gram: Tensor, encoder: Tensor) -> Tensor:
+    """[M, T] the decoder of least reconstruction error for this encoder: (W^T G W)^+ W^T G."""
+    return solve_psd(encoder.T @ gram @ encoder, encoder.T @ gram)
+
+
+def _row_sums(target: Sequence[float] | None, num_tasks: int, num_bases: int, balance: bool) -> Tensor:
+    if target is None:
+        return torch.full((num_tasks,), num_bases / num_tasks, dtype=torch.float64)
+    weights = torch.as_tensor(target, dtype=torch.float64)
+    if not balance:
+        raise ParameterError("target_weights are the row sums of balanced bases; they need balance=True")
+    if weights.shape != (num_tasks,) or not torch.isfinite(weights).all() or (weights <= 0).any():
+        raise ParameterError(f"target_weights must be {num_tasks} positive numbers, one per task; got {list(target)}")
+    return weights * (num_bases / weights.sum())
+
+
+def _task_scale(gram: Tensor, normalize: bool) -> Tensor:
+    """[T] diagonal of S; a task vector that is zero has no relative error and gets weight 0."""
+    norms = gram.diagonal()
+    if not normalize:
+        return torch.ones_like(norms)
+    return torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(norms))
+
+
+def _scaled(gram: Tensor, scale: Tensor) -> Tensor:
+    root = scale.sqrt()
+    return symmetric(root[:, None] * gram * root[None, :])
+
+
+def _tail(gram: Tensor, kept: int) -> Tensor:
+    """Sum of all but the ``kept`` largest eigenvalues, not below zero."""
+    return torch.linalg.eigvalsh(gram)[: len(gram) - kept].sum().clamp_min(0)
+
+
+def _project_out(gram: Tensor, rows: Tensor) -> Tensor:
+    """Gram matrix of what is left of the task vectors when the direction T @ rows is projected out."""
+    image = gram @ rows
+    energy = rows @ image
+    # Vectors that cancel in the weighted sum leave nothing to project out.
+    return gram - torch.outer(image, image) / energy if energy > 1e-14 * gram.trace() * rows.square().sum() else gram
+
+
+def _encoder_with_rows(gram: Tensor, scale: Tensor, rows: Tensor, num_bases: int, seed: int) -> Tensor:
+    """The encoder of the module docstring: columns sum to 1, rows to ``rows``, loss at the bound for these rows."""
+    if num_bases == 1:
+        return rows[:, None].clone()
+    directions = _zero_sum_directions(gram, scale, rows, num_bases - 1)
+    simplex = _simplex(num_bases)
+    best: tuple[float, Tensor] | None = None
+    for rotation in _rotations(directions, simplex, seed):
+        moves = directions @ (rotation @ simplex)
+        step = INTERIOR * (rows[:, None] / num_bases / (-moves).clamp_min(torch.finfo(torch.float64).tiny)).min()
+        encoder = rows[:, None] / num_bases + step * moves
+        condition = condition_number(encoder)
+        if best is None or condition < best[0] * (1 - 1e-9):
+            best = condition, encoder
+    assert best is not None
+    return best[1]
+
+
+def _zero_sum_directions(gram: Tensor, scale: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[T, count] orthonormal columns that sum to zero and, with ``rows``, span the optimal subspace."""
+    rest = _scaled(_project_out(gram, rows), scale)
+    root = torch.where(scale > 0, scale, torch.ones_like(scale)).sqrt()
+    null = rows / root
+    # ``null`` is in the kernel; pushing it below all others keeps it out of the eigenvectors even if those are null too.
+    push = rest.trace().clamp_min(1e-300) / null.square().sum()
+    _, vectors = torch.linalg.eigh(rest - push * torch.outer(null, null))
+    directions = fix_signs(vectors[:, -count:]) * root[:, None]
+    directions = directions - torch.outer(rows, directions.sum(dim=0)) / rows.sum()
+    return torch.linalg.qr(directions).Q
+
+
+def _simplex(num_vertices: int) -> Tensor:
+    """[M-1, M] orthonormal rows that sum to zero: the vertices of a regular simplex."""
+    ones = torch.full((num_vertices, 1), 1 / math.sqrt(num_vertices), dtype=torch.float64)
+    axes = torch.eye(num_vertices, dtype=torch.float64)[:, : num_vertices - 1]
+    return torch.linalg.qr(torch.cat([ones, axes], dim=1)).Q[:, 1:].T.contiguous()
+
+
+def _rotations(directions: Tensor, simplex: Tensor, seed: int):
+    """Candidate rotations: one that points each basis at a task of its own, then random ones."""
+    vertices = directions[_spread_rows(directions, simplex.shape[1])]
+    left, _, right = torch.linalg.svd(vertices.T @ simplex.T)
+    yield left @ right
+    generator = torch.Generator().manual_seed(seed)
+    size = len(simplex)
+    for _ in range(ROTATIONS - 1):
+        yield torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+
+
+def _spread_rows(directions: Tensor, count: int) -> list[int]:
+    """Greedy choice of ``count`` rows far from one another's span (pivoted Gram-Schmidt, a constant column added)."""
+    rows = torch.cat([torch.full((len(directions), 1), 1 / math.sqrt(len(directions)), dtype=torch.float64), directions], 1)
+    chosen: list[int] = []
+    for _ in range(count):
+        pick = int(rows.square().sum(dim=1).argmax())
+        chosen.append(pick)
+        axis = rows[pick] / rows[pick].norm().clamp_min(1e-300)
+        rows = rows - torch.outer(rows @ axis, axis)
+    return chosen
+
+
+def _best_row_sums(gram: Tensor, scale: Tensor, num_bases: int) -> Tensor:
+    """[T] row sums of least loss among all free encoders, each at least FREE_FLOOR of the average.
+
+    The loss depends on the encoder only through these (module docstring). Starts from balanced rows, so that among
+    equally good optima the one nearest to equal weights is found.
+    """
+    num_tasks = len(gram)
+    logits = torch.zeros(num_tasks, dtype=torch.float64, requires_grad=True)
+
+    def rows() -> Tensor:
+        return num_bases * ((1 - FREE_FLOOR) * torch.softmax(logits, 0) + FREE_FLOOR / num_tasks)
+
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-14
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = _tail(_scaled(_project_out(gram, rows()), scale), num_bases - 1)
+        loss.backward()
+        return loss
+
+    if num_bases < num_tasks:
+        optimizer.step(closure)
+    return rows().detach()

@@ -1,0 +1,102 @@
+"""Streaming inner products of task vectors: one tensor at a time, float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .delta import BLOCK_NUMBERS, Delta, delta_gram
+from .errors import CheckpointError
+from .progress import track
+from .taskvector import TaskVectors
+
+# A fine-tune moves a model by well under a per cent to a few per cent (AE paper, Table 6); another base by about its
+# whole norm (Table 7, Figure 6).
+WRONG_BASE_RATIO = 0.1
+WRONG_BASE_OUTLIER = 5.0
+
+
+@dataclass(frozen=True)
+class Gram:
+    """G = T^T T of the task vectors ``tasks``, [T, T] float64, and the norm of the base over the same tensors."""
+
+    tasks: tuple[str, ...]
+    matrix: Tensor
+    base_norm: float
+
+    @property
+    def norms(self) -> Tensor:
+        """[T] lengths of the task vectors."""
+        return self.matrix.diagonal().clamp_min(0).sqrt()
+
+    @property
+    def norm_ratios(self) -> Tensor:
+        """[T] length of each task vector over that of the base."""
+        return self.norms / self.base_norm if self.base_norm > 0 else torch.full_like(self.norms, float("inf"))
+
+    @property
+    def cosine(self) -> Tensor:
+        """[T, T] cosine similarities; 0 for a task vector that is zero."""
+        norms = torch.where(self.norms > 0, self.norms, torch.ones_like(self.norms))
+        return self.matrix / norms[:, None] / norms[None, :]
+
+    def warnings(self) -> list[str]:
+        """What looks wrong with the inputs, one line each: a base that is not theirs, a model equal to its base."""
+        lines = []
+        ratios = self.norm_ratios
+        for task, ratio in zip(self.tasks, ratios.tolist(), strict=True):
+            others = [r for t, r in zip(self.tasks, ratios.tolist(), strict=True) if t != task]
+            usual = float(torch.tensor(others).median()) if others else ratio
+            if ratio == 0:
+                lines.append(f'"{task}" equals the base: its task vector is zero')
+            elif ratio > WRONG_BASE_RATIO or (len(others) > 1 and ratio > WRONG_BASE_OUTLIER * usual > 0):
+                lines.append(
+                    f'"{task}" differs from the base by {ratio:.1%} of its norm'
+                    + (f" (the others: {usual:.2%})" if others else "")
+                    + "; a fine-tune differs by a few per cent at most, so this is probably a fine-tune of another base"
+                )
+        return lines
+
+
+def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
+    """Inner products of all task vectors, in one pass over the base and the T models.
+
+    Each tensor is mapped, subtracted and multiplied in blocks: O(T^2 d) operations, memory for one block.
+
+    Raises:
+        CheckpointError: NaN or infinity in a tensor, which is named.
+    """
+    count = len(vectors)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    base_square = 0.0
+    for name in track(vectors.names, "Gram matrix", quiet, weight=lambda n: vectors.base.tensors[n].nbytes * (count + 1)):
+        deltas = vectors.deltas(name)
+        part = delta_gram(deltas)
+        square = _square_norm(vectors.base.read(name))
+        if not (torch.isfinite(part).all() and square < float("inf")):
+            raise _not_finite(vectors, name, deltas)
+        gram += part
+        base_square += square
+    return Gram(vectors.tasks, gram, base_square**0.5)
+
+
+def _square_norm(tensor: Tensor) -> float:
+    flat = tensor.reshape(-1)
+    return sum(float(flat[s : s + BLOCK_NUMBERS].to(torch.float64).square().sum()) for s in range(0, len(flat), BLOCK_NUMBERS))
+
+
+def _not_finite(vectors: TaskVectors, name: str, deltas: list[Delta]) -> CheckpointError:
+    """Name the model whose tensor holds NaN or infinity: the base first, since it spoils every task."""
+    base = vectors.base.read(name)
+    suspects = [(vectors.base.label, base)]
+    suspects += [(m.label, m.read(name)) for m in vectors.models.values() if name in m.tensors]
+    for label, tensor in suspects:
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            return CheckpointError(
+                f'"{label}": tensor {name} holds {bad} NaN or infinite numbers of {tensor.numel()}; '
+                "the training run diverged or the file is damaged: use an earlier checkpoint"
+            )
+    return CheckpointError(f"tensor {name}: its inner products overflow float64")

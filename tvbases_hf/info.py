@@ -1,0 +1,176 @@
+"""What a basis directory says about itself: ``basis_config.json`` and the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases import BasisWeights
+from .errors import CheckpointError, ParameterError
+from .gram import Gram
+from .output import contains_only
+from .taskvector import TaskVectors
+
+CONFIG_FILE = "basis_config.json"
+ATOMS_STEM = "basis"
+FORMAT_VERSION = 1
+OUR_FILES = (CONFIG_FILE, f"{ATOMS_STEM}*.safetensors", f"{ATOMS_STEM}.safetensors.index.json", "README.md", ".gitattributes")
+
+
+@dataclass(frozen=True)
+class BasisInfo:
+    """The contents of basis_config.json. Matrices are nested lists of float64; errors and bounds are relative.
+
+    ``loss``, ``bound`` and ``spectral_bound`` are shares of the task vectors' total squared norm, before rounding;
+    ``task_error`` is |tau_hat - tau| / |tau| per task, after rounding to the stored dtype.
+    """
+
+    method: str
+    options: dict[str, Any]
+    tasks: tuple[str, ...]
+    encoder: list[list[float]]
+    decoder: list[list[float]]
+    mean: list[float] | None
+    loss: float
+    bound: float
+    spectral_bound: float
+    task_error: list[float]
+    gram: list[list[float]]
+    base_id: str
+    base_fingerprint: str
+    base_norm: float
+    format_version: int = FORMAT_VERSION
+    library_version: str = ""
+
+    @property
+    def num_bases(self) -> int:
+        return len(self.encoder[0])
+
+    @property
+    def effective_weights(self) -> list[float]:
+        """What each task weighs in the sum of the bases."""
+        return [sum(row) for row in self.encoder]
+
+    def index(self, task: str) -> int:
+        """Column of a task; ParameterError names the tasks there are."""
+        if task not in self.tasks:
+            raise ParameterError(f'no task "{task}" in this basis; it has {", ".join(self.tasks)}')
+        return self.tasks.index(task)
+
+    def weights(self) -> BasisWeights:
+        """Encoder, decoder and mean as tensors; losses stay relative."""
+        rows = torch.tensor(self.decoder, dtype=torch.float64)
+        return BasisWeights(
+            self.method,
+            torch.tensor(self.encoder, dtype=torch.float64),
+            rows[: self.num_bases],
+            self.loss,
+            self.bound,
+            self.spectral_bound,
+            None if self.mean is None else torch.tensor(self.mean, dtype=torch.float64),
+        )
+
+    def refitted(self, decoder: Tensor, saved: Tensor) -> BasisInfo:
+        """With the decoder fitted to the stored vectors, which takes ``saved`` [T] off the squared norms."""
+        norms = torch.tensor(self.gram, dtype=torch.float64).diagonal()
+        return replace(self, decoder=decoder.tolist(), task_error=_relative_error(norms - saved, norms))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, file: Path, label: str) -> BasisInfo:
+        """Raises CheckpointError when the file is damaged or from a newer format."""
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data.get("format_version", 0) > FORMAT_VERSION:
+                raise CheckpointError(
+                    f'"{label}": basis format {data["format_version"]} is newer than this library knows '
+                    f"({FORMAT_VERSION}); pip install -U tvbases-hf"
+                )
+            return cls(**{**data, "tasks": tuple(data["tasks"])})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {error}') from error
+
+
+def describe(vectors: TaskVectors, gram: Gram, weights: BasisWeights, options: Mapping[str, Any]) -> BasisInfo:
+    """The info of a basis that has just been chosen, before any rounding."""
+    decoder = weights.decoder
+    if weights.mean is not None:
+        decoder = torch.cat([decoder, torch.ones(1, len(vectors), dtype=torch.float64)])
+    residual = weights.reconstruction - torch.eye(len(vectors), dtype=torch.float64)
+    squares = (residual * (gram.matrix @ residual)).sum(dim=0)
+    total = weights.total or 1.0
+    return BasisInfo(
+        method=weights.method,
+        options=dict(options),
+        tasks=vectors.tasks,
+        encoder=weights.encoder.tolist(),
+        decoder=decoder.tolist(),
+        mean=None if weights.mean is None else weights.mean.tolist(),
+        loss=weights.loss / total,
+        bound=weights.bound / total,
+        spectral_bound=weights.spectral_bound / total,
+        task_error=_relative_error(squares, gram.matrix.diagonal()),
+        gram=gram.matrix.tolist(),
+        base_id=vectors.base.label,
+        base_fingerprint=vectors.base.fingerprint(),
+        base_norm=gram.base_norm,
+        library_version=library_version(),
+    )
+
+
+def library_version() -> str:
+    try:
+        return version("tvbases-hf")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def is_basis_directory(directory: Path) -> bool:
+    """Whether a directory holds a basis and nothing that we did not write."""
+    return (directory / CONFIG_FILE).is_file() and contains_only(directory, OUR_FILES)
+
+
+def _relative_error(squares: Tensor, norms: Tensor) -> list[float]:
+    safe = torch.where(norms > 0, norms, torch.ones_like(norms))
+    return (squares.clamp_min(0) / safe).sqrt().tolist()
+
+
+def model_card(info: BasisInfo) -> str:
+    """README.md of a basis directory: what it is, the error of each task, how to use it."""
+    rows = "\n".join(
+        f"| {task} | {weight:.3f} | {error:.1%} |"
+        for task, weight, error in zip(info.tasks, info.effective_weights, info.task_error, strict=True)
+    )
+    base = f"base_model: {info.base_id}\n" if "/" in info.base_id and not Path(info.base_id).exists() else ""
+    return f"""---
+library_name: tvbases-hf
+tags: [task-arithmetic, model-merging]
+{base}---
+
+# {info.num_bases} bases of {len(info.tasks)} task vectors
+
+Method `{info.method}` over `{Path(info.base_id).name if Path(info.base_id).exists() else info.base_id}`. The bases
+leave {info.loss:.2%} of the task vectors' energy unexplained; the least possible under the method's constraint is {info.bound:.2%}.
+
+| task | weight in the sum of the bases | relative error of its reconstruction, as stored |
+|---|---|---|
+{rows}
+
+```python
+from tvbases_hf import Basis
+
+basis = Basis.from_pretrained("path/to/this/directory")
+basis.restore("{info.tasks[0]}", base="path/to/base", out="{info.tasks[0]}-restored")
+```
+
+The licences of the base model and of the fine-tuned models apply.
+"""

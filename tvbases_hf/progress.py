@@ -1,0 +1,19 @@
+"""Progress bars for long work; silent when asked, and when nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+def track(items: Sequence[Item], title: str, quiet: bool, weight: Callable[[Item], int]) -> Iterator[Item]:
+    """Yield the items, advancing a bar in bytes by ``weight`` after each."""
+    total = sum(weight(item) for item in items)
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=True if quiet else None, leave=False) as bar:
+        for item in items:
+            yield item
+            bar.update(weight(item))

@@ -1,0 +1,148 @@
+"""Named task vectors over one base: opened once, validated once, read one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .delta import Delta, Dense
+from .errors import MismatchError, ParameterError
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the task vectors leave out, per task: tensors absent from the fine-tune, absent from the base, not numbers."""
+
+    missing: dict[str, tuple[str, ...]]
+    extra: dict[str, tuple[str, ...]]
+    skipped: tuple[str, ...]
+
+    def notes(self) -> list[str]:
+        """One line per finding, for the user."""
+        lines = []
+        for task, names in self.missing.items():
+            lines.append(f'"{task}": {len(names)} tensors of the base are absent (first: {names[0]}); counted as unchanged')
+        for task, names in self.extra.items():
+            lines.append(f'"{task}": {len(names)} tensors are not in the base (first: {names[0]}); left out')
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} tensors differ in shape (first: {self.skipped[0]}); left out")
+        return lines
+
+
+class TaskVectors:
+    """T task vectors tau_i = theta_i - theta_0 over the tensors of one base, none of them in memory.
+
+    ``names`` are the floating-point tensors of the base, in its order; integer buffers carry no task vector.
+    """
+
+    def __init__(self, base: Checkpoint, models: Mapping[str, Checkpoint], *, skip_mismatched: bool = False) -> None:
+        """Check that every model fits the base.
+
+        Args:
+            base: the pretrained model.
+            models: fine-tuned models by task name, in the order of the Gram matrix.
+            skip_mismatched: leave out tensors whose shapes differ instead of raising.
+
+        Raises:
+            ParameterError: no task.
+            MismatchError: another architecture, or tensors of other shapes.
+        """
+        if not models:
+            raise ParameterError("no task given; name at least one, for example --task math=path/to/math")
+        self.base = base
+        self.models = dict(models)
+        self.tasks = tuple(models)
+        floating = [name for name, info in base.tensors.items() if info.dtype.is_floating_point]
+        for task, model in self.models.items():
+            _check_architecture(task, model, base, floating)
+        mismatched = {task: _mismatched(model, base, floating) for task, model in self.models.items()}
+        for task, names in mismatched.items():
+            if names and not skip_mismatched:
+                raise _shape_error(task, names, self.models[task], base, len(floating))
+        skipped = {name for names in mismatched.values() for name in names}
+        self.names = tuple(name for name in floating if name not in skipped)
+        self.coverage = _coverage(self.models, base, self.names, tuple(sorted(skipped)))
+
+    @classmethod
+    def open(cls, base: str | Path, tasks: Mapping[str, str | Path]) -> TaskVectors:
+        """Open checkpoints by path or Hub id; see Checkpoint.open and __init__ for the errors."""
+        return cls(Checkpoint.open(base), {task: Checkpoint.open(source) for task, source in tasks.items()})
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def deltas(self, name: str) -> list[Delta]:
+        """One delta per task for the tensor ``name``; a tensor that a task lacks is unchanged in it."""
+        base = self.base.read(name)
+        deltas: list[Delta] = []
+        for model in self.models.values():
+            deltas.append(Dense(model.read(name) if name in model.tensors else base, base))
+        return deltas
+
+    @property
+    def numel(self) -> int:
+        """d, the numbers in one task vector."""
+        return sum(self.base.tensors[name].numel for name in self.names)
+
+
+def parse_tasks(items: Iterable[str]) -> dict[str, str]:
+    """``NAME=PATH`` arguments as a dictionary; ParameterError for a bad or repeated one."""
+    tasks: dict[str, str] = {}
+    for item in items:
+        name, separator, source = item.partition("=")
+        if not separator or not name.strip() or not source.strip():
+            raise ParameterError(f'"{item}" is not NAME=PATH, for example math=path/to/math')
+        if name in tasks:
+            raise ParameterError(f'two tasks are named "{name}" ({tasks[name]} and {source}); give each its own name')
+        tasks[name] = source
+    return tasks
+
+
+def _check_architecture(task: str, model: Checkpoint, base: Checkpoint, names: Sequence[str]) -> None:
+    ours, theirs = base.config.get("model_type"), model.config.get("model_type")
+    if ours and theirs and ours != theirs:
+        raise MismatchError(
+            f'"{task}" ({model.label}) is a {theirs} model but the base ({base.label}) is {ours}; '
+            "a task vector needs a fine-tune of this very base"
+        )
+    common = sum(name in model.tensors for name in names)
+    if common * 2 < len(names) or common == 0:
+        sample = next(iter(model.tensors))
+        raise MismatchError(
+            f'"{task}" ({model.label}) has {common} of the {len(names)} tensors of the base ({base.label}); it is another '
+            f"architecture (it has {sample}, the base has {names[0] if names else 'no floating-point tensor'})"
+        )
+
+
+def _mismatched(model: Checkpoint, base: Checkpoint, names: Sequence[str]) -> list[str]:
+    return [n for n in names if n in model.tensors and model.tensors[n].shape != base.tensors[n].shape]
+
+
+def _shape_error(task: str, names: list[str], model: Checkpoint, base: Checkpoint, total: int) -> MismatchError:
+    first = names[0]
+    theirs, ours = list(model.tensors[first].shape), list(base.tensors[first].shape)
+    vocabulary = len(theirs) == 2 and theirs[1:] == ours[1:] and ("embed" in first or "lm_head" in first or "wte" in first)
+    advice = (
+        f"the vocabularies differ ({theirs[0]} and {ours[0]} tokens): resize the fine-tune's to the base's with "
+        f"model.resize_token_embeddings({ours[0]}) and save it"
+        if vocabulary
+        else "use a fine-tune of this base"
+    )
+    return MismatchError(
+        f'"{task}" ({model.label}): {len(names)} of {total} tensors differ in shape from the base '
+        f"(first: {first} {theirs} vs {ours}); {advice}"
+    )
+
+
+def _coverage(
+    models: Mapping[str, Checkpoint], base: Checkpoint, names: Sequence[str], skipped: tuple[str, ...]
+) -> Coverage:
+    missing = {task: tuple(n for n in names if n not in model.tensors) for task, model in models.items()}
+    extra = {task: tuple(n for n in model.tensors if n not in base.tensors) for task, model in models.items()}
+    return Coverage(
+        missing={task: found for task, found in missing.items() if found},
+        extra={task: found for task, found in extra.items() if found},
+        skipped=skipped,
+    )
