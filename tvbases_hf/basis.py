@@ -200,7 +200,9 @@ class _Reconstruction(Mapping[str, Tensor]):
         atoms = self._basis.atoms(name)
         flat = atoms.reshape(len(self._column), -1)
         step = max(1, BLOCK_NUMBERS // len(self._column))
-        parts = [(self._column @ flat[:, s : s + step].to(torch.float64)).float() for s in range(0, flat.shape[1], step)]
+        parts = [
+            (self._column @ flat[:, s : s + step].to(torch.float64)).float() for s in range(0, flat.shape[1], step)
+        ]
         return torch.cat(parts).reshape(atoms.shape[1:]) if parts else flat.new_zeros(atoms.shape[1:])
 
     def __iter__(self) -> Iterator[str]:

@@ -79,13 +79,13 @@ class Checkpoint:
         self._read = read
 
     @classmethod
-    def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
-        """Open a directory, a weight file or a Hub id.
+    def open(cls, source: str | Path, *, revision: str | None = None, label: str | None = None) -> Checkpoint:
+        """Open a directory, a weight file or a Hub id. Messages call it ``label``, by default what was given.
 
         Raises CheckpointError when there is none, when it is damaged, or when it is something else.
         """
-        label = str(source)
-        path = locate(label, revision)
+        path = locate(str(source), revision)
+        label = label or str(source)
         files, weight_map = _weight_files(path, label)
         readers = {file: _open_file(file, label) for file in files}
         tensors: dict[str, TensorInfo] = {}
@@ -126,8 +126,8 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
 
-def locate(source: str, revision: str | None = None) -> Path:
-    """The local path of a directory, a file or a Hub id (downloaded to the Hub's own cache)."""
+def locate(source: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """The local path of a directory, a file or a Hub id (downloaded to ``cache_dir``, by default the Hub's own)."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -137,7 +137,7 @@ def locate(source: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(source, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -71,7 +71,9 @@ def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
     count = len(vectors)
     gram = torch.zeros(count, count, dtype=torch.float64)
     base_square = 0.0
-    for name in track(vectors.names, "Gram matrix", quiet, weight=lambda n: vectors.base.tensors[n].nbytes * (count + 1)):
+    for name in track(
+        vectors.names, "Gram matrix", quiet, weight=lambda n: vectors.base.tensors[n].nbytes * (count + 1)
+    ):
         deltas = vectors.deltas(name)
         part = delta_gram(deltas)
         square = _square_norm(vectors.base.read(name))
@@ -84,7 +86,9 @@ def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
 
 def _square_norm(tensor: Tensor) -> float:
     flat = tensor.reshape(-1)
-    return sum(float(flat[s : s + BLOCK_NUMBERS].to(torch.float64).square().sum()) for s in range(0, len(flat), BLOCK_NUMBERS))
+    return sum(
+        float(flat[s : s + BLOCK_NUMBERS].to(torch.float64).square().sum()) for s in range(0, len(flat), BLOCK_NUMBERS)
+    )
 
 
 def _not_finite(vectors: TaskVectors, name: str, deltas: list[Delta]) -> CheckpointError:

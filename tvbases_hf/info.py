@@ -21,7 +21,13 @@ from .taskvector import TaskVectors
 CONFIG_FILE = "basis_config.json"
 ATOMS_STEM = "basis"
 FORMAT_VERSION = 1
-OUR_FILES = (CONFIG_FILE, f"{ATOMS_STEM}*.safetensors", f"{ATOMS_STEM}.safetensors.index.json", "README.md", ".gitattributes")
+OUR_FILES = (
+    CONFIG_FILE,
+    f"{ATOMS_STEM}*.safetensors",
+    f"{ATOMS_STEM}.safetensors.index.json",
+    "README.md",
+    ".gitattributes",
+)
 
 
 @dataclass(frozen=True)

@@ -51,5 +51,10 @@ def is_edited_model(directory: Path) -> bool:
 def _copy_side_files(source: Path, target: Path) -> None:
     """Configuration, tokenizer and code: every small file of the base but its weights and its card."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != "README.md" and file.name[0] != ".":
+        if (
+            file.is_file()
+            and not file.name.endswith(WEIGHT_SUFFIXES)
+            and file.name != "README.md"
+            and file.name[0] != "."
+        ):
             shutil.copyfile(file, target / file.name)

@@ -43,14 +43,15 @@ def transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_bytes: 
         out.parent.mkdir(parents=True, exist_ok=True)
         _check_space(out.parent, needed_bytes)
         _sweep(out)
-        work = out.parent / f".{out.name}.tvbases-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        work.mkdir()
+        scratch = out.parent / f".{out.name}.tvbases-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        work = scratch / out.name  # programs that write there may put the directory's name into a file
+        work.mkdir(parents=True)
         try:
             yield work
             _sync_tree(work)
             _take_place(work, out)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_output(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
@@ -170,7 +171,9 @@ class TensorFiles:
     that memory does not grow with the file. The format is a length, a JSON header and the bytes.
     """
 
-    def __init__(self, directory: Path, stem: str, tensors: Mapping[str, TensorInfo], max_shard_size: str = MAX_SHARD_SIZE) -> None:
+    def __init__(
+        self, directory: Path, stem: str, tensors: Mapping[str, TensorInfo], max_shard_size: str = MAX_SHARD_SIZE
+    ) -> None:
         # Wider numbers first keeps every tensor aligned to its own size, as safetensors' writer does.
         order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
         split = split_state_dict_into_shards_factory(

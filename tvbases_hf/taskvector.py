@@ -23,7 +23,9 @@ class Coverage:
         """One line per finding, for the user."""
         lines = []
         for task, names in self.missing.items():
-            lines.append(f'"{task}": {len(names)} tensors of the base are absent (first: {names[0]}); counted as unchanged')
+            lines.append(
+                f'"{task}": {len(names)} tensors of the base are absent (first: {names[0]}); counted as unchanged'
+            )
         for task, names in self.extra.items():
             lines.append(f'"{task}": {len(names)} tensors are not in the base (first: {names[0]}); left out')
         if self.skipped:
@@ -123,7 +125,9 @@ def _mismatched(model: Checkpoint, base: Checkpoint, names: Sequence[str]) -> li
 def _shape_error(task: str, names: list[str], model: Checkpoint, base: Checkpoint, total: int) -> MismatchError:
     first = names[0]
     theirs, ours = list(model.tensors[first].shape), list(base.tensors[first].shape)
-    vocabulary = len(theirs) == 2 and theirs[1:] == ours[1:] and ("embed" in first or "lm_head" in first or "wte" in first)
+    vocabulary = (
+        len(theirs) == 2 and theirs[1:] == ours[1:] and ("embed" in first or "lm_head" in first or "wte" in first)
+    )
     advice = (
         f"the vocabularies differ ({theirs[0]} and {ours[0]} tokens): resize the fine-tune's to the base's with "
         f"model.resize_token_embeddings({ours[0]}) and save it"

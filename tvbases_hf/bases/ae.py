@@ -190,7 +190,9 @@ def _rotations(directions: Tensor, simplex: Tensor, seed: int):
 
 def _spread_rows(directions: Tensor, count: int) -> list[int]:
     """Greedy choice of ``count`` rows far from one another's span (pivoted Gram-Schmidt, a constant column added)."""
-    rows = torch.cat([torch.full((len(directions), 1), 1 / math.sqrt(len(directions)), dtype=torch.float64), directions], 1)
+    rows = torch.cat(
+        [torch.full((len(directions), 1), 1 / math.sqrt(len(directions)), dtype=torch.float64), directions], 1
+    )
     chosen: list[int] = []
     for _ in range(count):
         pick = int(rows.square().sum(dim=1).argmax())

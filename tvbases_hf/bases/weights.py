@@ -70,7 +70,9 @@ def resolve_num_bases(num_bases: float, num_tasks: int) -> int:
     Raises ParameterError unless 1 <= M <= T.
     """
     if isinstance(num_bases, bool) or not isinstance(num_bases, numbers.Real) or num_bases <= 0:
-        raise ParameterError(f"num_bases must be a positive number, got {num_bases!r}; for example 2, or 0.5 for half of the tasks")
+        raise ParameterError(
+            f"num_bases must be a positive number, got {num_bases!r}; for example 2, or 0.5 for half of the tasks"
+        )
     if num_bases < 1:
         return max(1, round(float(num_bases) * num_tasks))
     if float(num_bases) != int(num_bases):

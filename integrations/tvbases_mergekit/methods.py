@@ -1,0 +1,232 @@
+"""Merge methods that replace the T models by M bases, or by their reconstructions, and hand these to another method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
+
+import torch
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethod,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+    TensorEntry,
+    TensorGroup,
+)
+from torch import Tensor
+
+from tvbases_hf.bases import BasisWeights, ae_bases, pca_bases
+from tvbases_hf.errors import ParameterError
+
+from .sources import GroupGram, gram_of
+
+PAPER = "https://arxiv.org/abs/2502.01015"
+OWN = (
+    ParameterSpec("num_bases", float, ParameterScope.SHARED, default=0.5),
+    ParameterSpec("merge", str, ParameterScope.SHARED, default="task_arithmetic"),
+    ParameterSpec("over", str, ParameterScope.SHARED, default="bases"),
+    ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0),
+    # Absent unless the user gives it, which switches to the weighted sum of the reconstructions.
+    ParameterSpec("weight", Optional[float], ParameterScope.NON_BASE, default=None),  # noqa: UP045 (for pydantic on 3.10)
+)
+AE_OPTIONS = (
+    ParameterSpec("solver", str, ParameterScope.SHARED, default="varpro"),
+    ParameterSpec("temperature", float, ParameterScope.SHARED, default=5.0),
+    ParameterSpec("balance", bool, ParameterScope.SHARED, default=True),
+    ParameterSpec("normalize_tasks", bool, ParameterScope.SHARED, default=False),
+    ParameterSpec("seed", int, ParameterScope.SHARED, default=0),
+)
+
+
+def _solve_ae(gram: Tensor, num_bases: float, options: Mapping[str, Any]) -> BasisWeights:
+    names = {"normalize_tasks": "normalize"}
+    return ae_bases(gram, num_bases, **{names.get(name, name): value for name, value in options.items()})
+
+
+def _solve_pca(gram: Tensor, num_bases: float, options: Mapping[str, Any]) -> BasisWeights:
+    return pca_bases(gram, num_bases)
+
+
+@dataclass(frozen=True, eq=False)
+class BasisMerge(GroupMergeMethod):
+    """theta_0 + lambda * inner(vectors): the vectors are the M bases, or the T reconstructed task vectors.
+
+    ``inner`` is another registered method that takes a base; it sees the vectors as models. With ``weight`` given it
+    is theta_0 + lambda * sum_i w_i tau_hat_i for the default inner method: negative weights forget.
+    """
+
+    spec: MergeMethodSpec
+    solve: Callable[[Tensor, float, Mapping[str, Any]], BasisWeights]
+    options: tuple[str, ...]
+    passed_on: frozenset[str]
+    planned: dict[str | None, tuple[Hashable, ...]] = field(default_factory=dict)
+
+    def validate_inputs(
+        self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
+    ) -> None:
+        """Check the inputs, and note which models a tensor was planned with: some may turn out to lack it."""
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if group_name is None or ".slices[" in group_name:  # the first thing that mergekit asks in every merge
+            self.planned.clear()
+        self.planned.setdefault(group_name, tuple(key for key in input_ids if key != base_id))
+
+    def _execute(self, groups, parameters, options, *, input_dtypes, out_dtype=None):
+        # mergekit hands one tensor at a time from files, all at once from memory: the Gram matrix needs them all.
+        gram = gram_of(groups, self.planned)
+        parameters = [{**bound, "gram": gram} for bound in parameters]
+        return super()._execute(groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype)
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        assert group.base is not None  # the contract requires it
+        base = group.base.tensor
+        if not group.non_base:
+            return base
+        gram: GroupGram = parameters.pop("gram")
+        weights = gram.solve(
+            self.spec.name, self.solve, parameters["num_bases"], {n: parameters[n] for n in self.options}
+        )
+        inner = _inner_method(parameters["merge"], self.spec.name)
+        mixing, task_weights = _mixing(weights, gram.columns(group), parameters)
+        passed = _inner_parameters(inner, mixing, task_weights, group, {n: parameters[n] for n in self.passed_on})
+        change = _merge_vectors(inner, base, _combine(group, mixing), passed)
+        return (base.to(change.dtype) + parameters["lambda"] * change).to(base.dtype)
+
+
+def _mixing(weights: BasisWeights, columns: Sequence[int], parameters: Mapping[str, Any]) -> tuple[Tensor, list[float]]:
+    """[present tasks, vectors] float64 how the merged vectors are made, and the weight of each vector."""
+    given = [None if w is None else float(w) for w in parameters["weight"].values()]
+    if any(w is None for w in given) and any(w is not None for w in given):
+        raise ParameterError(
+            f"weight is set for {sum(w is not None for w in given)} of {len(given)} models; set it for every model "
+            "(0 leaves a task out), or for none to add up the bases"
+        )
+    over = parameters["over"]
+    if over not in ("bases", "reconstructions"):
+        raise ParameterError(f"over: {over!r} is unknown; choose bases or reconstructions")
+    rows = list(columns)
+    if over == "bases" and given[0] is None:
+        return weights.encoder[rows], [1.0] * weights.num_bases
+    mixing = weights.reconstruction[rows][:, rows]
+    return mixing, [1.0 if w is None else w for w in given]
+
+
+def _combine(group: TensorGroup, mixing: Tensor) -> list[Tensor]:
+    """The merged vectors of this tensor: sums of deltas, float32 at least, one delta in memory at a time."""
+    assert group.base is not None
+    base = group.base.tensor
+    work = torch.promote_types(base.dtype, torch.float32)
+    base = base.to(work)
+    vectors: list[Tensor | None] = [None] * mixing.shape[1]
+    for entry, shares in zip(group.non_base, mixing.tolist(), strict=True):
+        delta = entry.tensor.to(work) - base
+        for index, share in enumerate(shares):
+            if share != 0:
+                scaled = delta if share == 1 else delta * share
+                current = vectors[index]
+                vectors[index] = scaled if current is None else current + scaled
+    return [torch.zeros_like(base) if vector is None else vector for vector in vectors]
+
+
+def _merge_vectors(
+    inner: MergeMethod, base: Tensor, vectors: Sequence[Tensor], parameters: Mapping[str, Any]
+) -> Tensor:
+    """What ``inner`` adds to the base, in the vectors' dtype.
+
+    Methods for any number of models work on the differences from the base: they get a base of zeros, so that nothing
+    is lost by adding and subtracting it. Those for exactly two models (slerp, nearswap) compare the weights as such.
+    """
+    origin = torch.zeros_like(vectors[0]) if inner.spec.contract.max_inputs is None else base.to(vectors[0].dtype)
+    entries = [TensorEntry(id="base", tensor=origin, is_base=True)]
+    entries += [TensorEntry(id=index, tensor=origin + vector) for index, vector in enumerate(vectors)]
+    (merged,) = inner((TensorGroup(tuple(entries)),), parameters=parameters)
+    return merged - origin
+
+
+def _inner_method(name: str, own: str) -> MergeMethod:
+    methods = {
+        m.spec.name: m for m in registry.registered_methods() if _takes_base(m) and not isinstance(m, BasisMerge)
+    }
+    if name not in methods:
+        raise ParameterError(
+            f"{own}: merge: {name!r} is not a method that takes a base; choose one of {', '.join(sorted(methods))}"
+        )
+    return methods[name]
+
+
+def _takes_base(method: MergeMethod) -> bool:
+    return method.spec.contract.base in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL)
+
+
+def _inner_parameters(
+    inner: MergeMethod, mixing: Tensor, weights: list[float], group: TensorGroup, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The inner method's parameters: those the user gave. A per-model value becomes a basis's mean, weighted by shares."""
+    declared = {spec.name: spec for spec in inner.spec.parameters}
+    given = {name: value for name, value in parameters.items() if _is_given(value)}
+    passed: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in declared:
+            raise ParameterError(
+                f"{name} is not a parameter of merge: {inner.spec.name}; it takes {', '.join(declared)}"
+            )
+        if declared[name].scope == ParameterScope.SHARED:
+            passed[name] = value if not isinstance(value, Mapping) else _only_value(name, value.values())
+        else:
+            per_task = torch.tensor([float(value[entry.id]) for entry in group.non_base], dtype=torch.float64)
+            shares = mixing.abs() / mixing.abs().sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+            passed[name] = (
+                [per_task[0].item()] * len(weights) if (per_task == per_task[0]).all() else (per_task @ shares).tolist()
+            )
+    if "weight" in declared:
+        passed["weight"] = weights
+    return passed
+
+
+def _is_given(value: Any) -> bool:
+    return all(v is not None for v in value.values()) if isinstance(value, Mapping) else value is not None
+
+
+def _only_value(name: str, values: Iterable[Any]) -> Any:
+    distinct = set(values)
+    if len(distinct) > 1:
+        raise ParameterError(f"{name} must be the same for all models with this merge method; got {sorted(distinct)}")
+    return distinct.pop()
+
+
+def build_methods(others: Sequence[MergeMethod]) -> list[BasisMerge]:
+    """Our methods, declaring the parameters of every base-taking method in ``others``: undeclared ones are ignored."""
+    own = {spec.name for spec in (*OWN, *AE_OPTIONS)}
+    passed: dict[str, ParameterSpec] = {}
+    for method in others:
+        if not _takes_base(method) or isinstance(method, BasisMerge):
+            continue
+        for spec in method.spec.parameters:
+            # Where two methods scope one name differently, per-model values serve both.
+            if spec.name not in own and (spec.name not in passed or spec.scope == ParameterScope.NON_BASE):
+                passed[spec.name] = replace(spec, value_type=Optional[spec.value_type], default=None)  # noqa: UP045
+    contract = InputContract(base=BasePolicy.REQUIRED, min_inputs=1)
+
+    def spec(name: str, pretty: str, options: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
+        return MergeMethodSpec(
+            name=name,
+            parameters=(*OWN, *options, *passed.values()),
+            contract=contract,
+            pretty_name=pretty,
+            reference_url=PAPER,
+            optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+        )
+
+    ae_names = tuple(option.name for option in AE_OPTIONS)
+    return [
+        BasisMerge(
+            spec("ae_bases", "Autoencoder task-vector bases", AE_OPTIONS), _solve_ae, ae_names, frozenset(passed)
+        ),
+        BasisMerge(spec("pca_bases", "PCA task-vector bases", ()), _solve_pca, (), frozenset(passed)),
+    ]

@@ -1,0 +1,126 @@
+"""Where the Gram matrix of a merge comes from: the checkpoints behind a YAML file, or the tensors handed over."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods.base import TensorEntry, TensorGroup
+from torch import Tensor
+
+from tvbases_hf.bases import BasisWeights
+from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.gram import Gram, gram_matrix
+from tvbases_hf.taskvector import TaskVectors
+
+LOG = logging.getLogger("tvbases_mergekit")
+
+
+@dataclass(eq=False)
+class GroupGram:
+    """The Gram matrix of one merge, and the encoders and decoders that were solved from it."""
+
+    gram: Gram
+    ids: tuple[Hashable, ...]
+    _solved: dict[Hashable, BasisWeights] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def columns(self, group: TensorGroup) -> list[int]:
+        """Rows of the encoder for the models of this group; a model that lacks the tensor has no change there."""
+        return [self.ids.index(entry.id) for entry in group.non_base]
+
+    def solve(
+        self,
+        name: str,
+        method: Callable[[Tensor, float, Mapping[str, Any]], BasisWeights],
+        num_bases: float,
+        options: Mapping[str, Any],
+    ) -> BasisWeights:
+        """Encoder and decoder, once per set of options (parameters may differ between tensors)."""
+        key = (name, num_bases, tuple(sorted(options.items())))
+        with self._lock:
+            if key not in self._solved:
+                self._solved[key] = weights = method(self.gram.matrix, num_bases, options)
+                LOG.info("%s", _summary(name, self.gram.tasks, weights))
+            return self._solved[key]
+
+
+def _summary(name: str, tasks: Sequence[str], weights: BasisWeights) -> str:
+    shares = ", ".join(f"{task} {w:.2f}" for task, w in zip(tasks, weights.effective_weights.tolist(), strict=True))
+    total = weights.total or 1.0
+    return (
+        f"{name}: {weights.num_tasks} task vectors in {weights.num_bases} bases, {weights.loss / total:.1%} of their energy "
+        f"unexplained (least possible {weights.bound / total:.1%}); weight of each task in the sum of the bases: {shares}"
+    )
+
+
+_CACHE: dict[Hashable, GroupGram] = {}
+_LOCK = threading.Lock()
+# Set by `tvbases mergekit-yaml --quiet`; mergekit does not tell its methods.
+quiet = False
+
+
+def gram_of(groups: Sequence[TensorGroup], planned: Mapping[str | None, tuple[Hashable, ...]]) -> GroupGram | None:
+    """The Gram matrix of the merge that these groups belong to; None if there is nothing but a base.
+
+    From files, the first call of a merge reads all models once while other threads wait, with readers of its own
+    (mergekit's loaders hold one shard each, and would thrash); the result is kept for the merge's other tensors.
+    From memory, all groups of the merge are given at once. ``planned`` tells the models of each tensor, those that
+    lack it included.
+    """
+    merged = [group for group in groups if group.non_base]
+    if not merged:
+        return None
+    if all(isinstance(entry.id, ModelReference) for entry in merged[0].entries):
+        models = planned.get(merged[0].metadata.name) or tuple(entry.id for entry in merged[0].non_base)
+        return _from_files(merged[0].base, models)
+    return _from_memory(merged)
+
+
+def _from_files(base_entry: TensorEntry | None, models: tuple[Hashable, ...]) -> GroupGram:
+    assert base_entry is not None
+    base = base_entry.id
+    paths = {reference: _path(reference) for reference in (base, *models)}
+    key = (_identity(paths[base]), tuple((model, _identity(paths[model])) for model in models))
+    with _LOCK:
+        if key not in _CACHE:
+            checkpoints = {str(model): Checkpoint.open(paths[model]) for model in models}
+            # Vocabularies of different sizes reach us only when mergekit itself aligns them.
+            vectors = TaskVectors(Checkpoint.open(paths[base]), checkpoints, skip_mismatched=True)
+            gram = gram_matrix(vectors, quiet=quiet)
+            for line in (*vectors.coverage.notes(), *gram.warnings()):
+                LOG.warning("%s", line)
+            _CACHE[key] = GroupGram(gram, models)
+        return _CACHE[key]
+
+
+def _path(reference: Any) -> Path:
+    """The directory (or file, for mergekit-pytorch) of a model, adapters merged and Hub ids resolved by mergekit."""
+    path = Path(reference.model.path)
+    return path if path.is_file() else Path(LoaderCache().get(reference).index.base_path)
+
+
+def _identity(path: Path) -> Hashable:
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
+    return (str(path.resolve()), tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+def _from_memory(groups: Sequence[TensorGroup]) -> GroupGram:
+    ids = tuple(dict.fromkeys(entry.id for group in groups for entry in group.non_base))
+    base: dict[str, Tensor] = {}
+    models: dict[Hashable, dict[str, Tensor]] = {key: {} for key in ids}
+    for index, group in enumerate(groups):
+        assert group.base is not None
+        name = f"{index}:{group.metadata.name}"
+        base[name] = group.base.tensor
+        for entry in group.non_base:
+            models[entry.id][name] = entry.tensor
+    checkpoints = {str(key): Checkpoint.from_state_dict(state, str(key)) for key, state in models.items()}
+    vectors = TaskVectors(Checkpoint.from_state_dict(base, "base"), checkpoints)
+    return GroupGram(gram_matrix(vectors), ids)

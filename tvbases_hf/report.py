@@ -1,0 +1,110 @@
+"""What commands tell their users: plain dictionaries for programs, tables for people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .bases import ae_bases
+from .basis import Basis
+from .gram import Gram
+from .taskvector import TaskVectors
+
+# Bases that leave less than this of the task vectors' energy unexplained are suggested.
+SUGGESTED_LOSS = 0.2
+
+
+def warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def inspection(vectors: TaskVectors, gram: Gram) -> dict[str, Any]:
+    """Norms, similarities and the least loss for every M. Losses are shares of the total squared norm."""
+    total = float(gram.matrix.trace()) or 1.0
+    solutions = [ae_bases(gram.matrix, m) for m in range(1, len(vectors) + 1)]
+    balanced = [s.bound / total for s in solutions]
+    return {
+        "base": vectors.base.label,
+        "tasks": list(vectors.tasks),
+        "parameters": vectors.numel,
+        "tensors": len(vectors.names),
+        "norm": gram.norms.tolist(),
+        "norm_ratio": gram.norm_ratios.tolist(),
+        "cosine": gram.cosine.tolist(),
+        "unexplained": {"any_vectors": [s.spectral_bound / total for s in solutions], "balanced_bases": balanced},
+        "suggested_num_bases": next(
+            m for m, loss in enumerate(balanced, 1) if loss <= SUGGESTED_LOSS or m == len(vectors)
+        ),
+        "warnings": [*vectors.coverage.notes(), *gram.warnings()],
+    }
+
+
+def print_inspection(found: dict[str, Any], console: Console) -> None:
+    tasks = found["tasks"]
+    console.print(
+        f"{len(tasks)} task vectors of {found['parameters']:,} parameters in {found['tensors']} tensors over {found['base']}\n"
+    )
+    table = Table("task", "norm", "norm / base", *tasks, title="length and cosine similarity", title_justify="left")
+    for row, task in enumerate(tasks):
+        cosines = [f"{value:.2f}" for value in found["cosine"][row]]
+        table.add_row(task, f"{found['norm'][row]:.4g}", f"{found['norm_ratio'][row]:.2%}", *cosines)
+    console.print(table)
+    losses = Table("bases", "any vectors", "balanced", title="energy left unexplained", title_justify="left")
+    unexplained = found["unexplained"]
+    for m, (least, balanced) in enumerate(
+        zip(unexplained["any_vectors"], unexplained["balanced_bases"], strict=True), 1
+    ):
+        mark = "  <- suggested" if m == found["suggested_num_bases"] else ""
+        losses.add_row(str(m), f"{least:.1%}", f"{balanced:.1%}{mark}")
+    console.print(losses)
+
+
+def compression(basis: Basis, vectors: TaskVectors, gram: Gram, out: Path) -> dict[str, Any]:
+    """What was kept and what it cost, for a basis as it is stored."""
+    info = basis.info
+    stored = sum(tensor.nbytes for tensor in basis.tensors.values())
+    return {
+        "out": str(out),
+        "method": info.method,
+        "tasks": list(info.tasks),
+        "num_bases": info.num_bases,
+        "loss": info.loss,
+        "bound": info.bound,
+        "spectral_bound": info.spectral_bound,
+        "effective_weights": info.effective_weights,
+        "task_error": info.task_error,
+        "norm_ratio": gram.norm_ratios.tolist(),
+        "bytes": stored,
+        "bytes_of_task_vectors": sum(vectors.base.tensors[name].nbytes for name in vectors.names) * len(vectors),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in basis.tensors.values()}),
+    }
+
+
+def print_compression(found: dict[str, Any], console: Console) -> None:
+    console.print(
+        f"{found['num_bases']} bases ({found['method']}) of {len(found['tasks'])} task vectors: {found['loss']:.2%} of their "
+        f"energy unexplained; least possible {found['bound']:.2%} (any {found['num_bases']} vectors: {found['spectral_bound']:.2%})"
+    )
+    table = Table("task", "norm / base", "weight in the sum", "error of its reconstruction")
+    columns = (found["norm_ratio"], found["effective_weights"], found["task_error"])
+    for task, ratio, weight, error in zip(found["tasks"], *columns, strict=True):
+        table.add_row(task, f"{ratio:.2%}", f"{weight:.3f}", f"{error:.1%}")
+    console.print(table)
+    console.print(
+        f"{found['out']}: {_size(found['bytes'])} in {', '.join(found['dtypes'])}; "
+        f"the task vectors: {_size(found['bytes_of_task_vectors'])}"
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
