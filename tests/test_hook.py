@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import sysconfig
 import textwrap
 import venv
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,6 +101,11 @@ def hooked(environment: Environment) -> Environment:
     environment.add({"tvbases_mergekit/__init__.py": OUR_METHODS})
     hook.install(environment.site_packages)
     return environment
+
+
+def sys_with(**changes: object) -> SimpleNamespace:
+    """`sys` as another interpreter would show it to the hook, and to the hook alone."""
+    return SimpleNamespace(**{**vars(sys), **changes})
 
 
 LIST = "from mergekit.merge_methods import registered_methods; print(*registered_methods())"
@@ -356,7 +363,7 @@ def test_every_python_gets_one_start_up_file_and_the_forms_share_their_stem(
     """One stem, so that a Python which reads both forms ignores the older one (PEP 829)."""
     assert Path(hook.PTH_FILE).stem == Path(hook.START_FILE).stem
     for version, startup_file in [((3, 10), hook.PTH_FILE), ((3, 15), hook.START_FILE), ((3, 14), hook.PTH_FILE)]:
-        monkeypatch.setattr(hook.sys, "version_info", version)
+        monkeypatch.setattr(hook, "sys", sys_with(version_info=version))
         hook.install(environment.site_packages)
         present = {name for name in hook.FILES if (environment.site_packages / name).exists()}
         assert present == {hook.MODULE_FILE, startup_file}
@@ -391,7 +398,7 @@ def test_status_tells_the_states_apart(environment: Environment, monkeypatch: py
         patch.setattr(hook.metadata, "version", lambda name: "9.9.9")
         assert state() == "installed for another version"
     with monkeypatch.context() as patch:
-        patch.setattr(hook.sys, "prefix", "/another/environment")
+        patch.setattr(hook, "sys", sys_with(prefix="/another/environment"))
         assert state() == "installed for another interpreter"
 
     (where / hook.MODULE_FILE).unlink()

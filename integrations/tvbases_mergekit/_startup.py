@@ -115,7 +115,7 @@ def _register() -> None:
                 f"{__file__} and {stem}.pth or {stem}.start beside it"
             )
         else:
-            _warn(f"the merge methods of tvbases-hf are not available ({error!r})")
+            _warn(f"the merge methods of tvbases-hf are not available: {type(error).__name__}: {error}")
 
 
 def _warn(message: str) -> None:

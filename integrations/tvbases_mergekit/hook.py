@@ -219,8 +219,9 @@ hook_app = typer.Typer(
 def install_command() -> None:
     """Write the start-up hook into the site-packages of this Python, or refresh it.
 
-    From then on every mergekit command of this environment knows ae_bases, tsv and the other methods. The hook acts
-    when mergekit is asked for a method that it does not have, and never with TVBASES_NO_HOOK=1.
+    From then on mergekit's own commands know ae_bases and the others.
+    It acts when mergekit is asked for a method that mergekit lacks,
+    and never with TVBASES_NO_HOOK=1 in the environment.
 
     Example: tvbases hook install && mergekit-yaml merge.yml out/
     """
