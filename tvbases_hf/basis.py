@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint, TensorInfo, locate
 from .delta import BLOCK_NUMBERS, blocks
 from .errors import CheckpointError, MismatchError, ParameterError
 from .gram import Gram, gram_matrix
-from .info import ATOMS_STEM, CONFIG_FILE, BasisInfo, is_basis_directory, model_card, describe
+from .info import ATOMS_STEM, CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
 from .linalg import solve_psd
 from .model import write_model
 from .output import TensorFiles, transaction, write_json
@@ -124,7 +124,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         return write_model(model, Path(out), change, note, quiet=quiet)
 
     def save_pretrained(self, save_directory: str | Path, *, quiet: bool = True, **kwargs: Any) -> str | None:  # type: ignore[override]
-        """Write the basis directory as a transaction; see ModelHubMixin.save_pretrained for ``push_to_hub`` and others."""
+        """Write the basis directory as a transaction; ``push_to_hub`` and the rest as in ModelHubMixin."""
         needed = sum(info.nbytes for info in self.tensors.values())
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         with transaction(save_directory, is_basis_directory, needed) as work:
@@ -168,8 +168,15 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         return self.info.refitted(*refit(inner, cross, self.info.mean is not None))
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None = None, **_: Any) -> Basis:
-        path = locate(model_id, revision)
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, cache_dir: str | None = None
+    ) -> Basis:
+        """Load a basis directory, local or from the Hub; tensors are mapped when they are asked for.
+
+        Raises CheckpointError when there is none, or when it is damaged.
+        """
+        model_id = str(pretrained_model_name_or_path)
+        path = locate(model_id, revision, cache_dir)
         if not (path / CONFIG_FILE).is_file():
             raise CheckpointError(f'"{model_id}": not a basis directory: it has no {CONFIG_FILE}')
         info = BasisInfo.read(path / CONFIG_FILE, model_id)
@@ -178,7 +185,8 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         wrong = [name for name, tensor in stored.tensors.items() if not tensor.shape or tensor.shape[0] != rows]
         if wrong:
             raise CheckpointError(
-                f'"{model_id}": {len(wrong)} tensors do not hold the {rows} vectors that {CONFIG_FILE} names (first: {wrong[0]})'
+                f'"{model_id}": {len(wrong)} tensors do not hold the {rows} vectors that {CONFIG_FILE} names '
+                f"(first: {wrong[0]})"
             )
         return cls(info, stored.tensors, stored.read)
 

@@ -235,7 +235,7 @@ def _open_pickle(file: Path, label: str) -> _FileReader:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue
-        storage = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        storage = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
         if storage in seen and tensor.numel():
             continue  # tied weights share their storage; the first name stands for them, as in safetensors files
         seen.add(storage)

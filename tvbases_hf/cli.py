@@ -17,7 +17,7 @@ app = typer.Typer(
     help="Task-vector bases: compress, merge and edit fine-tuned models.",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
 )
 app.add_typer(hook_app, name="hook")
 console = Console()
@@ -52,7 +52,7 @@ def inspect(base: Base, task: Task, quiet: Quiet = False, json: Json = None) -> 
 
 
 @app.command(
-    epilog="Example: tvbases compress --base llama/ --task math=math/ --task code=code/ --task law=law/ --num-bases 2 --out basis/"
+    epilog="Example: tvbases compress --base llama/ --task math=math/ --task code=code/ --num-bases 0.5 --out basis/"
 )
 def compress(
     base: Base,

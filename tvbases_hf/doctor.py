@@ -25,6 +25,7 @@ EXTRAS = {
 def examine() -> dict[str, Any]:
     """Versions by extra (None where a package is missing), devices, the hook's state, free disk space."""
     import torch
+
     from tvbases_mergekit.hook import status
 
     hook = status()

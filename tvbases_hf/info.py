@@ -165,7 +165,8 @@ tags: [task-arithmetic, model-merging]
 # {info.num_bases} bases of {len(info.tasks)} task vectors
 
 Method `{info.method}` over `{Path(info.base_id).name if Path(info.base_id).exists() else info.base_id}`. The bases
-leave {info.loss:.2%} of the task vectors' energy unexplained; the least possible under the method's constraint is {info.bound:.2%}.
+leave {info.loss:.2%} of the task vectors' energy unexplained; the least possible under the method's constraint is
+{info.bound:.2%}.
 
 | task | weight in the sum of the bases | relative error of its reconstruction, as stored |
 |---|---|---|

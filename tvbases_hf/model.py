@@ -1,4 +1,4 @@
-"""Writing an edited model: theta_0 plus a change, streamed block by block, with the base's configuration and tokenizer."""
+"""Writing an edited model: theta_0 plus a change, streamed in blocks, with the base's configuration and tokenizer."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_bytes: 
 def check_output(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
     """Raise OutputError if ``out`` holds anything that this program did not write."""
     out = Path(out)
-    if out.is_file() or out.is_symlink() and not out.is_dir():
+    if out.is_file() or (out.is_symlink() and not out.is_dir()):
         raise OutputError(f'"{out}" is a file; choose a directory that does not exist yet')
     if out.is_dir() and any(out.iterdir()) and not is_ours(out):
         names = sorted(file.name for file in out.iterdir())
@@ -198,7 +198,7 @@ class TensorFiles:
         if values.numel():
             with open(slot.file, "r+b") as stream:
                 stream.seek(slot.offset + start * slot.info.dtype.itemsize)
-                stream.write(memoryview(values.reshape(-1).contiguous().view(torch.uint8).numpy()))
+                values.reshape(-1).contiguous().view(torch.uint8).numpy().tofile(stream)
 
 
 def _begin_file(file: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, _Slot]:

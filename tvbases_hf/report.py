@@ -48,7 +48,8 @@ def inspection(vectors: TaskVectors, gram: Gram) -> dict[str, Any]:
 def print_inspection(found: dict[str, Any], console: Console) -> None:
     tasks = found["tasks"]
     console.print(
-        f"{len(tasks)} task vectors of {found['parameters']:,} parameters in {found['tensors']} tensors over {found['base']}\n"
+        f"{len(tasks)} task vectors of {found['parameters']:,} parameters in {found['tensors']} tensors "
+        f"over {found['base']}\n"
     )
     table = Table("task", "norm", "norm / base", *tasks, title="length and cosine similarity", title_justify="left")
     for row, task in enumerate(tasks):
@@ -88,8 +89,9 @@ def compression(basis: Basis, vectors: TaskVectors, gram: Gram, out: Path) -> di
 
 def print_compression(found: dict[str, Any], console: Console) -> None:
     console.print(
-        f"{found['num_bases']} bases ({found['method']}) of {len(found['tasks'])} task vectors: {found['loss']:.2%} of their "
-        f"energy unexplained; least possible {found['bound']:.2%} (any {found['num_bases']} vectors: {found['spectral_bound']:.2%})"
+        f"{_count(found['num_bases'], 'basis', 'bases')} ({found['method']}) of {len(found['tasks'])} task vectors: "
+        f"{found['loss']:.2%} of their energy unexplained; least possible {found['bound']:.2%} "
+        f"(by any {_count(found['num_bases'], 'vector', 'vectors')}: {found['spectral_bound']:.2%})"
     )
     table = Table("task", "norm / base", "weight in the sum", "error of its reconstruction")
     columns = (found["norm_ratio"], found["effective_weights"], found["task_error"])
@@ -100,6 +102,10 @@ def print_compression(found: dict[str, Any], console: Console) -> None:
         f"{found['out']}: {_size(found['bytes'])} in {', '.join(found['dtypes'])}; "
         f"the task vectors: {_size(found['bytes_of_task_vectors'])}"
     )
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _size(count: float) -> str:

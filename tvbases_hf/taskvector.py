@@ -13,7 +13,7 @@ from .errors import MismatchError, ParameterError
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the task vectors leave out, per task: tensors absent from the fine-tune, absent from the base, not numbers."""
+    """What the task vectors leave out: tensors that a fine-tune lacks, that the base lacks, or of another shape."""
 
     missing: dict[str, tuple[str, ...]]
     extra: dict[str, tuple[str, ...]]
@@ -113,8 +113,9 @@ def _check_architecture(task: str, model: Checkpoint, base: Checkpoint, names: S
     if common * 2 < len(names) or common == 0:
         sample = next(iter(model.tensors))
         raise MismatchError(
-            f'"{task}" ({model.label}) has {common} of the {len(names)} tensors of the base ({base.label}); it is another '
-            f"architecture (it has {sample}, the base has {names[0] if names else 'no floating-point tensor'})"
+            f'"{task}" ({model.label}) has {common} of the {len(names)} tensors of the base ({base.label}); '
+            f"it is another architecture (it has {sample}, "
+            f"the base has {names[0] if names else 'no floating-point tensor'})"
         )
 
 

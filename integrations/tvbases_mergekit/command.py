@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def merge(arguments: list[str]) -> None:
 
     try:
         context = command.make_context("tvbases mergekit-yaml", arguments)
+    except click.exceptions.Exit as done:  # --help
+        sys.exit(done.exit_code)
     except click.UsageError as error:
         raise ParameterError(f"{error.format_message()}; usage: tvbases mergekit-yaml CONFIG OUT [OPTIONS]") from error
     given = context.params
@@ -42,7 +45,12 @@ def merge(arguments: list[str]) -> None:
         given.get("transformers_cache"),
         truncates_vocabulary=bool(given.get("unsafe_truncate_embeddings")),
     )
-    with transaction(out, is_merged_model, needed) as work, _reported(sources.quiet), _disk_errors(out):
+    with (
+        transaction(out, is_merged_model, needed) as work,
+        _reported(sources.quiet),
+        _disk_errors(out),
+        _offline_card(),
+    ):
         given["out_path"] = str(work)
         command.invoke(context)
 
@@ -68,6 +76,29 @@ def _reported(quiet: bool) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+
+
+@contextlib.contextmanager
+def _offline_card() -> Iterator[None]:
+    """Keep the model card from ending a merge: mergekit asks the Hub about local directories too."""
+    from mergekit import card
+
+    ask = card.is_hf
+
+    def is_hf(path: str) -> bool:
+        if Path(path).exists():
+            return False
+        try:
+            return ask(path)
+        except Exception as error:  # whatever the HTTP library raises: the card then has no link, and says so
+            logging.getLogger("tvbases_mergekit").warning("model card without a link to %s: %s", path, error)
+            return False
+
+    card.is_hf = is_hf
+    try:
+        yield
+    finally:
+        card.is_hf = ask
 
 
 @contextlib.contextmanager

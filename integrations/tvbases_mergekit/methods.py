@@ -167,7 +167,7 @@ def _takes_base(method: MergeMethod) -> bool:
 def _inner_parameters(
     inner: MergeMethod, mixing: Tensor, weights: list[float], group: TensorGroup, parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The inner method's parameters: those the user gave. A per-model value becomes a basis's mean, weighted by shares."""
+    """The inner method's parameters, as far as given; a per-model value becomes a basis's mean, weighted by shares."""
     declared = {spec.name: spec for spec in inner.spec.parameters}
     given = {name: value for name, value in parameters.items() if _is_given(value)}
     passed: dict[str, Any] = {}
@@ -213,7 +213,7 @@ def build_methods(others: Sequence[MergeMethod]) -> list[BasisMerge]:
                 passed[spec.name] = replace(spec, value_type=Optional[spec.value_type], default=None)  # noqa: UP045
     contract = InputContract(base=BasePolicy.REQUIRED, min_inputs=1)
 
-    def spec(name: str, pretty: str, options: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
+    def describe(name: str, pretty: str, options: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
         return MergeMethodSpec(
             name=name,
             parameters=(*OWN, *options, *passed.values()),
@@ -226,7 +226,7 @@ def build_methods(others: Sequence[MergeMethod]) -> list[BasisMerge]:
     ae_names = tuple(option.name for option in AE_OPTIONS)
     return [
         BasisMerge(
-            spec("ae_bases", "Autoencoder task-vector bases", AE_OPTIONS), _solve_ae, ae_names, frozenset(passed)
+            describe("ae_bases", "Autoencoder task-vector bases", AE_OPTIONS), _solve_ae, ae_names, frozenset(passed)
         ),
-        BasisMerge(spec("pca_bases", "PCA task-vector bases", ()), _solve_pca, (), frozenset(passed)),
+        BasisMerge(describe("pca_bases", "PCA task-vector bases", ()), _solve_pca, (), frozenset(passed)),
     ]

@@ -162,7 +162,7 @@ def _zero_sum_directions(gram: Tensor, scale: Tensor, rows: Tensor, count: int) 
     rest = _scaled(_project_out(gram, rows), scale)
     root = torch.where(scale > 0, scale, torch.ones_like(scale)).sqrt()
     null = rows / root
-    # ``null`` is in the kernel; pushing it below all others keeps it out of the eigenvectors even if those are null too.
+    # ``null`` is in the kernel; pushed below all others it stays out of the eigenvectors even if those are null too.
     push = rest.trace().clamp_min(1e-300) / null.square().sum()
     _, vectors = torch.linalg.eigh(rest - push * torch.outer(null, null))
     directions = fix_signs(vectors[:, -count:]) * root[:, None]

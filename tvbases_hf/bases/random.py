@@ -64,7 +64,7 @@ def rand_proj(tensors: Iterable[tuple[str, Tensor]], num_bases: int, *, seed: in
 
 
 def gaussian_rows(seed: int, name: str, size: int, num_bases: int) -> Tensor:
-    """[size, M] rows of the Gaussian matrix for one tensor; depends on the seed and the name alone, not on the order."""
+    """[size, M] rows of the Gaussian matrix for one tensor; they depend on the seed and the name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randn(size, num_bases, generator=generator, dtype=torch.float64)
