@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,47 @@ def fix_signs(vectors: Tensor) -> Tensor:
     rows = vectors.abs().argmax(dim=0)
     signs = torch.sign(vectors[rows, torch.arange(vectors.shape[1])])
     return vectors * torch.where(signs == 0, torch.ones_like(signs), signs)
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """What a matrix is decomposed in: its own dtype, float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def negligible(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
+    """Singular values below this share of the largest are rounding noise in a matrix of this shape and dtype."""
+    return max(shape) * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+def negligible_when_squared(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
+    """The same for singular values that are square roots of the float64 Gram matrix's eigenvalues."""
+    return max(negligible(shape, dtype), (min(shape) * torch.finfo(torch.float64).eps) ** 0.5)
+
+
+def polar_factor(matrix: Tensor) -> Tensor:
+    """X (X^T X)^{-1/2}, the closest matrix to X [n, r] with orthonormal columns (TSV paper, equation 9).
+
+    Equals P Q^T of the thin SVD X = P D Q^T. Where X is rank-deficient (duplicated tasks, or r > n) the closest
+    matrix is not unique; directions below ``negligible`` are then left at zero, so that the result is the partial
+    isometry of X: duplicated columns share one direction instead of being torn into arbitrary ones. The Gram matrix
+    of the smaller side is formed in float64, whose squared condition number still resolves what float32 can hold.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        return polar_factor(matrix.T).T
+    exact = matrix.to(torch.float64)
+    values, vectors = torch.linalg.eigh(exact.T @ exact)
+    keep = values > negligible_when_squared(matrix.shape, matrix.dtype) ** 2 * values[-1].clamp_min(
+        torch.finfo(torch.float64).tiny
+    )
+    vectors = vectors[:, keep]
+    root = (vectors / values[keep].sqrt()) @ vectors.T
+    return (exact @ root).to(matrix.dtype)
+
+
+def orthonormal_columns(matrix: Tensor, cutoff: float | None = None) -> Tensor:
+    """[n, rank] orthonormal basis of the column space, without singular values below ``cutoff`` times the largest."""
+    if matrix.shape[1] == 0:
+        return matrix
+    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    cutoff = negligible(matrix.shape, matrix.dtype) if cutoff is None else cutoff
+    return left[:, values > cutoff * values[0].clamp_min(torch.finfo(matrix.dtype).tiny)]

@@ -1,0 +1,177 @@
+"""Truncated singular value decompositions: exact, fast with an error estimate, and of products that stay factored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .delta import Delta, LowRank, dense
+from .errors import ParameterError
+from .linalg import negligible, negligible_when_squared, working_dtype
+from .rank import RankRule
+
+# The fast route stops when |A V - U S|_F is below this share of |S|_F: the result is then the exact truncation of a
+# matrix that close to A. Where the spectrum has a gap at the cut its own error is about the same.
+FAST_TOLERANCE = 1e-5
+# It pays when few components of a large matrix are wanted; it gives up when its basis outgrows this share of the side.
+FAST_MIN_SIDE = 512
+FAST_MAX_RANK = 1 / 12
+FAST_MAX_BASIS = 1 / 2
+OVERSAMPLING = 8
+
+
+@dataclass(frozen=True)
+class SVD:
+    """U [n, k], S [k] descending, V [m, k]: the matrix is about U diag(S) V^T."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    @property
+    def rank(self) -> int:
+        return len(self.S)
+
+    def keep(self, rank: int) -> SVD:
+        return SVD(self.U[:, :rank], self.S[:rank], self.V[:, :rank])
+
+    def transposed(self) -> SVD:
+        return SVD(self.V, self.S, self.U)
+
+    def low_rank(self) -> LowRank:
+        """U diag(S) and V^T as a delta."""
+        return LowRank(self.U * self.S, self.V.T)
+
+
+def svd(delta: Delta | Tensor, rank: str | float | RankRule | None = None, *, route: str = "auto") -> SVD:
+    """The leading singular components of a matrix, or of a low-rank delta in factor space.
+
+    Args:
+        delta: [n, m] dense (bf16 and fp16 are computed in float32) or low-rank.
+        rank: a rank rule; None for all components that are not rounding noise.
+        route: ``exact``, ``fast`` (falls back to exact where its error estimate does not converge) or ``auto``.
+    """
+    if route not in ("auto", "exact", "fast"):
+        raise ParameterError(f"unknown route {route!r}; choose auto, exact or fast")
+    if isinstance(delta, LowRank):
+        found = factored_svd(delta)
+        return found.keep(_rank_of(found.S, delta.shape, rank, 0.0))
+    matrix = delta if isinstance(delta, Tensor) else dense(delta)
+    if matrix.ndim != 2:
+        raise ParameterError(f"a singular value decomposition needs a matrix; got shape {list(matrix.shape)}")
+    matrix = matrix.to(working_dtype(matrix) if isinstance(delta, Tensor) else torch.float32)
+    rule = None if rank is None else RankRule.parse(rank)
+    if rule is not None and not rule.needs_spectrum:
+        count = rule.of_shape(*matrix.shape)
+        if route == "fast" or (route == "auto" and _is_worth_it(matrix, count)):
+            found = fast_svd(matrix, count)
+            if found is not None:
+                return found
+    return exact_svd(matrix, rule)
+
+
+def exact_svd(matrix: Tensor, rank: RankRule | None = None) -> SVD:
+    """From the eigenvectors of the small side's Gram matrix in float64, refined by a Rayleigh-Ritz step.
+
+    Squaring costs half of the digits; float64 has twice those of float32, so float32 matrices keep float32 accuracy.
+    The refinement (projection on the eigenvectors, thin QR, SVD of the small factor) restores small singular values.
+    Cost: 2 n^2 m for the Gram matrix and O(n^3) for its eigenvectors, n the smaller side.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return exact_svd(matrix.T, rank).transposed()
+    wide = matrix.to(torch.float64)
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    values = values.flip(0).clamp_min(0).sqrt()
+    count = _rank_of(values, matrix.shape, rank, negligible_when_squared(matrix.shape, matrix.dtype))
+    leading = vectors.flip(1)[:, :count].to(matrix.dtype)
+    right, core = torch.linalg.qr(matrix.T @ leading)
+    inner_left, found, inner_right = torch.linalg.svd(core.T.to(torch.float64))
+    return SVD(leading @ inner_left.to(matrix.dtype), found.to(matrix.dtype), right @ inner_right.T.to(matrix.dtype))
+
+
+def singular_values(delta: Delta | Tensor) -> Tensor:
+    """All min(n, m) singular values (r of a low-rank delta), descending, float64."""
+    if isinstance(delta, LowRank):
+        return factored_svd(delta).S.to(torch.float64)
+    matrix = (delta if isinstance(delta, Tensor) else dense(delta)).to(torch.float64)
+    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0).sqrt()
+
+
+def fast_svd(matrix: Tensor, rank: int, *, tolerance: float = FAST_TOLERANCE) -> SVD | None:
+    """Block subspace iteration that keeps all its iterates (block Krylov); None where it does not converge.
+
+    After every step the residual |A V - U S|_F is known without another product, since A A^T of the basis is at hand.
+    It falls quickly for decaying spectra and hardly at all for flat ones, where the exact route is the faster one.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        found = fast_svd(matrix.T, rank, tolerance=tolerance)
+        return None if found is None else found.transposed()
+    side, width = matrix.shape[0], rank + OVERSAMPLING
+    limit = int(FAST_MAX_BASIS * side)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    block = torch.linalg.qr(matrix @ start).Q
+    basis, images, squares = block, matrix.T @ block, None
+    previous = float("inf")
+    while True:
+        applied = matrix @ images[:, -block.shape[1] :]
+        squares = applied if squares is None else torch.cat([squares, applied], dim=1)
+        found, residual = _ritz(basis, images, squares, rank)
+        if residual <= tolerance:
+            return found
+        # Each step shrinks the residual by about the same factor: stop when the steps that fit will not do.
+        steps_left = (limit - basis.shape[1]) // width
+        hopeless = previous < float("inf") and not residual * (residual / previous) ** steps_left <= tolerance
+        if steps_left < 1 or hopeless:
+            return None
+        previous = residual
+        block = _orthogonal_to(basis, applied)
+        basis = torch.cat([basis, block], dim=1)
+        images = torch.cat([images, matrix.T @ block], dim=1)
+
+
+def _ritz(basis: Tensor, images: Tensor, squares: Tensor, rank: int) -> tuple[SVD, float]:
+    """Best singular triplets within the basis [n, D], given A^T basis and A A^T basis, and their relative residual."""
+    values, vectors = torch.linalg.eigh((images.T @ images).to(torch.float64))
+    values = values[-rank:].flip(0).clamp_min(0).sqrt()
+    weights = vectors[:, -rank:].flip(1).to(basis.dtype)
+    scale = values.clamp_min(torch.finfo(torch.float64).tiny).to(basis.dtype)
+    left, right = basis @ weights, (images @ weights) / scale
+    residual = (squares @ weights) / scale - left * scale
+    size = values.norm()
+    return SVD(left, values.to(basis.dtype), right), float(residual.norm() / size) if size > 0 else 0.0
+
+
+def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
+    """Orthonormal columns spanning ``block`` without ``basis``; twice, because once is not enough in floating point."""
+    for _ in range(2):
+        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+    return block
+
+
+def factored_svd(delta: LowRank) -> SVD:
+    """SVD of left @ right by two thin QRs and one small SVD: O((n + m) r^2), never n x m. Rounding noise is dropped."""
+    dtype = torch.promote_types(working_dtype(delta.left), working_dtype(delta.right))
+    left, left_core = torch.linalg.qr(delta.left.to(dtype))
+    right, right_core = torch.linalg.qr(delta.right.to(dtype).T)
+    core_left, values, core_right = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    found = SVD(left @ core_left, values, right @ core_right.T)
+    return found.keep(_rank_of(values, delta.shape, None, negligible(delta.shape, dtype)))
+
+
+def _rank_of(values: Tensor, shape: Sequence[int], rank: str | float | RankRule | None, cutoff: float) -> int:
+    if len(values) == 0:
+        return 0
+    if rank is None:
+        return int((values > cutoff * values[0]).sum())
+    rule = RankRule.parse(rank)
+    return rule.of_spectrum(values, *shape) if rule.needs_spectrum else min(rule.of_shape(*shape), len(values))
+
+
+def _is_worth_it(matrix: Tensor, rank: int) -> bool:
+    side = min(matrix.shape)
+    return side >= FAST_MIN_SIDE and rank <= FAST_MAX_RANK * side
