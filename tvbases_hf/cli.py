@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from tvbases_mergekit.hook import hook_app
 
-from .errors import MissingExtraError, TvbasesError
+from .errors import MissingExtraError, OutputError, ParameterError, TvbasesError
 
 app = typer.Typer(
     help="Task-vector bases: compress, merge and edit fine-tuned models.",
@@ -36,16 +37,30 @@ NumBases = Annotated[
 
 
 @app.command(epilog="Example: tvbases inspect --base llama/ --task math=math/ --task code=code/")
-def inspect(base: Base, task: Task, quiet: Quiet = False, json: Json = None) -> None:
+def inspect(
+    base: Base,
+    task: Task,
+    layers: Annotated[bool, typer.Option("--layers", help="Also interference and sharing by layer (slower).")] = False,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw everything; implies --layers.", metavar="PNG")] = None,  # noqa: UP045
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
     """How long and how similar task vectors are, how many bases they need, and whether the base is theirs."""
     from .gram import gram_matrix
+    from .layers import examine_layers
     from .report import inspection, print_inspection, warn
     from .taskvector import TaskVectors, parse_tasks
 
+    _check_json(json)
     vectors = TaskVectors.open(base, parse_tasks(task))
-    gram = gram_matrix(vectors, quiet=quiet)
-    found = inspection(vectors, gram)
+    found = inspection(vectors, gram_matrix(vectors, quiet=quiet))
     warn(found["warnings"])
+    if layers or plot:
+        found["layers"] = vars(examine_layers(vectors, quiet=quiet))
+    if plot:
+        from .plots import plot_inspection
+
+        plot_inspection(found, plot)
     if not quiet:
         print_inspection(found, console)
     _write_json(json, found)
@@ -59,13 +74,17 @@ def compress(
     task: Task,
     out: Annotated[Path, typer.Option("--out", help="The basis directory to write.", metavar="DIR")],
     num_bases: NumBases = 0.5,
-    method: Annotated[str, typer.Option("--method", help="ae, pca or rand_select.")] = "ae",
+    method: Annotated[
+        str, typer.Option("--method", help="ae, pca, rand_select, or tsv (truncated task vectors).")
+    ] = "ae",
     balance: Annotated[
         bool,
         typer.Option(help="ae: every task weighs the same in the sum of the bases (--no-balance: as in the paper)."),
     ] = True,
     solver: Annotated[str, typer.Option(help="ae: varpro (the optimum) or adam (the paper's recipe).")] = "varpro",
     seed: Annotated[int, typer.Option(help="ae, rand_select: which of equally good bases; which tasks.")] = 0,
+    rank: Annotated[str | None, typer.Option(help="tsv: 16, 0.25, energy:0.95, gavish-donoho; left out: 1/T.")] = None,
+    budget: Annotated[Optional[float], typer.Option(help="tsv: share of the task vectors' bytes to keep.")] = None,  # noqa: UP045
     dtype: Annotated[
         str, typer.Option("--dtype", help="Stored as: auto (the base's own), float32, bfloat16 or float16.")
     ] = "auto",
@@ -73,27 +92,72 @@ def compress(
     json: Json = None,
 ) -> None:
     """Replace T fine-tuned models by M vectors and a small decoder: a basis directory."""
-    from .basis import Basis
+    from .bases.ae import SOLVERS
+    from .bases.weights import resolve_num_bases
+    from .basis import METHODS, Basis
+    from .gram import gram_matrix
     from .info import is_basis_directory
     from .output import check_output
     from .report import compression, print_compression, warn
     from .taskvector import TaskVectors, parse_tasks
 
-    check_output(out, is_basis_directory)  # before the long reading, not after it
-    options: dict[str, Any] = {
-        "ae": {"balance": balance, "solver": solver, "seed": seed},
-        "rand_select": {"seed": seed},
-    }.get(method, {})
-    vectors = TaskVectors.open(base, parse_tasks(task))
-    from .gram import gram_matrix
-
+    # Whatever can be wrong is found before the long reading, not after it.
+    _check_json(json)
+    check_output(out, is_basis_directory)
+    _check_choice("--method", method, (*METHODS, "tsv"))
+    _check_choice("--solver", solver, SOLVERS)
+    stored = _dtype(dtype)
+    tasks = parse_tasks(task)
+    resolve_num_bases(num_bases, len(tasks))
+    vectors = TaskVectors.open(base, tasks)
     gram = gram_matrix(vectors, quiet=quiet)
     warn([*vectors.coverage.notes(), *gram.warnings()])
-    built = Basis.build(vectors, num_bases, method=method, dtype=_dtype(dtype), gram=gram, **options)
+    how: dict[str, Any] = {"dtype": stored, "gram": gram, "quiet": quiet}
+    if method == "tsv":
+        built = Basis.truncate(vectors, rank, budget=budget, **how)
+    else:
+        options = {"ae": {"balance": balance, "solver": solver, "seed": seed}, "rand_select": {"seed": seed}}
+        built = Basis.build(vectors, num_bases, method=method, **how, **options.get(method, {}))
     built.save_pretrained(out, quiet=quiet)
     found = compression(Basis.from_pretrained(out), vectors, gram, out)
     if not quiet:
         print_compression(found, console)
+    _write_json(json, found)
+
+
+@app.command(epilog="Example: tvbases decompose --base llama/ --task toxic=toxic/ --task chat=chat/ --out parts/")
+def decompose(
+    base: Base,
+    task: Task,
+    out: Annotated[Path, typer.Option("--out", help="Where to write unique/TASK and shared.", metavar="DIR")],
+    threshold: Annotated[
+        float, typer.Option(help="Degree of sharing, 0 to 1, above which a direction is shared.")
+    ] = 0.85,
+    subspace: Annotated[
+        str, typer.Option(help="chain (the paper's), mean (order-free) or angles (two tasks).")
+    ] = "chain",
+    pool: Annotated[str, typer.Option(help="joint, iterative or pairs.")] = "joint",
+    side: Annotated[str, typer.Option(help="column (output directions) or row (input directions).")] = "column",
+    rank: Annotated[
+        str, typer.Option(help="Dimensions of a task's subspace: energy:0.95, 0.25, 16, ...")
+    ] = "energy:0.95",
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Split task vectors into what they share and what is unique to each (DeVec), as checkpoints."""
+    from .components import is_components, write_components
+    from .output import check_output
+    from .report import print_components, warn
+    from .shared import Options
+    from .taskvector import TaskVectors, parse_tasks
+
+    options = Options(threshold, subspace, pool, side, rank)
+    check_output(out, is_components)
+    vectors = TaskVectors.open(base, parse_tasks(task))
+    warn(vectors.coverage.notes())
+    found = write_components(vectors, options, out, quiet=quiet)
+    if not quiet:
+        print_components(found, console)
     _write_json(json, found)
 
 
@@ -114,6 +178,7 @@ def doctor(json: Json = None) -> None:
     """Versions of everything that matters, which extras are here, whether the hook is installed, free disk."""
     from .doctor import examine, print_findings
 
+    _check_json(json)
     found = examine()
     print_findings(found, console)
     _write_json(json, found)
@@ -138,12 +203,19 @@ def demo(
 def _dtype(name: str) -> Any:
     import torch
 
-    from .errors import ParameterError
-
     known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ParameterError(f"unknown --dtype {name!r}; choose one of {', '.join(known)}")
+    _check_choice("--dtype", name, known)
     return known[name]
+
+
+def _check_choice(option: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ParameterError(f"{option}: {value!r} is unknown; choose one of {', '.join(known)}")
+
+
+def _check_json(file: Path | None) -> None:
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise OutputError(f'--json "{file}": not a file in a directory that exists')
 
 
 def _write_json(file: Path | None, value: dict[str, Any]) -> None:

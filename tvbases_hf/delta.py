@@ -94,6 +94,8 @@ def delta_gram(deltas: Sequence[Delta]) -> Tensor:
     return sum((part @ part.T for part in blocks(deltas)), torch.zeros(count, count, dtype=torch.float64))
 
 
-def dense(delta: Delta) -> Tensor:
-    """The change as one tensor [*shape], float64."""
-    return delta.block(0, math.prod(delta.shape)).reshape(delta.shape)
+def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The change as one tensor [*shape] of ``dtype``; differences of stored numbers are taken in float64 first."""
+    if isinstance(delta, LowRank):
+        return delta.left.to(dtype) @ delta.right.to(dtype)
+    return delta.block(0, math.prod(delta.shape)).reshape(delta.shape).to(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class BasisInfo:
     base_id: str
     base_fingerprint: str
     base_norm: float
+    ranks: dict[str, list[int]] = field(default_factory=dict)
+    """Per weight stored in factors, the rank of each vector's part."""
     format_version: int = FORMAT_VERSION
     library_version: str = ""
 
@@ -70,23 +72,15 @@ class BasisInfo:
             raise ParameterError(f'no task "{task}" in this basis; it has {", ".join(self.tasks)}')
         return self.tasks.index(task)
 
-    def weights(self) -> BasisWeights:
-        """Encoder, decoder and mean as tensors; losses stay relative."""
-        rows = torch.tensor(self.decoder, dtype=torch.float64)
-        return BasisWeights(
-            self.method,
-            torch.tensor(self.encoder, dtype=torch.float64),
-            rows[: self.num_bases],
-            self.loss,
-            self.bound,
-            self.spectral_bound,
-            None if self.mean is None else torch.tensor(self.mean, dtype=torch.float64),
-        )
-
     def refitted(self, decoder: Tensor, saved: Tensor) -> BasisInfo:
         """With the decoder fitted to the stored vectors, which takes ``saved`` [T] off the squared norms."""
         norms = torch.tensor(self.gram, dtype=torch.float64).diagonal()
-        return replace(self, decoder=decoder.tolist(), task_error=_relative_error(norms - saved, norms))
+        return replace(self, decoder=decoder.tolist()).with_errors(norms - saved)
+
+    def with_errors(self, lost: Tensor) -> BasisInfo:
+        """With the errors of reconstructions that miss ``lost`` [T] of the squared norms."""
+        norms = torch.tensor(self.gram, dtype=torch.float64).diagonal()
+        return replace(self, task_error=_relative_error(lost, norms))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,7 +100,13 @@ class BasisInfo:
             raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {error}') from error
 
 
-def describe(vectors: TaskVectors, gram: Gram, weights: BasisWeights, options: Mapping[str, Any]) -> BasisInfo:
+def describe(
+    vectors: TaskVectors,
+    gram: Gram,
+    weights: BasisWeights,
+    options: Mapping[str, Any],
+    ranks: Mapping[str, list[int]] | None = None,
+) -> BasisInfo:
     """The info of a basis that has just been chosen, before any rounding."""
     decoder = weights.decoder
     if weights.mean is not None:
@@ -129,6 +129,7 @@ def describe(vectors: TaskVectors, gram: Gram, weights: BasisWeights, options: M
         base_id=vectors.base.label,
         base_fingerprint=vectors.base.fingerprint(),
         base_norm=gram.base_norm,
+        ranks=dict(ranks or {}),
         library_version=library_version(),
     )
 

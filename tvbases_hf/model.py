@@ -39,7 +39,7 @@ def write_model(
                 update = change(name, start, start + len(part))
                 files.write(name, part if update is None else (part.to(torch.float64) + update).to(part.dtype), start)
         if base.path is not None and base.path.is_dir():
-            _copy_side_files(base.path, work)
+            copy_side_files(base.path, work)
         write_json(work / MARKER, {"base": base.label, "edit": note})
     return out
 
@@ -48,7 +48,7 @@ def is_edited_model(directory: Path) -> bool:
     return (directory / MARKER).is_file()
 
 
-def _copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path) -> None:
     """Configuration, tokenizer and code: every small file of the base but its weights and its card."""
     for file in sorted(source.iterdir()):
         if (

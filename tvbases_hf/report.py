@@ -64,6 +64,27 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
         mark = "  <- suggested" if m == found["suggested_num_bases"] else ""
         losses.add_row(str(m), f"{least:.1%}", f"{balanced:.1%}{mark}")
     console.print(losses)
+    if "layers" in found:
+        print_layers(found["layers"], console)
+
+
+def print_layers(layers: dict[str, Any], console: Console) -> None:
+    table = Table("layers", "interference (STI)", title="singular task interference", title_justify="left")
+    for group, value in layers["interference"].items():
+        table.add_row(group, f"{value:.4g}")
+    console.print(table)
+    shared = Table("pair", "shared energy", "by chance", title="shared subspaces of pairs", title_justify="left")
+    for pair, value in layers["shared"].items():
+        shared.add_row(pair, f"{value:.1%}", f"{layers['chance'][pair]:.1%}")
+    console.print(shared)
+
+
+def print_components(found: dict[str, Any], console: Console) -> None:
+    title = "share of each task vector's energy that is shared"
+    table = Table("layers", *found["tasks"], title=title, title_justify="left")
+    for group, shares in found["shared_energy"].items():
+        table.add_row(group, *(f"{share:.1%}" for share in shares))
+    console.print(table)
 
 
 def compression(basis: Basis, vectors: TaskVectors, gram: Gram, out: Path) -> dict[str, Any]:
@@ -88,19 +109,35 @@ def compression(basis: Basis, vectors: TaskVectors, gram: Gram, out: Path) -> di
 
 
 def print_compression(found: dict[str, Any], console: Console) -> None:
-    console.print(
-        f"{_count(found['num_bases'], 'basis', 'bases')} ({found['method']}) of {len(found['tasks'])} task vectors: "
-        f"{found['loss']:.2%} of their energy unexplained; least possible {found['bound']:.2%} "
-        f"(by any {_count(found['num_bases'], 'vector', 'vectors')}: {found['spectral_bound']:.2%})"
-    )
-    table = Table("task", "norm / base", "weight in the sum", "error of its reconstruction")
-    columns = (found["norm_ratio"], found["effective_weights"], found["task_error"])
-    for task, ratio, weight, error in zip(found["tasks"], *columns, strict=True):
-        table.add_row(task, f"{ratio:.2%}", f"{weight:.3f}", f"{error:.1%}")
+    truncated = found["method"] == "tsv"
+    console.print(_headline_truncated(found) if truncated else _headline(found))
+    columns = {"norm / base": [f"{ratio:.2%}" for ratio in found["norm_ratio"]]}
+    if not truncated:
+        columns["weight in the sum"] = [f"{weight:.3f}" for weight in found["effective_weights"]]
+    columns["error of its reconstruction"] = [f"{error:.1%}" for error in found["task_error"]]
+    table = Table("task", *columns)
+    for row in zip(found["tasks"], *columns.values(), strict=True):
+        table.add_row(*row)
     console.print(table)
     console.print(
         f"{found['out']}: {_size(found['bytes'])} in {', '.join(found['dtypes'])}; "
         f"the task vectors: {_size(found['bytes_of_task_vectors'])}"
+    )
+
+
+def _headline(found: dict[str, Any]) -> str:
+    number = found["num_bases"]
+    return (
+        f"{_count(number, 'basis', 'bases')} ({found['method']}) of {len(found['tasks'])} task vectors: "
+        f"{found['loss']:.2%} of their energy unexplained; least possible {found['bound']:.2%} "
+        f"(by any {_count(number, 'vector', 'vectors')}: {found['spectral_bound']:.2%})"
+    )
+
+
+def _headline_truncated(found: dict[str, Any]) -> str:
+    return (
+        f"{_count(len(found['tasks']), 'task vector', 'task vectors')}, truncated: {found['loss']:.2%} of their energy "
+        "cut off, the least possible at these ranks"
     )
 
 

@@ -35,7 +35,7 @@ class Options:
     subspace: str = "chain"
     pool: str = "joint"
     side: str = "column"
-    rank: str = DEFAULT_RANK
+    rank: str | float = DEFAULT_RANK
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
@@ -256,7 +256,7 @@ def _pairs(deltas: Sequence[Delta], spaces: Sequence[Tensor], options: Options) 
     return Decomposition(zeros, tuple(deltas), weighted_mean(found), _ranks(spaces), tuple(dims), tuple(found))
 
 
-def _check_not_whole(spaces: Sequence[Tensor], rank: str) -> None:
+def _check_not_whole(spaces: Sequence[Tensor], rank: str | float) -> None:
     if all(space.shape[1] >= space.shape[0] for space in spaces):
         raise ParameterError(
             f"rank {rank} keeps all {spaces[0].shape[0]} directions of every task, so everything would count as "

@@ -1,4 +1,4 @@
-"""mergekit merge methods over task-vector bases: ``ae_bases`` and ``pca_bases``."""
+"""Merge methods for mergekit: ``ae_bases``, ``pca_bases``, ``tsv``, ``tsv_compress``, ``devec_unique``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ def register() -> None:
         raise MissingExtraError(
             f'mergekit 0.1.5 or later is needed ({error}); pip install "tvbases-hf[mergekit]"'
         ) from error
+    from .layerwise import LAYERWISE
     from .methods import build_methods
 
     known = {method.spec.name for method in registry.registered_methods()}
-    for method in build_methods(registry.registered_methods()):
+    others = (*registry.registered_methods(), *(method for method in LAYERWISE if method.spec.name not in known))
+    for method in (*LAYERWISE, *build_methods(others)):
         if method.spec.name not in known:
             registry.register(method)
 
