@@ -15,7 +15,7 @@ from .allocate import ranks_by_budget, ranks_by_rule, spectra
 from .atoms import AtomSource, EncodedAtoms, StoredAtoms, TruncatedAtoms
 from .bases import BasisWeights, ae_bases, pca_bases, rand_select
 from .checkpoint import Checkpoint, TensorInfo, locate
-from .delta import Delta, LowRank, dense
+from .delta import Delta, Dense, LowRank, dense
 from .errors import CheckpointError, MismatchError, ParameterError
 from .gram import Gram, gram_matrix
 from .info import ATOMS_STEM, CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
@@ -232,4 +232,10 @@ def stored_encoder(weights: BasisWeights) -> Tensor:
 
 
 def _stored_dtype(part: Delta) -> torch.dtype:
-    return part.left.dtype if isinstance(part, LowRank) else part.tuned.dtype
+    match part:
+        case LowRank():
+            return part.left.dtype
+        case Dense():
+            return part.tuned.dtype
+        case _:
+            return torch.float32

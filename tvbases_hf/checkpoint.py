@@ -166,9 +166,7 @@ def _weight_files(path: Path, label: str) -> tuple[list[Path], dict[str, str] | 
             return [path / name], None
     loose = sorted(path.glob("*.safetensors"))
     if (path / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f'"{label}": a PEFT adapter, not a full checkpoint; merge it into its base first (merge_and_unload)'
-        )
+        raise CheckpointError(f'"{label}": a PEFT adapter where a full checkpoint is needed; give the base model')
     if len(loose) == 1:
         return loose, None
     found = ", ".join(sorted(f.name for f in path.iterdir())[:5]) or "nothing"

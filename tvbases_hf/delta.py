@@ -1,7 +1,8 @@
 """One weight's change, in the form it is stored in.
 
 ``Dense`` is the difference of two stored tensors, subtracted block by block so that it never has to exist as a whole;
-``LowRank`` stays in its factors. Every function here takes any mix of the two.
+``LowRank`` stays in its factors; ``Dora`` is a low-rank change plus a scaling of the base's rows, kept apart. Every
+function here takes any mix of the three.
 """
 
 from __future__ import annotations
@@ -57,7 +58,33 @@ class LowRank:
         return rows.reshape(-1)[start - first * columns : stop - first * columns]
 
 
-Delta = Dense | LowRank
+@dataclass(frozen=True)
+class Dora:
+    """diag(``scale``) ``base`` + ``low``: scale [n] float32, base [n, m] as stored, low a LowRank of that shape.
+
+    A DoRA adapter of magnitude mu changes W to diag(g) (W + s B A) with g = mu / |rows of W + s B A|, which is
+    scale = g - 1 and low = diag(g) s B A (Liu et al., 2024, equation 5).
+    """
+
+    scale: Tensor
+    base: Tensor
+    low: LowRank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.low.shape
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Elements start..stop of the flattened change, float64."""
+        columns = self.shape[1]
+        first, last = start // columns, math.ceil(stop / columns)
+        rows = self.scale[first:last, None].to(torch.float64) * self.base.reshape(self.shape)[first:last].to(
+            torch.float64
+        )
+        return rows.reshape(-1)[start - first * columns : stop - first * columns] + self.low.block(start, stop)
+
+
+Delta = Dense | LowRank | Dora
 
 
 def inner(a: Delta, b: Delta) -> Tensor:

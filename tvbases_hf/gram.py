@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .delta import BLOCK_NUMBERS, Delta, delta_gram
+from .delta import BLOCK_NUMBERS, Delta, Dense, delta_gram, dense
 from .errors import CheckpointError
 from .progress import track
 from .taskvector import TaskVectors
@@ -76,8 +76,9 @@ def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
     ):
         deltas = vectors.deltas(name)
         part = delta_gram(deltas)
-        square = _square_norm(vectors.base.read(name))
-        if not (torch.isfinite(part).all() and square < float("inf")):
+        # Adapters cannot be told from those of another base by their length: the base is then not read.
+        square = float("nan") if vectors.are_adapters else _square_norm(vectors.base.read(name))
+        if not (torch.isfinite(part).all() and square != float("inf")):
             raise _not_finite(vectors, name, deltas)
         gram += part
         base_square += square
@@ -93,9 +94,9 @@ def _square_norm(tensor: Tensor) -> float:
 
 def _not_finite(vectors: TaskVectors, name: str, deltas: list[Delta]) -> CheckpointError:
     """Name the model whose tensor holds NaN or infinity: the base first, since it spoils every task."""
-    base = vectors.base.read(name)
-    suspects = [(vectors.base.label, base)]
-    suspects += [(m.label, m.read(name)) for m in vectors.models.values() if name in m.tensors]
+    suspects = [(vectors.base.label, vectors.base.read(name))]
+    for model, delta in zip(vectors.models.values(), deltas, strict=True):
+        suspects.append((model.label, delta.tuned if isinstance(delta, Dense) else dense(delta)))
     for label, tensor in suspects:
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

@@ -281,6 +281,10 @@ def _zero_like(delta: Delta) -> Delta:
 
 
 def _transpose(delta: Delta) -> Delta:
-    if isinstance(delta, LowRank):
-        return LowRank(delta.right.T, delta.left.T)
-    return Dense(delta.tuned.T, None if delta.base is None else delta.base.T)
+    match delta:
+        case LowRank():
+            return LowRank(delta.right.T, delta.left.T)
+        case Dense():
+            return Dense(delta.tuned.T, None if delta.base is None else delta.base.T)
+        case _:
+            return Dense(dense(delta).T)

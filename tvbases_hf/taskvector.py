@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import Checkpoint
-from .delta import Delta, Dense
+import torch
+
+from .adapter import Adapter, is_adapter
+from .checkpoint import WEIGHT_FILES as CHECKPOINT_FILES
+from .checkpoint import Checkpoint, locate
+from .delta import Delta, Dense, LowRank
 from .errors import MismatchError, ParameterError
+
+Model = Checkpoint | Adapter
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,12 @@ class TaskVectors:
     ``names`` are the floating-point tensors of the base, in its order; integer buffers carry no task vector.
     """
 
-    def __init__(self, base: Checkpoint, models: Mapping[str, Checkpoint], *, skip_mismatched: bool = False) -> None:
+    def __init__(self, base: Checkpoint, models: Mapping[str, Model], *, skip_mismatched: bool = False) -> None:
         """Check that every model fits the base.
 
         Args:
             base: the pretrained model.
-            models: fine-tuned models by task name, in the order of the Gram matrix.
+            models: fine-tuned models or adapters by task name, in the order of the Gram matrix.
             skip_mismatched: leave out tensors whose shapes differ instead of raising.
 
         Raises:
@@ -56,37 +63,60 @@ class TaskVectors:
         self.base = base
         self.models = dict(models)
         self.tasks = tuple(models)
+        checkpoints = {task: model for task, model in self.models.items() if isinstance(model, Checkpoint)}
+        adapters = {task: model for task, model in self.models.items() if isinstance(model, Adapter)}
         floating = [name for name, info in base.tensors.items() if info.dtype.is_floating_point]
-        for task, model in self.models.items():
+        for task, model in checkpoints.items():
             _check_architecture(task, model, base, floating)
-        mismatched = {task: _mismatched(model, base, floating) for task, model in self.models.items()}
+        _check_same_base(adapters)
+        mismatched = {task: _mismatched(model, base, floating) for task, model in checkpoints.items()}
         for task, names in mismatched.items():
             if names and not skip_mismatched:
-                raise _shape_error(task, names, self.models[task], base, len(floating))
+                raise _shape_error(task, names, checkpoints[task], base, len(floating))
         skipped = {name for names in mismatched.values() for name in names}
-        self.names = tuple(name for name in floating if name not in skipped)
-        self.coverage = _coverage(self.models, base, self.names, tuple(sorted(skipped)))
+        changed = None if checkpoints else {name for adapter in adapters.values() for name in adapter.names}
+        self.names = tuple(n for n in floating if n not in skipped and (changed is None or n in changed))
+        self.coverage = _coverage(checkpoints, adapters, base, self.names, tuple(sorted(skipped)))
+        self.are_adapters = not checkpoints
 
     @classmethod
     def open(cls, base: str | Path, tasks: Mapping[str, str | Path]) -> TaskVectors:
-        """Open checkpoints by path or Hub id; see Checkpoint.open and __init__ for the errors."""
-        return cls(Checkpoint.open(base), {task: Checkpoint.open(source) for task, source in tasks.items()})
+        """Open checkpoints or adapters by path or Hub id; see Checkpoint.open, Adapter.open and __init__."""
+        opened = Checkpoint.open(base)
+        return cls(opened, {task: open_model(source, opened) for task, source in tasks.items()})
 
     def __len__(self) -> int:
         return len(self.tasks)
 
     def deltas(self, name: str) -> list[Delta]:
         """One delta per task for the tensor ``name``; a tensor that a task lacks is unchanged in it."""
-        base = self.base.read(name)
-        deltas: list[Delta] = []
-        for model in self.models.values():
-            deltas.append(Dense(model.read(name) if name in model.tensors else base, base))
-        return deltas
+        return [self._delta(model, name) for model in self.models.values()]
+
+    def _delta(self, model: Model, name: str) -> Delta:
+        if isinstance(model, Checkpoint):
+            base = self.base.read(name)
+            return Dense(model.read(name) if name in model.tensors else base, base)
+        return model.delta(name) or _no_change(self.base, name)
 
     @property
     def numel(self) -> int:
         """d, the numbers in one task vector."""
         return sum(self.base.tensors[name].numel for name in self.names)
+
+
+def open_model(source: str | Path, base: Checkpoint, *, revision: str | None = None) -> Model:
+    """A checkpoint or an adapter, whichever is there."""
+    path = locate(str(source), revision)
+    if is_adapter(path) and not any((path / name).is_file() for name in CHECKPOINT_FILES):
+        return Adapter.open(path, base, label=str(source))
+    return Checkpoint.open(path, label=str(source))
+
+
+def _no_change(base: Checkpoint, name: str) -> Delta:
+    shape = base.tensors[name].shape
+    if len(shape) < 2:
+        return Dense(torch.zeros(shape))
+    return LowRank(torch.zeros(shape[0], 0), torch.zeros(0, math.prod(shape[1:])))
 
 
 def parse_tasks(items: Iterable[str]) -> dict[str, str]:
@@ -141,11 +171,28 @@ def _shape_error(task: str, names: list[str], model: Checkpoint, base: Checkpoin
     )
 
 
+def _check_same_base(adapters: Mapping[str, Adapter]) -> None:
+    """Adapters name the base they were trained on; the last part of the name must agree, wherever it is kept."""
+    named = {task: adapter.base_id.rstrip("/").split("/")[-1] for task, adapter in adapters.items() if adapter.base_id}
+    if len(set(named.values())) > 1:
+        found = ", ".join(f'"{task}" on {adapters[task].base_id}' for task in named)
+        raise MismatchError(
+            f"the adapters were trained on different bases: {found}; their changes cannot be added. If it is one model "
+            "under several names, set base_model_name_or_path in adapter_config.json to the same name"
+        )
+
+
 def _coverage(
-    models: Mapping[str, Checkpoint], base: Checkpoint, names: Sequence[str], skipped: tuple[str, ...]
+    checkpoints: Mapping[str, Checkpoint],
+    adapters: Mapping[str, Adapter],
+    base: Checkpoint,
+    names: Sequence[str],
+    skipped: tuple[str, ...],
 ) -> Coverage:
-    missing = {task: tuple(n for n in names if n not in model.tensors) for task, model in models.items()}
-    extra = {task: tuple(n for n in model.tensors if n not in base.tensors) for task, model in models.items()}
+    missing = {task: tuple(n for n in names if n not in model.tensors) for task, model in checkpoints.items()}
+    if not checkpoints:  # beside checkpoints, an adapter naturally changes few of the tensors
+        missing = {task: tuple(n for n in names if n not in model.names) for task, model in adapters.items()}
+    extra = {task: tuple(n for n in model.tensors if n not in base.tensors) for task, model in checkpoints.items()}
     return Coverage(
         missing={task: found for task, found in missing.items() if found},
         extra={task: found for task, found in extra.items() if found},
