@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, locate
-from .delta import Delta, Dense, Dora, LowRank
+from .delta import Delta, Dense, Dora, LowRank, dense
 from .errors import CheckpointError, MismatchError
 
 CONFIG_FILE = "adapter_config.json"
@@ -116,12 +116,12 @@ class Adapter:
         """
         if name in self._modules:
             return self._low_rank(self._modules[name], name)
-        if name in self._biases:
-            module = self._biases[name]
-            return Dense(module.scaling * self._stored.read(module.parts["lora_B.bias"]).to(torch.float32))
-        if name in self._saved:
-            return Dense(self._stored.read(self._saved[name]), self._base.read(name))
-        return None
+        saved = Dense(self._stored.read(self._saved[name]), self._base.read(name)) if name in self._saved else None
+        if name not in self._biases:
+            return saved
+        module = self._biases[name]
+        bias = module.scaling * self._stored.read(module.parts["lora_B.bias"]).to(torch.float32)
+        return Dense(bias if saved is None else bias + dense(saved).to(torch.float32))
 
     def _low_rank(self, module: LoraModule, name: str) -> Delta:
         first, second = ("lora_embedding_A", "lora_embedding_B") if module.is_embedding else ("lora_A", "lora_B")
@@ -188,7 +188,7 @@ class Adapter:
             )
 
     def _match_saved(self, saved: Mapping[str, str]) -> dict[str, str]:
-        """Saved modules and biases, by the base's name. A stored copy of an untouched base layer changes nothing."""
+        """Saved modules and biases, by the base's name. PEFT stores targeted embeddings too: a copy changes nothing."""
         found = {}
         for name, stored in saved.items():
             own = self._find(name.replace(".base_layer.", "."))
@@ -197,8 +197,13 @@ class Adapter:
                     f'"{self.label}": saved module {name} is {list(self._stored.tensors[stored].shape)}, in the base '
                     f"({self._base.label}) it is {list(self._base.tensors[own].shape)}; resize the base first"
                 )
-            if ".base_layer." not in name:
+            if own not in self._modules:
                 found[own] = stored
+            elif not torch.equal(self._stored.read(stored), self._base.read(own)):
+                raise MismatchError(
+                    f'"{self.label}": carries its own copy of {own}, which differs from the base ({self._base.label}); '
+                    "give the base that the adapter was trained on"
+                )
         return found
 
 
