@@ -58,6 +58,15 @@ class LoraModule:
         return "lora_embedding_A" in self.parts
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How PEFT stores the factors of a weight: ``kind`` linear, conv1d (weight [in, out]), embedding or conv."""
+
+    module: str
+    kind: str
+    kernel: tuple[int, ...] = ()
+
+
 class Adapter:
     """One adapter over one base: ``names`` are the base's tensors it changes, ``delta`` gives a change.
 
@@ -122,6 +131,25 @@ class Adapter:
         module = self._biases[name]
         bias = module.scaling * self._stored.read(module.parts["lora_B.bias"]).to(torch.float32)
         return Dense(bias if saved is None else bias + dense(saved).to(torch.float32))
+
+    def layout(self, name: str) -> Layout | None:
+        """How the factors of a weight are stored; None for biases, saved modules and what the adapter lacks."""
+        module = self._modules.get(name)
+        if module is None:
+            return None
+        if module.is_embedding:
+            return Layout(module.module, "embedding")
+        kernel = tuple(self._stored.tensors[module.parts["lora_A"]].shape[2:])
+        kind = "conv" if kernel else "conv1d" if self._is_transposed(module) else "linear"
+        return Layout(module.module, kind, kernel)
+
+    def module_of_bias(self, name: str) -> str | None:
+        """The targeted module whose LoRA bias changes the base's tensor ``name``."""
+        return self._biases[name].module if name in self._biases else None
+
+    @property
+    def has_dora(self) -> bool:
+        return any("lora_magnitude_vector" in module.parts for module in self._modules.values())
 
     def _low_rank(self, module: LoraModule, name: str) -> Delta:
         first, second = ("lora_embedding_A", "lora_embedding_B") if module.is_embedding else ("lora_A", "lora_B")
