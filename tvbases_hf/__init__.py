@@ -1,29 +1,71 @@
 """Task-vector bases for Hugging Face models: compress, merge and edit fine-tuned models, exactly."""
 
-from .bases import BasisWeights, ae_bases, pca_bases, rand_proj, rand_select
-from .basis import Basis
-from .checkpoint import Checkpoint
-from .delta import Dense, LowRank, inner
-from .errors import TvbasesError
-from .gram import Gram, gram_matrix
-from .info import library_version
-from .taskvector import TaskVectors
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = library_version()
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .bases import BasisWeights, ae_bases, pca_bases, rand_proj, rand_select
+    from .basis import Basis
+    from .checkpoint import Checkpoint
+    from .delta import Dense, Dora, LowRank, inner
+    from .errors import TvbasesError
+    from .gram import Gram, gram_matrix
+    from .shared import decompose
+    from .singular import tsv_merge
+    from .taskvector import TaskVectors
+
+# Names are loaded when they are first used: `tvbases --help` and the start-up hook must not wait for torch.
+_HOME = {
+    "Adapter": "adapter",
+    "Basis": "basis",
+    "BasisWeights": "bases",
+    "Checkpoint": "checkpoint",
+    "Dense": "delta",
+    "Dora": "delta",
+    "Gram": "gram",
+    "LowRank": "delta",
+    "TaskVectors": "taskvector",
+    "TvbasesError": "errors",
+    "ae_bases": "bases",
+    "decompose": "shared",
+    "gram_matrix": "gram",
+    "inner": "delta",
+    "pca_bases": "bases",
+    "rand_proj": "bases",
+    "rand_select": "bases",
+    "tsv_merge": "singular",
+}
 
 __all__ = [
+    "Adapter",
     "Basis",
     "BasisWeights",
     "Checkpoint",
     "Dense",
+    "Dora",
     "Gram",
     "LowRank",
     "TaskVectors",
     "TvbasesError",
     "ae_bases",
+    "decompose",
     "gram_matrix",
     "inner",
     "pca_bases",
     "rand_proj",
     "rand_select",
+    "tsv_merge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module(".version", __name__).library_version()
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

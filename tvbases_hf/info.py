@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from .errors import CheckpointError, ParameterError
 from .gram import Gram
 from .output import contains_only
 from .taskvector import TaskVectors
+from .version import library_version
 
 CONFIG_FILE = "basis_config.json"
 ATOMS_STEM = "basis"
@@ -132,13 +132,6 @@ def describe(
         ranks=dict(ranks or {}),
         library_version=library_version(),
     )
-
-
-def library_version() -> str:
-    try:
-        return version("tvbases-hf")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def is_basis_directory(directory: Path) -> bool:
