@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .errors import ParameterError
@@ -29,10 +30,12 @@ class RankRule:
         name, _, number = str(text).partition(":")
         name = name.strip().lower()
         try:
-            if not number and name != "gavish-donoho":
+            if name == "gavish-donoho" and not number:
+                return cls(name)
+            if not number:
                 value = float(name)
                 return cls("fraction", value)._checked(text) if 0 < value < 1 else cls("absolute", value)._checked(text)
-            return cls(name, float(number or 0))._checked(text)
+            return cls(name, float(number))._checked(text)
         except ValueError as error:
             raise ParameterError(_complaint(text)) from error
 
@@ -41,7 +44,6 @@ class RankRule:
             "absolute": self.value >= 1 and self.value == int(self.value) if math.isfinite(self.value) else False,
             "fraction": 0 < self.value <= 1,
             "energy": 0 < self.value <= 1,
-            "gavish-donoho": True,
         }
         if not valid.get(self.kind, False):
             raise ParameterError(_complaint(text))
@@ -60,11 +62,12 @@ class RankRule:
     def of_shape(self, rows: int, columns: int) -> int:
         """The rank for a matrix of this shape, 1 to min(rows, columns); not for rules that need the spectrum."""
         small = min(rows, columns)
-        wanted = int(self.value * small) if self.kind == "fraction" else int(self.value)
+        # The nearest float to 1/49, times 98, is just below 2.
+        wanted = int(self.value * small * (1 + 1e-12)) if self.kind == "fraction" else int(self.value)
         return max(1, min(small, wanted))
 
     def of_spectrum(self, values: Tensor, rows: int, columns: int) -> int:
-        """The rank for these singular values (all of them, descending); 0 for a zero matrix."""
+        """The rank for these singular values (descending; the smallest side's others are zero); 0 for a zero matrix."""
         nonzero = int((values > negligible((rows, columns)) * values[:1].clamp_min(0)).sum())
         if nonzero == 0:
             return 0
@@ -72,7 +75,9 @@ class RankRule:
             energy = values.double().square().cumsum(0)
             wanted = 1 + int((energy < self.value * energy[-1] * (1 - 1e-12)).sum())
         elif self.kind == "gavish-donoho":
-            wanted = int((values > _gavish_donoho(rows, columns) * values.median()).sum())
+            everything = torch.zeros(min(rows, columns), dtype=torch.float64)
+            everything[: len(values)] = values
+            wanted = int((everything > _gavish_donoho(rows, columns) * everything.quantile(0.5)).sum())
         else:
             wanted = self.of_shape(rows, columns)
         return max(1, min(wanted, nonzero))
