@@ -31,7 +31,8 @@ def solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
 def condition_number(matrix: Tensor) -> float:
     """Ratio of the extreme singular values of a tall matrix; infinity when it is rank-deficient."""
     values = torch.linalg.svdvals(matrix.to(torch.float64))
-    return float(values[0] / values[-1]) if values[-1] > 0 else float("inf")
+    deficient = values[-1] <= negligible(matrix.shape, torch.float64) * values[0]
+    return float("inf") if deficient else float(values[0] / values[-1])
 
 
 def fix_signs(vectors: Tensor) -> Tensor:
@@ -47,30 +48,31 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def negligible(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
-    """Singular values below this share of the largest are rounding noise in a matrix of this shape and dtype."""
-    return max(shape) * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    """Singular values below this share of the largest are rounding noise in a matrix of this shape and dtype.
 
-
-def negligible_when_squared(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
-    """The same for singular values that are square roots of the float64 Gram matrix's eigenvalues."""
-    return max(negligible(shape, dtype), (min(shape) * torch.finfo(torch.float64).eps) ** 0.5)
+    eps sqrt(n + m), what independent rounding errors add up to: eps max(n, m), the usual bound on the worst case,
+    would drop genuine float32 components of 5e-4 at n = 4096.
+    """
+    return sum(shape) ** 0.5 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
     """X (X^T X)^{-1/2}, the closest matrix to X [n, r] with orthonormal columns (TSV paper, equation 9).
 
     Equals P Q^T of the thin SVD X = P D Q^T. Where X is rank-deficient (duplicated tasks, or r > n) the closest
-    matrix is not unique; directions below ``negligible`` are then left at zero, so that the result is the partial
+    matrix is not unique; directions that are rounding noise are then left at zero, so that the result is the partial
     isometry of X: duplicated columns share one direction instead of being torn into arbitrary ones. The Gram matrix
     of the smaller side is formed in float64, whose squared condition number still resolves what float32 can hold.
     """
     if matrix.shape[0] < matrix.shape[1]:
         return polar_factor(matrix.T).T
+    if matrix.shape[1] == 0:
+        return matrix
     exact = matrix.to(torch.float64)
     values, vectors = torch.linalg.eigh(exact.T @ exact)
-    keep = values > negligible_when_squared(matrix.shape, matrix.dtype) ** 2 * values[-1].clamp_min(
-        torch.finfo(torch.float64).tiny
-    )
+    # Eigenvalues come with an error of r eps of the largest, singular values with its square root.
+    noise = max(negligible(matrix.shape, matrix.dtype) ** 2, matrix.shape[1] * torch.finfo(torch.float64).eps)
+    keep = (values > noise * values[-1]) & (values > 0)
     vectors = vectors[:, keep]
     root = (vectors / values[keep].sqrt()) @ vectors.T
     return (exact @ root).to(matrix.dtype)
@@ -82,4 +84,4 @@ def orthonormal_columns(matrix: Tensor, cutoff: float | None = None) -> Tensor:
         return matrix
     left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
     cutoff = negligible(matrix.shape, matrix.dtype) if cutoff is None else cutoff
-    return left[:, values > cutoff * values[0].clamp_min(torch.finfo(matrix.dtype).tiny)]
+    return left[:, (values > cutoff * values[0]) & (values > 0)]

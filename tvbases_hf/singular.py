@@ -52,7 +52,7 @@ def assemble(parts: Sequence[SVD], weights: Sequence[float], *, orthogonalize: b
     left = torch.cat([part.U for part in parts], dim=1)
     right = torch.cat([part.V for part in parts], dim=1)
     values = torch.cat([part.S * weight for part, weight in zip(parts, weights, strict=True)])
-    if orthogonalize and left.shape[1]:
+    if orthogonalize:
         left, right = polar_factor(left), polar_factor(right)
     return LowRank(left * values, right.T)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .delta import Delta, LowRank, dense
 from .errors import ParameterError
-from .linalg import negligible, negligible_when_squared, working_dtype
+from .linalg import negligible, working_dtype
 from .rank import RankRule
 
 # The fast route stops when |A V - U S|_F is below this share of |S|_F: the result is then the exact truncation of a
@@ -25,7 +25,11 @@ OVERSAMPLING = 8
 
 @dataclass(frozen=True)
 class SVD:
-    """U [n, k], S [k] descending, V [m, k]: the matrix is about U diag(S) V^T."""
+    """U [n, k], S [k] descending, V [m, k]: the matrix is about U diag(S) V^T.
+
+    No S is rounding noise (linalg.negligible): the vectors that belong to noise are arbitrary, and whatever gives all
+    vectors the same weight, such as a polar factor, would take them for directions of the task.
+    """
 
     U: Tensor
     S: Tensor
@@ -50,20 +54,19 @@ def svd(delta: Delta | Tensor, rank: str | float | RankRule | None = None, *, ro
     """The leading singular components of a matrix, or of a low-rank delta in factor space.
 
     Args:
-        delta: [n, m] dense (bf16 and fp16 are computed in float32) or low-rank.
-        rank: a rank rule; None for all components that are not rounding noise.
+        delta: [n, m]; a dense change is computed in float32, a tensor in its own dtype, float32 at least.
+        rank: a rank rule; None for all components. Fewer where the rest is rounding noise, none of a zero matrix.
         route: ``exact``, ``fast`` (falls back to exact where its error estimate does not converge) or ``auto``.
     """
     if route not in ("auto", "exact", "fast"):
         raise ParameterError(f"unknown route {route!r}; choose auto, exact or fast")
+    rule = None if rank is None else RankRule.parse(rank)
     if isinstance(delta, LowRank):
         found = factored_svd(delta)
-        return found.keep(_rank_of(found.S, delta.shape, rank, 0.0))
-    matrix = delta if isinstance(delta, Tensor) else dense(delta)
-    if matrix.ndim != 2:
-        raise ParameterError(f"a singular value decomposition needs a matrix; got shape {list(matrix.shape)}")
-    matrix = matrix.to(working_dtype(matrix) if isinstance(delta, Tensor) else torch.float32)
-    rule = None if rank is None else RankRule.parse(rank)
+        return found.keep(_count(found.S, delta.shape, rule, found.S.dtype))
+    if len(delta.shape) != 2:
+        raise ParameterError(f"a singular value decomposition needs a matrix; got shape {list(delta.shape)}")
+    matrix = delta if isinstance(delta, Tensor) else dense(delta, torch.float32)
     if rule is not None and not rule.needs_spectrum:
         count = rule.of_shape(*matrix.shape)
         if route == "fast" or (route == "auto" and _is_worth_it(matrix, count)):
@@ -74,29 +77,32 @@ def svd(delta: Delta | Tensor, rank: str | float | RankRule | None = None, *, ro
 
 
 def exact_svd(matrix: Tensor, rank: RankRule | None = None) -> SVD:
-    """From the eigenvectors of the small side's Gram matrix in float64, refined by a Rayleigh-Ritz step.
+    """From the eigenvectors of the small side's Gram matrix, refined by a Rayleigh-Ritz step; all in float64.
 
-    Squaring costs half of the digits; float64 has twice those of float32, so float32 matrices keep float32 accuracy.
-    The refinement (projection on the eigenvectors, thin QR, SVD of the small factor) restores small singular values.
+    Squaring costs half of the digits; float64 has twice those of float32. The refinement (projection on the
+    eigenvectors, thin QR, SVD of the small factor) restores those of the small singular values. A float64 matrix has
+    no digits to spare and takes the ordinary SVD.
     Cost: 2 n^2 m for the Gram matrix and O(n^3) for its eigenvectors, n the smaller side.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return exact_svd(matrix.T, rank).transposed()
-    wide = matrix.to(torch.float64)
-    values, vectors = torch.linalg.eigh(wide @ wide.T)
-    values = values.flip(0).clamp_min(0).sqrt()
-    count = _rank_of(values, matrix.shape, rank, negligible_when_squared(matrix.shape, matrix.dtype))
-    leading = vectors.flip(1)[:, :count].to(matrix.dtype)
-    right, core = torch.linalg.qr(matrix.T @ leading)
-    inner_left, found, inner_right = torch.linalg.svd(core.T.to(torch.float64))
-    return SVD(leading @ inner_left.to(matrix.dtype), found.to(matrix.dtype), right @ inner_right.T.to(matrix.dtype))
+    dtype, exact = working_dtype(matrix), matrix.to(torch.float64)
+    if dtype == torch.float64:
+        left, values, right = torch.linalg.svd(exact, full_matrices=False)
+        return SVD(left, values, right.T).keep(_count(values, matrix.shape, rank, dtype))
+    values, vectors = torch.linalg.eigh(exact @ exact.T)
+    count = _count(values.flip(0).clamp_min(0).sqrt(), matrix.shape, rank, dtype)
+    leading = vectors.flip(1)[:, :count]
+    right, core = torch.linalg.qr(exact.T @ leading)
+    inner_left, found, inner_right = torch.linalg.svd(core.T)
+    return SVD((leading @ inner_left).to(dtype), found.to(dtype), (right @ inner_right.T).to(dtype))
 
 
 def singular_values(delta: Delta | Tensor) -> Tensor:
     """All min(n, m) singular values (r of a low-rank delta), descending, float64."""
     if isinstance(delta, LowRank):
         return factored_svd(delta).S.to(torch.float64)
-    matrix = (delta if isinstance(delta, Tensor) else dense(delta)).to(torch.float64)
+    matrix = delta.to(torch.float64) if isinstance(delta, Tensor) else dense(delta)
     small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     return torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0).sqrt()
 
@@ -110,6 +116,7 @@ def fast_svd(matrix: Tensor, rank: int, *, tolerance: float = FAST_TOLERANCE) ->
     if matrix.shape[0] > matrix.shape[1]:
         found = fast_svd(matrix.T, rank, tolerance=tolerance)
         return None if found is None else found.transposed()
+    matrix = matrix.to(working_dtype(matrix))
     side, width = matrix.shape[0], rank + OVERSAMPLING
     limit = int(FAST_MAX_BASIS * side)
     generator = torch.Generator().manual_seed(0)
@@ -136,14 +143,16 @@ def fast_svd(matrix: Tensor, rank: int, *, tolerance: float = FAST_TOLERANCE) ->
 
 def _ritz(basis: Tensor, images: Tensor, squares: Tensor, rank: int) -> tuple[SVD, float]:
     """Best singular triplets within the basis [n, D], given A^T basis and A A^T basis, and their relative residual."""
-    values, vectors = torch.linalg.eigh((images.T @ images).to(torch.float64))
+    exact = images.to(torch.float64)
+    values, vectors = torch.linalg.eigh(exact.T @ exact)
     values = values[-rank:].flip(0).clamp_min(0).sqrt()
-    weights = vectors[:, -rank:].flip(1).to(basis.dtype)
-    scale = values.clamp_min(torch.finfo(torch.float64).tiny).to(basis.dtype)
+    count = _count(values, (basis.shape[0], images.shape[0]), None, basis.dtype)
+    if count == 0:
+        return SVD(basis[:, :0], values[:0].to(basis.dtype), images[:, :0]), 0.0
+    weights, scale = vectors.flip(1)[:, :count].to(basis.dtype), values[:count].to(basis.dtype)
     left, right = basis @ weights, (images @ weights) / scale
     residual = (squares @ weights) / scale - left * scale
-    size = values.norm()
-    return SVD(left, values.to(basis.dtype), right), float(residual.norm() / size) if size > 0 else 0.0
+    return SVD(left, scale, right), float(residual.norm() / scale.norm())
 
 
 def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
@@ -154,24 +163,24 @@ def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
 
 
 def factored_svd(delta: LowRank) -> SVD:
-    """SVD of left @ right by two thin QRs and one small SVD: O((n + m) r^2), never n x m. Rounding noise is dropped."""
+    """SVD of left @ right by two thin QRs and one small SVD in float64: O((n + m) r^2), never n x m."""
     dtype = torch.promote_types(working_dtype(delta.left), working_dtype(delta.right))
-    left, left_core = torch.linalg.qr(delta.left.to(dtype))
-    right, right_core = torch.linalg.qr(delta.right.to(dtype).T)
+    left, left_core = torch.linalg.qr(delta.left.to(torch.float64))
+    right, right_core = torch.linalg.qr(delta.right.to(torch.float64).T)
     core_left, values, core_right = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
-    found = SVD(left @ core_left, values, right @ core_right.T)
-    return found.keep(_rank_of(values, delta.shape, None, negligible(delta.shape, dtype)))
+    found = SVD((left @ core_left).to(dtype), values.to(dtype), (right @ core_right.T).to(dtype))
+    return found.keep(_count(values, delta.shape, None, dtype))
 
 
-def _rank_of(values: Tensor, shape: Sequence[int], rank: str | float | RankRule | None, cutoff: float) -> int:
-    if len(values) == 0:
-        return 0
-    if rank is None:
-        return int((values > cutoff * values[0]).sum())
-    rule = RankRule.parse(rank)
-    return rule.of_spectrum(values, *shape) if rule.needs_spectrum else min(rule.of_shape(*shape), len(values))
+def _count(values: Tensor, shape: Sequence[int], rule: RankRule | None, dtype: torch.dtype) -> int:
+    """How many of the descending singular values a rule keeps; never those that are rounding noise."""
+    significant = values[values > negligible(shape, dtype) * values[:1]]
+    if rule is None or len(significant) == 0:
+        return len(significant)
+    wanted = rule.of_spectrum(significant, *shape) if rule.needs_spectrum else rule.of_shape(*shape)
+    return min(wanted, len(significant))
 
 
 def _is_worth_it(matrix: Tensor, rank: int) -> bool:
     side = min(matrix.shape)
-    return side >= FAST_MIN_SIDE and rank <= FAST_MAX_RANK * side
+    return working_dtype(matrix) == torch.float32 and side >= FAST_MIN_SIDE and rank <= FAST_MAX_RANK * side
