@@ -1,5 +1,10 @@
 """The errors users see. The command line turns these, and only these, into exit code 2."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class TvbasesError(Exception):
     """Something the user can mend; the message says which item, how many, a sample, and what to do."""
@@ -23,3 +28,9 @@ class OutputError(TvbasesError):
 
 class MissingExtraError(TvbasesError, ImportError):
     """An optional dependency is absent; the message names the extra that brings it."""
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`` (did you mean NAME?)`` for a misspelt name, empty if no known one is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" (did you mean {close[0]}?)" if close else ""

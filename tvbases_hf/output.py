@@ -37,8 +37,8 @@ def transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_bytes: 
     Raises:
         OutputError: ``out`` is something else, cannot be written, or the disk is (or gets) full.
     """
-    out = Path(out).expanduser().absolute()
     check_output(out, is_ours)
+    out = Path(out).expanduser().resolve()  # a link stays, and what it points to is replaced
     with writing(out, needed_bytes):
         out.parent.mkdir(parents=True, exist_ok=True)
         _check_space(out.parent, needed_bytes)
@@ -56,14 +56,14 @@ def transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_bytes: 
 
 def check_output(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
     """Raise OutputError if ``out`` holds anything that this program did not write."""
-    out = Path(out)
+    out = Path(out).expanduser()
     if out.is_file() or (out.is_symlink() and not out.is_dir()):
         raise OutputError(f'"{out}" is a file; choose a directory that does not exist yet')
     if out.is_dir() and any(out.iterdir()) and not is_ours(out):
         names = sorted(file.name for file in out.iterdir())
         raise OutputError(
-            f'"{out}" exists and was not written by this command ({len(names)} entries, first: {names[0]}); '
-            "nothing was changed. Choose another directory, or remove it yourself"
+            f'"{out}" exists and holds something that this command did not write ({len(names)} entries, first: '
+            f"{names[0]}); nothing was changed. Choose another directory, or remove it yourself"
         )
 
 
@@ -82,9 +82,9 @@ def writing(out: Path, needed_bytes: int = 0) -> Iterator[None]:
 
 def _disk_full(directory: Path, needed_bytes: int) -> OutputError:
     free = _free_bytes(directory)
-    need = f"{needed_bytes / 1e9:.2f} GB are needed, " if needed_bytes else ""
+    need = f"{needed_bytes / 1e9:.3g} GB are needed, " if needed_bytes else ""
     return OutputError(
-        f'the disk of "{directory}" is full: {need}{free / 1e9:.2f} GB are free. Nothing was left behind; '
+        f'the disk of "{directory}" is full: {need}{free / 1e9:.3g} GB are free. Nothing was left behind; '
         "free some space or write to another disk"
     )
 
@@ -103,9 +103,9 @@ def _free_bytes(directory: Path) -> int:
 def _sweep(out: Path) -> None:
     """Remove what killed runs on this host left beside ``out``; a running process keeps its own."""
     prefix = f".{out.name}.tvbases-{socket.gethostname()}-"
-    for left in out.parent.glob(f"{prefix}*"):
+    for left in list(out.parent.iterdir()):
         pid = left.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if left.name.startswith(prefix) and pid.isdigit() and not _is_alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -198,7 +198,8 @@ class TensorFiles:
         if values.numel():
             with open(slot.file, "r+b") as stream:
                 stream.seek(slot.offset + start * slot.info.dtype.itemsize)
-                values.reshape(-1).contiguous().view(torch.uint8).numpy().tofile(stream)
+                # Not numpy's tofile: its OSError for a full disk does not say that the disk is full.
+                stream.write(values.reshape(-1).contiguous().view(torch.uint8).numpy().data)
 
 
 def _begin_file(file: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, _Slot]:

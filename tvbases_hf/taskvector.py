@@ -132,18 +132,22 @@ def parse_tasks(items: Iterable[str]) -> dict[str, str]:
     return tasks
 
 
+def _quoted(task: str, model: Checkpoint) -> str:
+    return f'"{task}"' if task == model.label else f'"{task}" ({model.label})'
+
+
 def _check_architecture(task: str, model: Checkpoint, base: Checkpoint, names: Sequence[str]) -> None:
     ours, theirs = base.config.get("model_type"), model.config.get("model_type")
     if ours and theirs and ours != theirs:
         raise MismatchError(
-            f'"{task}" ({model.label}) is a {theirs} model but the base ({base.label}) is {ours}; '
+            f"{_quoted(task, model)} is a {theirs} model but the base ({base.label}) is {ours}; "
             "a task vector needs a fine-tune of this very base"
         )
     common = sum(name in model.tensors for name in names)
     if common * 2 < len(names) or common == 0:
         sample = next(iter(model.tensors))
         raise MismatchError(
-            f'"{task}" ({model.label}) has {common} of the {len(names)} tensors of the base ({base.label}); '
+            f"{_quoted(task, model)} has {common} of the {len(names)} tensors of the base ({base.label}); "
             f"it is another architecture (it has {sample}, "
             f"the base has {names[0] if names else 'no floating-point tensor'})"
         )
@@ -161,12 +165,13 @@ def _shape_error(task: str, names: list[str], model: Checkpoint, base: Checkpoin
     )
     advice = (
         f"the vocabularies differ ({theirs[0]} and {ours[0]} tokens): resize the fine-tune's to the base's with "
-        f"model.resize_token_embeddings({ours[0]}) and save it"
+        f"model.resize_token_embeddings({ours[0]}) and save it; in a mergekit YAML, `tokenizer: {{source: base}}` "
+        "aligns them"
         if vocabulary
         else "use a fine-tune of this base"
     )
     return MismatchError(
-        f'"{task}" ({model.label}): {len(names)} of {total} tensors differ in shape from the base '
+        f"{_quoted(task, model)}: {len(names)} of {total} tensors differ in shape from the base "
         f"(first: {first} {theirs} vs {ours}); {advice}"
     )
 

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import errno
 import logging
+import re
+import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 from safetensors import SafetensorError
 
-from tvbases_hf.errors import OutputError, ParameterError
-from tvbases_hf.output import transaction
+from tvbases_hf.errors import ParameterError, TvbasesError
+from tvbases_hf.output import check_output, contains_only, transaction
 
 from . import register
+
+CONFIG_FILE = "mergekit_config.yml"
+# What mergekit leaves in a directory. Anything else there is the user's, and then the directory is not replaced.
+MERGED_FILES = (
+    CONFIG_FILE,
+    "README.md",
+    ".gitattributes",
+    "*.safetensors",
+    "*.bin",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+)
 
 
 def merge(arguments: list[str]) -> None:
@@ -23,90 +43,104 @@ def merge(arguments: list[str]) -> None:
     The model is written beside OUT and takes its place when it is complete.
 
     Raises:
-        TvbasesError: whatever can be known to be wrong with the configuration, its models or the output.
+        TvbasesError: whatever is wrong with the configuration, its models or the output.
     """
     register()
-    from mergekit.scripts.run_yaml import main as command
+    from mergekit.options import MergeOptions
+    from mergekit.scripts.run_yaml import main
 
     from . import sources
-    from .preflight import check_config, read_config
+    from .configuration import read_config
+    from .mended import mended_mergekit
+    from .preflight import check_config
 
+    command = copy.copy(main)
+    command.help = "mergekit-yaml with the merge methods of tvbases, a check beforehand, and a whole model or none."
+    command.epilog = "Example: tvbases mergekit-yaml merge.yml merged/ --cuda"
     try:
-        context = command.make_context("tvbases mergekit-yaml", arguments)
+        context = command.make_context("tvbases mergekit-yaml", list(arguments))
     except click.exceptions.Exit as done:  # --help
         sys.exit(done.exit_code)
     except click.UsageError as error:
-        raise ParameterError(f"{error.format_message()}; usage: tvbases mergekit-yaml CONFIG OUT [OPTIONS]") from error
+        raise ParameterError(f"{error.format_message()} Usage: tvbases mergekit-yaml CONFIG OUT [OPTIONS]") from error
+    except ValueError as error:  # the one option that mergekit parses itself
+        raise ParameterError(
+            f"--out-shard-size takes a number, or one of thousands, millions or billions: 500M ({error})"
+        ) from error
     given = context.params
-    sources.quiet = bool(given.get("quiet"))
-    out = Path(given["out_path"])
-    needed = check_config(
-        read_config(Path(given["config_file"])),
-        given.get("transformers_cache"),
-        truncates_vocabulary=bool(given.get("unsafe_truncate_embeddings")),
-    )
-    with (
-        transaction(out, is_merged_model, needed) as work,
-        _reported(sources.quiet),
-        _disk_errors(out),
-        _offline_card(),
-    ):
-        given["out_path"] = str(work)
-        command.invoke(context)
+    file, out = Path(given["config_file"]), Path(given["out_path"])
+    options = MergeOptions(**{name: given[name] for name in MergeOptions.model_fields})
+    sources.quiet = options.quiet
+    config = read_config(file)
+    check_output(out, is_merged_model)  # before anything is downloaded
+    with _reported(options.quiet), _stopped(options.verbosity > 0), mended_mergekit():
+        needed = check_config(config, options, out)
+        with transaction(out, is_merged_model, needed) as work, _disk_errors():
+            given["out_path"] = str(work)
+            command.invoke(context)
+            if not (work / CONFIG_FILE).is_file():  # --no-write-model-card; it tells the next run that this is a merge
+                shutil.copyfile(file, work / CONFIG_FILE)
 
 
 def is_merged_model(directory: Path) -> bool:
-    """Whether mergekit wrote this directory (it leaves its configuration there)."""
-    return (directory / "mergekit_config.yml").is_file()
+    """Whether a directory holds a merged model and nothing that mergekit did not write."""
+    return (directory / CONFIG_FILE).is_file() and contains_only(directory, MERGED_FILES)
 
 
 @contextlib.contextmanager
 def _reported(quiet: bool) -> Iterator[None]:
-    """Show what our methods say; mergekit shows warnings only."""
+    """Show what our methods say; mergekit shows warnings only, and transformers none that a user could act on."""
+    from transformers.utils import logging as transformers_logging
+
     logger = logging.getLogger("tvbases_mergekit")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    level, propagate = logger.level, logger.propagate
+    level, propagate, verbosity = logger.level, logger.propagate, transformers_logging.get_verbosity()
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+        transformers_logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager
-def _offline_card() -> Iterator[None]:
-    """Keep the model card from ending a merge: mergekit asks the Hub about local directories too."""
-    from mergekit import card
-
-    ask = card.is_hf
-
-    def is_hf(path: str) -> bool:
-        if Path(path).exists():
-            return False
-        try:
-            return ask(path)
-        except Exception as error:  # whatever the HTTP library raises: the card then has no link, and says so
-            logging.getLogger("tvbases_mergekit").warning("model card without a link to %s: %s", path, error)
-            return False
-
-    card.is_hf = is_hf
+def _stopped(verbose: bool) -> Iterator[None]:
+    """One message for what mergekit refuses half-way, without its traceback; our own defects keep theirs."""
     try:
         yield
-    finally:
-        card.is_hf = ask
+    except (TvbasesError, MemoryError):
+        raise
+    except Exception as error:
+        if verbose or not _is_mergekits(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TvbasesError(f"mergekit stopped: {reason} (-v shows where)") from error
+
+
+def _is_mergekits(error: Exception) -> bool:
+    """Whether mergekit, or a library that it called, raised the error, and not a merge method of ours."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    involved = [name for name in (module.partition(".")[0] for module in modules) if name in ("mergekit", *_OURS)]
+    return bool(involved) and involved[-1] == "mergekit"
+
+
+_OURS = ("tvbases_hf", "tvbases_mergekit")
 
 
 @contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own."""
+def _disk_errors() -> Iterator[None]:
+    """safetensors hides the operating system's error number in its message."""
     try:
         yield
     except SafetensorError as error:
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise OutputError(f'the disk of "{out.parent}" is full; nothing was left behind') from error
-        raise
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.ENOSPC if "No space left" in str(error) else None
+        if code is None:
+            raise
+        raise OSError(code, str(error)) from error

@@ -23,11 +23,14 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from tvbases_hf.bases import BasisWeights, ae_bases, pca_bases
-from tvbases_hf.errors import ParameterError
+from tvbases_hf.bases.ae import SOLVERS
+from tvbases_hf.bases.weights import resolve_num_bases
+from tvbases_hf.errors import ParameterError, did_you_mean
 
 from .sources import GroupGram, gram_of
 
 PAPER = "https://arxiv.org/abs/2502.01015"
+OVER = ("bases", "reconstructions")
 OWN = (
     ParameterSpec("num_bases", float, ParameterScope.SHARED, default=0.5),
     ParameterSpec("merge", str, ParameterScope.SHARED, default="task_arithmetic"),
@@ -77,7 +80,28 @@ class BasisMerge(GroupMergeMethod):
             self.planned.clear()
         self.planned.setdefault(group_name, tuple(key for key in input_ids if key != base_id))
 
+    def check(self, parameters: Mapping[str, Any], num_tasks: int) -> None:
+        """Raise ParameterError for the parameters of one tensor if its merge would fail or ignore some of them."""
+        num_bases = resolve_num_bases(parameters["num_bases"], num_tasks)
+        if "solver" in parameters:
+            _choose("solver", parameters["solver"], SOLVERS)
+        weighted = _is_weighted(parameters["weight"].values())
+        over_bases = _choose("over", parameters["over"], OVER) == "bases" and not weighted
+        inner = _inner_method(parameters["merge"], self.spec.name)
+        _check_inner(inner, [n for n in self.passed_on if _is_given(parameters[n])], weighted)
+        count = num_bases if over_bases else num_tasks
+        try:
+            inner.validate_inputs(["base", *range(count)], "base")
+        except ValueError as error:
+            raise ParameterError(
+                f"merge: {inner.spec.name} cannot take {count} vectors and the base ({error}); choose another "
+                f"{'num_bases' if over_bases else 'number of models'} or another merge"
+            ) from error
+
     def _execute(self, groups, parameters, options, *, input_dtypes, out_dtype=None):
+        for group, bound in zip(groups, parameters, strict=True):
+            if group.non_base:
+                self.check(bound, len(self.planned.get(group.metadata.name) or group.non_base))
         # mergekit hands one tensor at a time from files, all at once from memory: the Gram matrix needs them all.
         gram = gram_of(groups, self.planned)
         parameters = [{**bound, "gram": gram} for bound in parameters]
@@ -101,20 +125,30 @@ class BasisMerge(GroupMergeMethod):
 
 def _mixing(weights: BasisWeights, columns: Sequence[int], parameters: Mapping[str, Any]) -> tuple[Tensor, list[float]]:
     """[present tasks, vectors] float64 how the merged vectors are made, and the weight of each vector."""
-    given = [None if w is None else float(w) for w in parameters["weight"].values()]
-    if any(w is None for w in given) and any(w is not None for w in given):
-        raise ParameterError(
-            f"weight is set for {sum(w is not None for w in given)} of {len(given)} models; set it for every model "
-            "(0 leaves a task out), or for none to add up the bases"
-        )
-    over = parameters["over"]
-    if over not in ("bases", "reconstructions"):
-        raise ParameterError(f"over: {over!r} is unknown; choose bases or reconstructions")
+    given = list(parameters["weight"].values())
     rows = list(columns)
-    if over == "bases" and given[0] is None:
-        return weights.encoder[rows], [1.0] * weights.num_bases
-    mixing = weights.reconstruction[rows][:, rows]
-    return mixing, [1.0 if w is None else w for w in given]
+    if _is_weighted(given):
+        # Where a model lacks this tensor, mergekit does not tell its weight: its reconstruction is left out.
+        return weights.reconstruction[rows][:, rows], [float(weight) for weight in given]
+    mixing = weights.encoder if parameters["over"] == "bases" else weights.reconstruction
+    return mixing[rows], [1.0] * mixing.shape[1]
+
+
+def _is_weighted(weights: Iterable[float | None]) -> bool:
+    """Whether the user weighs the tasks; ParameterError if only some of them."""
+    weighted = [weight is not None for weight in weights]
+    if any(weighted) and not all(weighted):
+        raise ParameterError(
+            f"weight is set for {sum(weighted)} of {len(weighted)} models; set it for every model (0 leaves a task "
+            "out), or for none to add up the bases"
+        )
+    return any(weighted)
+
+
+def _choose(name: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ParameterError(f"{name}: {value!r} is unknown; choose {' or '.join(known)}")
+    return value
 
 
 def _combine(group: TensorGroup, mixing: Tensor) -> list[Tensor]:
@@ -155,7 +189,8 @@ def _inner_method(name: str, own: str) -> MergeMethod:
     }
     if name not in methods:
         raise ParameterError(
-            f"{own}: merge: {name!r} is not a method that takes a base; choose one of {', '.join(sorted(methods))}"
+            f"{own}: merge: {name!r} is not a method that takes a base{did_you_mean(name, methods)}; "
+            f"choose one of {', '.join(sorted(methods))}"
         )
     return methods[name]
 
@@ -169,32 +204,45 @@ def _inner_parameters(
 ) -> dict[str, Any]:
     """The inner method's parameters, as far as given; a per-model value becomes a basis's mean, weighted by shares."""
     declared = {spec.name: spec for spec in inner.spec.parameters}
-    given = {name: value for name, value in parameters.items() if _is_given(value)}
     passed: dict[str, Any] = {}
-    for name, value in given.items():
-        if name not in declared:
-            raise ParameterError(
-                f"{name} is not a parameter of merge: {inner.spec.name}; it takes {', '.join(declared)}"
-            )
-        if declared[name].scope == ParameterScope.SHARED:
-            passed[name] = value if not isinstance(value, Mapping) else _only_value(name, value.values())
-        else:
-            per_task = torch.tensor([float(value[entry.id]) for entry in group.non_base], dtype=torch.float64)
-            shares = mixing.abs() / mixing.abs().sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-            passed[name] = (
-                [per_task[0].item()] * len(weights) if (per_task == per_task[0]).all() else (per_task @ shares).tolist()
-            )
+    for name, value in parameters.items():
+        if not _is_given(value):
+            continue
+        spec = declared[name]
+        if spec.scope == ParameterScope.SHARED:
+            passed[name] = _only_value(name, value.values()) if isinstance(value, Mapping) else value
+            continue
+        given = [value[entry.id] for entry in group.non_base]
+        per_task = mixing.new_tensor([float(spec.default if v is None else v) for v in given])
+        shares = mixing.abs() / mixing.abs().sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+        equal = bool((per_task == per_task[0]).all())
+        passed[name] = [float(per_task[0])] * len(weights) if equal else (per_task @ shares).tolist()
     if "weight" in declared:
         passed["weight"] = weights
     return passed
 
 
+def _check_inner(inner: MergeMethod, given: Sequence[str], weighted: bool) -> None:
+    """Raise ParameterError for a parameter that the inner method would ignore, or needs and does not get."""
+    declared = {spec.name: spec for spec in inner.spec.parameters}
+    for name in (*sorted(given), *(["weight"] if weighted else [])):
+        if name not in declared:
+            takes = ", ".join(key for key in declared if key not in ("weight", "lambda")) or "none"
+            raise ParameterError(
+                f"{name} is not a parameter of merge: {inner.spec.name}, which would ignore it; remove it, or choose "
+                f"another merge (parameters of {inner.spec.name}: {takes})"
+            )
+    for name, spec in declared.items():
+        if spec.required and name != "weight" and name not in given:
+            raise ParameterError(f"merge: {inner.spec.name} needs the parameter {name}; add it under parameters")
+
+
 def _is_given(value: Any) -> bool:
-    return all(v is not None for v in value.values()) if isinstance(value, Mapping) else value is not None
+    return any(v is not None for v in value.values()) if isinstance(value, Mapping) else value is not None
 
 
 def _only_value(name: str, values: Iterable[Any]) -> Any:
-    distinct = set(values)
+    distinct = {value for value in values if value is not None}
     if len(distinct) > 1:
         raise ParameterError(f"{name} must be the same for all models with this merge method; got {sorted(distinct)}")
     return distinct.pop()

@@ -1,147 +1,165 @@
-"""Read a mergekit YAML as a careful colleague would: everything that can be known to fail is said before it starts."""
+"""What can be known to fail in a merge of these models with this configuration is said before it starts."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from mergekit import merge_methods
-from mergekit.config import ConditionalParameter, MergeConfiguration
-from mergekit.merge_methods.base import MergeMethod
-from pydantic import ValidationError
+from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache, SaveTensor
+from mergekit.merge import _model_out_config
+from mergekit.merge_methods.base import BasePolicy, MergeMethod
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 
-from tvbases_hf.bases.weights import resolve_num_bases
 from tvbases_hf.checkpoint import Checkpoint, locate
-from tvbases_hf.errors import ParameterError
+from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, TvbasesError
 from tvbases_hf.taskvector import TaskVectors
 
+from .configuration import DTYPE_BYTES, find_method, input_lists, one_line, output_slices
 from .methods import BasisMerge
 
 
-def read_config(file: Path) -> MergeConfiguration:
-    """The YAML as mergekit's own configuration; ParameterError for anything that is not one."""
-    if not file.is_file():
-        raise ParameterError(f'"{file}": no such file; give a mergekit YAML')
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f'"{file}" is not YAML: {error}') from error
-    if not isinstance(content, dict):
-        raise ParameterError(f'"{file}" is not a mergekit configuration: it needs merge_method and models')
-    try:
-        return MergeConfiguration.model_validate(content)
-    except (ValidationError, RuntimeError) as error:
-        raise ParameterError(f'"{file}" is not a mergekit configuration: {error}') from error
-
-
-def check_config(
-    config: MergeConfiguration, cache_dir: str | None = None, *, truncates_vocabulary: bool = False
-) -> int:
-    """Refuse what would fail or be silently ignored; return the bytes that the merged model will need, roughly.
+def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -> int:
+    """Refuse what would fail; return the bytes that the merged model will need, roughly.
 
     Raises:
-        ParameterError: an unknown method or parameter (with the nearest known one), a value out of range.
+        ParameterError: a value out of range, a model named twice, or what mergekit itself refuses to plan.
         CheckpointError, MismatchError: a model that cannot be read or does not fit the base.
+        OutputError: ``out`` is one of the models.
     """
     method = find_method(config.merge_method)
-    for parameters in _parameter_sets(config):
-        _check_names(parameters, method)
-    models = _models(config)
-    aligned = bool(config.tokenizer or config.tokenizer_source or truncates_vocabulary)
-    opened = {ref: _open(ref, cache_dir) for ref in dict.fromkeys(models) if ref.lora is None}
-    base = config.base_model
+    _check_structure(config, method)
+    opened = {ref: _open(ref, options) for ref in _models(config)}
+    _check_distinct(opened, out)
+    _check_fit(config, method, {ref: model for ref, model in opened.items() if ref.lora is None}, options)
+    tasks = _plan(config, options)
     if isinstance(method, BasisMerge):
-        _check_basis_options(config, [ref for ref in models if ref != base])
-    if base in opened and not config.slices and not config.modules:
-        tuned = {str(ref): checkpoint for ref, checkpoint in opened.items() if ref != base}
-        if tuned:
-            TaskVectors(opened[base], tuned, skip_mismatched=aligned)
+        _check_basis_parameters(method, tasks)
     return _output_bytes(config, opened)
 
 
-def find_method(name: str) -> MergeMethod:
-    """The registered method; ParameterError with the nearest known name."""
-    known = {method.spec.name: method for method in merge_methods.registered_methods()}
-    if name not in known:
-        raise ParameterError(f"unknown merge_method {name!r}{_nearest(name, known)}; known: {', '.join(sorted(known))}")
-    return known[name]
-
-
-def _check_names(parameters: Mapping[str, Any], method: MergeMethod) -> None:
-    known = [spec.name for spec in method.spec.parameters]
-    for name in parameters:
-        if name not in known:
-            raise ParameterError(
-                f"{method.spec.name} has no parameter {name!r}{_nearest(name, known)}; mergekit would ignore it. "
-                f"It takes {', '.join(known) or 'none'}"
-            )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _parameter_sets(config: MergeConfiguration) -> Iterable[Mapping[str, Any]]:
-    """Every ``parameters:`` block of the file."""
-    holders: list[Any] = [config, *(config.models or []), *(config.slices or []), *(config.modules or {}).values()]
-    for module in (config.modules or {}).values():
-        holders += [*(module.models or []), *(module.slices or [])]
-    for part in list(holders):
-        holders += getattr(part, "sources", [])
-    return [holder.parameters for holder in holders if holder.parameters]
-
-
-def _models(config: MergeConfiguration) -> list[Any]:
-    """All inputs in the order of the file, the base first; ParameterError if one is named twice in a merge."""
-    names = [item.model for item in config.models or []]
-    twice = [str(ref) for ref in names if names.count(ref) > 1]
-    if twice:
-        raise ParameterError(f'"{twice[0]}" is named twice under models; name every model once and use its weight')
-    others = sorted((ref for ref in config.referenced_models() if ref not in names), key=str)
-    return [*others, *names]
-
-
-def _open(reference: Any, cache_dir: str | None) -> Checkpoint:
-    return Checkpoint.open(locate(reference.model.path, reference.model.revision, cache_dir), label=str(reference))
-
-
-def _check_basis_options(config: MergeConfiguration, tasks: list[Any]) -> None:
-    name = config.merge_method
-    if config.base_model is None:
-        raise ParameterError(f"{name} needs base_model: the model that all others were fine-tuned from")
-    for output in config.slices or []:
-        ranges = {tuple(source.layer_range) for source in output.sources}
+def _check_structure(config: MergeConfiguration, method: MergeMethod) -> None:
+    """What a merge compares: a base where one is needed, every model once, the same layers of all models."""
+    bases = [config.base_model, *(part.base_model for part in output_slices(config))]
+    if method.spec.contract.base == BasePolicy.REQUIRED and not any(bases):
+        raise ParameterError(f"{method.spec.name} needs base_model: the model that all others were fine-tuned from")
+    for models in input_lists(config):
+        names = [str(item.model) for item in models]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ParameterError(f'"{twice[0]}" is named twice; name every model once, and use its weight')
+    for part in output_slices(config) if isinstance(method, BasisMerge) else []:
+        ranges = sorted({tuple(source.layer_range) for source in part.sources})
         if len(ranges) > 1:
             raise ParameterError(
-                f"{name} compares the same layers of all models; a slice has layer_range {sorted(ranges)}"
+                f"{method.spec.name} compares the same layers of all models; one slice has layer_range "
+                + " and ".join(str(list(layers)) for layers in ranges)
             )
-    shared = config.parameters or {}
-    num_bases = shared.get("num_bases", 0.5)
-    if isinstance(num_bases, (int, float)):
-        resolve_num_bases(num_bases, len(tasks))
-    merge = shared.get("merge", "task_arithmetic")
-    if isinstance(merge, str):
-        find_method(merge)
-    for parameters in _parameter_sets(config):
-        _check_catch_all(parameters.get("weight"))
 
 
-def _check_catch_all(weight: Any) -> None:
-    """A weight with filters only would leave other tensors without one, where it means something else."""
-    conditions = weight if isinstance(weight, list) else [weight]
-    if any(isinstance(c, ConditionalParameter) for c in conditions) and not any(
-        isinstance(c, ConditionalParameter) and c.filter in (None, "*") for c in conditions
-    ):
-        raise ParameterError("weight has filters only; add a last entry without filter, for example `- value: 1.0`")
+def _models(config: MergeConfiguration) -> list[ModelReference]:
+    """All models, the base first and the others in the order of the file."""
+    listed = [item.model for models in input_lists(config) for item in models]
+    bases = [config.base_model, *(part.base_model for part in output_slices(config))]
+    return list(dict.fromkeys([*(ref for ref in bases if ref is not None), *listed]))
 
 
-def _output_bytes(config: MergeConfiguration, opened: Mapping[Any, Checkpoint]) -> int:
-    model = opened.get(config.base_model) or next(iter(opened.values()), None)
-    if model is None:
-        return 0
-    wide = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}.get(config.out_dtype or config.dtype or "")
+def _open(reference: ModelReference, options: MergeOptions) -> Checkpoint:
+    """The model, for ``model+adapter`` the model below the adapter."""
+    path = locate(reference.model.path, reference.model.revision, options.transformers_cache)
+    checkpoint = Checkpoint.open(path, label=str(reference.model))
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f'"{reference.model}": has no config.json, which tells mergekit the architecture; copy it from the model '
+            "that this one was fine-tuned from, or merge plain weight files with mergekit-pytorch"
+        )
+    if reference.lora is not None:
+        if not options.lora_merge_cache:
+            raise ParameterError(
+                f'"{reference}": mergekit keeps the merged model in a directory of your choice; '
+                "add --lora-merge-cache DIR to the command"
+            )
+        adapter = locate(reference.lora.path, reference.lora.revision, options.transformers_cache)
+        if not (adapter / "adapter_config.json").is_file():
+            raise CheckpointError(f'"{reference.lora}": not a PEFT adapter: it has no adapter_config.json')
+    return checkpoint
+
+
+def _check_distinct(opened: Mapping[ModelReference, Checkpoint], out: Path) -> None:
+    """One directory under two spellings would be merged twice; the output must not be one of the models."""
+    seen: dict[Any, ModelReference] = {}
+    for reference, model in opened.items():
+        assert model.path is not None
+        place = model.path.resolve()
+        if place == out.expanduser().resolve():
+            raise OutputError(f'"{out}" is one of the models of this merge; write the result to another directory')
+        other = seen.setdefault((place, reference.lora), reference)
+        if other != reference:
+            raise ParameterError(
+                f'"{other}" and "{reference}" are the same model; write it in one way and name it once'
+            )
+
+
+def _check_fit(
+    config: MergeConfiguration, method: MergeMethod, opened: Mapping[ModelReference, Checkpoint], options: MergeOptions
+) -> None:
+    """Every model has the base's architecture and shapes, unless mergekit is told to align or to mix them."""
+    tuned = {str(ref): checkpoint for ref, checkpoint in opened.items() if ref != config.base_model}
+    base = opened.get(config.base_model) if config.base_model else None
+    mixed = options.allow_crimes and not isinstance(method, BasisMerge)
+    if base is not None and tuned and config.models and not mixed:
+        aligned = bool(config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings)
+        TaskVectors(base, tuned, skip_mismatched=aligned)
+
+
+def _plan(config: MergeConfiguration, options: MergeOptions) -> list[ExecuteMergeMethodTask]:
+    """mergekit's own plan, one task per tensor with its parameters resolved. Reads configurations and headers only.
+
+    Models with adapters are merged into --lora-merge-cache, where the merge itself will find them.
+    """
+    config = config.model_copy(deep=True)  # planning rewrites it
+    try:
+        architecture = get_architecture_info(config, options)
+        LoaderCache().setup(options)
+        out_config = _model_out_config(config, architecture, options.trust_remote_code)
+        planned = MergePlanner(config, architecture, options, out_config).plan_to_disk("")
+    except TvbasesError:
+        raise
+    except Exception as error:  # whatever mergekit, transformers or pydantic say to this configuration
+        raise ParameterError(f"mergekit cannot plan this merge: {one_line(error)}") from error
+    merges = [task.tensor_task for task in planned if isinstance(task, SaveTensor)]
+    return [merge for merge in merges if isinstance(merge, ExecuteMergeMethodTask)]
+
+
+def _bound(task: ExecuteMergeMethodTask) -> dict[str, Any]:
+    """The parameters as the method will get them: one value, or one per model."""
+    bound: dict[str, Any] = dict(task.parameters.items())
+    for model, values in task.input_parameters.items():
+        for name, value in values.items():
+            bound.setdefault(name, {})[model] = value
+    return bound
+
+
+def _check_basis_parameters(method: BasisMerge, tasks: Sequence[ExecuteMergeMethodTask]) -> None:
+    weighted: dict[bool, str] = {}
+    for task in tasks:
+        bound = _bound(task)
+        method.check(bound, sum(model != task.base_model for model in task.model_order))
+        weighted[any(value is not None for value in bound["weight"].values())] = task.output_weight.name
+    if len(weighted) > 1:
+        raise ParameterError(
+            f"weight applies to some tensors ({weighted[True]}) and not to others ({weighted[False]}), where the bases "
+            "would be added up instead; end its list with an entry without filter, for example `- value: 1.0`"
+        )
+
+
+def _output_bytes(config: MergeConfiguration, opened: Mapping[ModelReference, Checkpoint]) -> int:
+    model = opened.get(config.base_model) if config.base_model else None
+    model = model or next(iter(opened.values()))
+    wide = DTYPE_BYTES.get(config.out_dtype or config.dtype or "")
     return sum(info.numel * (wide or info.dtype.itemsize) for info in model.tensors.values())

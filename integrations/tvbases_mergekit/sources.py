@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry, TensorGroup
@@ -44,7 +45,7 @@ class GroupGram:
     ) -> BasisWeights:
         """Encoder and decoder, once per set of options (parameters may differ between tensors)."""
         key = (name, num_bases, tuple(sorted(options.items())))
-        with self._lock:
+        with self._lock, torch.device("cpu"):  # mergekit's --multi-gpu makes a GPU the default device of its threads
             if key not in self._solved:
                 self._solved[key] = weights = method(self.gram.matrix, num_bases, options)
                 LOG.info("%s", _summary(name, self.gram.tasks, weights))
@@ -78,10 +79,11 @@ def gram_of(groups: Sequence[TensorGroup], planned: Mapping[str | None, tuple[Ha
     merged = [group for group in groups if group.non_base]
     if not merged:
         return None
-    if all(isinstance(entry.id, ModelReference) for entry in merged[0].entries):
-        models = planned.get(merged[0].metadata.name) or tuple(entry.id for entry in merged[0].non_base)
-        return _from_files(merged[0].base, models)
-    return _from_memory(merged)
+    with torch.device("cpu"):
+        if all(isinstance(entry.id, ModelReference) for entry in merged[0].entries):
+            models = planned.get(merged[0].metadata.name) or tuple(entry.id for entry in merged[0].non_base)
+            return _from_files(merged[0].base, models)
+        return _from_memory(merged)
 
 
 def _from_files(base_entry: TensorEntry | None, models: tuple[Hashable, ...]) -> GroupGram:
@@ -91,9 +93,9 @@ def _from_files(base_entry: TensorEntry | None, models: tuple[Hashable, ...]) ->
     key = (_identity(paths[base]), tuple((model, _identity(paths[model])) for model in models))
     with _LOCK:
         if key not in _CACHE:
-            checkpoints = {str(model): Checkpoint.open(paths[model]) for model in models}
+            checkpoints = {str(model): Checkpoint.open(paths[model], label=str(model)) for model in models}
             # Vocabularies of different sizes reach us only when mergekit itself aligns them.
-            vectors = TaskVectors(Checkpoint.open(paths[base]), checkpoints, skip_mismatched=True)
+            vectors = TaskVectors(Checkpoint.open(paths[base], label=str(base)), checkpoints, skip_mismatched=True)
             gram = gram_matrix(vectors, quiet=quiet)
             for line in (*vectors.coverage.notes(), *gram.warnings()):
                 LOG.warning("%s", line)

@@ -29,6 +29,7 @@ from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
 # attainable (Theorem 3.4) the optimum drops tasks altogether, and cond(encoder) grows like 1 / floor.
 FREE_FLOOR = 0.05
 ROTATIONS = 64
+SOLVERS = ("varpro", "adam")
 # Stay this far inside the simplex, so that every entry is positive: a softmax encoder has no zeros.
 INTERIOR = 1 - 1e-9
 
@@ -83,7 +84,7 @@ def ae_bases(
             unit * num_tasks, num_bases, rows if balance else None, scale * total, temperature, anneal, steps, seed
         )
     else:
-        raise ParameterError(f"unknown solver {solver!r}; choose varpro or adam")
+        raise ParameterError(f"unknown solver {solver!r}; choose {' or '.join(SOLVERS)}")
     spectral = _tail(_scaled(gram, scale), num_bases)
     bound = _tail(_scaled(_project_out(gram, rows), scale), num_bases - 1) if balance else spectral
     return BasisWeights(

@@ -69,7 +69,8 @@ def resolve_num_bases(num_bases: float, num_tasks: int) -> int:
 
     Raises ParameterError unless 1 <= M <= T.
     """
-    if isinstance(num_bases, bool) or not isinstance(num_bases, numbers.Real) or num_bases <= 0:
+    is_number = isinstance(num_bases, numbers.Real) and not isinstance(num_bases, bool)
+    if not is_number or not 0 < num_bases < float("inf"):
         raise ParameterError(
             f"num_bases must be a positive number, got {num_bases!r}; for example 2, or 0.5 for half of the tasks"
         )

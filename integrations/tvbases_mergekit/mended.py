@@ -1,0 +1,47 @@
+"""Two defects of mergekit 0.1.5 that end a merge which has nothing wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from mergekit import card
+from mergekit.plan import MergePlanner
+
+LOG = logging.getLogger("tvbases_mergekit")
+
+
+@contextlib.contextmanager
+def mended_mergekit() -> Iterator[None]:
+    """mergekit without these defects, in this process and for this block."""
+    ask, plan_tensor = card.is_hf, MergePlanner.plan_tensor
+
+    def is_hf(path: str) -> bool:
+        """The model card's question whether a path is on the Hub, which it also asks about local directories."""
+        if Path(path).exists():
+            return False
+        try:
+            return ask(path)
+        except Exception as error:  # whatever the HTTP library raises: the card then has no link, and says so
+            LOG.warning("model card without a link to %s: %s", path, error)
+            return False
+
+    def plan_optional_tensor(self: Any, weight: Any, weights_in: list[Any], *args: Any, **kwargs: Any) -> None:
+        """The planner adds the aliases of an optional weight, a tuple, to a list: no BertModel can be merged."""
+        if weight.optional:
+            weights_in = [w.model_copy(update={"aliases": _Names(w.aliases)}) if w.aliases else w for w in weights_in]
+        plan_tensor(self, weight, weights_in, *args, **kwargs)
+
+    with patch.object(card, "is_hf", is_hf), patch.object(MergePlanner, "plan_tensor", plan_optional_tensor):
+        yield
+
+
+class _Names(tuple[str, ...]):
+    """A tuple that can be added to a list."""
+
+    def __radd__(self, other: list[str]) -> list[str]:
+        return [*other, *self]
