@@ -14,7 +14,7 @@ EPS = torch.finfo(torch.float32).eps
 
 def gaussian(seed: int, *shape: int) -> Tensor:
     """[*shape] independent standard normal numbers, float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def orthonormal(seed: int, rows: int, columns: int) -> Tensor:

@@ -159,7 +159,7 @@ def test_the_fast_route_is_an_exact_svd_of_a_matrix_that_close(decay: float) -> 
 
 
 def test_the_fast_route_keeps_small_components_and_their_vectors_orthogonal() -> None:
-    """Four decades within the components wanted: squares of them in float32 would be noise."""
+    """Four decades within the components wanted."""
     values = torch.cat([torch.logspace(0, -4, RANK), torch.full((BIG[0] - RANK,), 1e-6)])
     matrix = with_spectrum(10, *BIG, values).float()
     found = fast_svd(matrix, RANK)
