@@ -80,6 +80,10 @@ class BasisMerge(GroupMergeMethod):
             self.planned.clear()
         self.planned.setdefault(group_name, tuple(key for key in input_ids if key != base_id))
 
+    def _bind_parameters(self, groups, parameters):
+        self.planned.clear()  # a direct call has no plan, and must not use that of an earlier merge
+        return super()._bind_parameters(groups, parameters)
+
     def check(self, parameters: Mapping[str, Any], num_tasks: int) -> None:
         """Raise ParameterError for the parameters of one tensor if its merge would fail or ignore some of them."""
         num_bases = resolve_num_bases(parameters["num_bases"], num_tasks)
