@@ -54,7 +54,8 @@ class Options:
 class Decomposition:
     """``shared[i]`` + ``unique[i]`` is the change of task i; ``combined`` the weighted shared change (equation 14).
 
-    With pool ``pairs`` ``unique`` are the changes as they are, and ``pairwise`` holds the shared change of every pair.
+    With pool ``pairs`` ``unique`` are the changes as they are, and ``pairwise`` holds the shared change of every pair,
+    in the order of itertools.combinations.
     ``ranks`` are the dimensions of the tasks' column spaces, ``shared_dims`` of what was found shared for each.
     """
 
@@ -79,14 +80,17 @@ def decompose(
     Args:
         deltas: the T tasks' changes of one weight matrix, dense or low-rank; n x n is never built.
         options: pool ``joint``: one subspace shared by all tasks. ``iterative``: from each target, one after another,
-            what it shares with each other task is removed. ``pairs``: the shared component of every pair.
+            what it shares with each other task is removed; its subspace then shares nothing above the threshold with
+            any of them (subspaces chain and angles). ``pairs``: the shared component of every pair.
         targets: tasks to decompose when the pool is iterative; None for all. The others keep their change as unique.
 
     Raises:
-        ParameterError: the column spaces fill the whole space, so that everything would be declared shared.
+        ParameterError: a column space fills the whole space, so that everything would be declared shared with it.
     """
+    if targets is not None and not set(targets) <= set(range(len(deltas))):
+        raise ParameterError(f"targets {list(targets)} must be numbers of tasks, 0 to {len(deltas) - 1}")
     if len(deltas[0].shape) != 2 or min(deltas[0].shape) < MIN_SIDE or len(deltas) < 2:
-        return _all_unique(deltas)
+        return _all_unique(deltas, options.pool)
     if options.side == "row":
         return _decompose_columns([_transpose(d) for d in deltas], options, targets).transposed()
     return _decompose_columns(deltas, options, targets)
@@ -119,39 +123,43 @@ def column_space(delta: Delta, rank: str | float | RankRule) -> Tensor:
 def shared_subspace(spaces: Sequence[Tensor], threshold: float, subspace: str = "chain") -> Tensor:
     """[n, s] orthonormal basis of the directions shared by k column spaces U_i [n, r_i].
 
-    ``chain``: eigenvectors of P_1 P_2 ... P_k above the threshold, as in the paper; for k > 2 it depends on the order.
+    ``chain``: eigenvectors of P_1 P_2 ... P_k above the threshold, as in the paper. They lie in the first space, so
+    they depend on the order of the tasks: for k = 2 within the angles that count as shared, for k > 2 by more (and
+    from k = 4 the number of them, too).
     ``mean``: eigenvectors of (1/k) sum P_i, its eigenvalues mapped so that k = 2 agrees; does not depend on the order.
-    ``angles``: squared cosines of the principal angles of two spaces (supplement, section 6).
+    ``angles``: squared cosines of the principal angles of two spaces (supplement, section 6); chain of k = 2.
     """
     if any(space.shape[1] == 0 for space in spaces):
         return spaces[0][:, :0]
     values, vectors = spectrum(spaces, subspace)
     chosen = vectors[:, values > threshold]
-    # Real parts of a conjugate pair coincide; what is not independent of the rest to half the digits is a copy.
-    return orthonormal_columns(chosen, cutoff=torch.finfo(chosen.dtype).eps ** 0.5)
+    # Eigenvectors of a chain are not orthogonal; one that depends on the others to half the digits is a copy.
+    return orthonormal_columns(chosen, cutoff=torch.finfo(chosen.dtype).eps ** 0.5).to(spaces[0].dtype)
 
 
 def spectrum(spaces: Sequence[Tensor], subspace: str = "chain") -> tuple[Tensor, Tensor]:
-    """Degrees of sharing (1: in all spaces; float64) and the directions they belong to, [n, r].
+    """Degrees of sharing (1: in all spaces) and the directions they belong to, [n, r]; both float64.
 
     For ``chain`` the non-zero eigenvalues of P_1 ... P_k are those of K = (U_1^T U_2)(U_2^T U_3)...(U_k^T U_1), which
-    is r_1 x r_1, and U_1 y is the eigenvector for K y = lambda y; of complex ones the real parts are taken.
+    is r_1 x r_1, and U_1 y is the eigenvector for K y = lambda y. Of complex ones the real parts count, and y and its
+    conjugate stand for the plane that their real and imaginary parts span.
     """
+    exact = [space.to(torch.float64) for space in spaces]
+    if subspace == "angles" and len(exact) != 2:
+        raise ParameterError(f"subspace: angles is defined for two tasks, not {len(exact)}; use chain or mean")
+    if subspace != "mean" and len(exact) == 2:  # K is symmetric: A A^T with A = U_1^T U_2
+        left, cosines, _ = torch.linalg.svd(exact[0].T @ exact[1], full_matrices=False)
+        return cosines.square(), exact[0] @ left
     if subspace == "chain":
-        ring = [*spaces, spaces[0]]
-        core = functools.reduce(torch.matmul, [a.T.double() @ b.double() for a, b in itertools.pairwise(ring)])
-        values, vectors = torch.linalg.eig(core)
-        return values.real, spaces[0] @ vectors.real.to(spaces[0].dtype)
-    if subspace == "angles":
-        if len(spaces) != 2:
-            raise ParameterError(f"subspace: angles is defined for two tasks, not {len(spaces)}; use chain or mean")
-        left, cosines, _ = torch.linalg.svd(spaces[0].T.double() @ spaces[1].double(), full_matrices=False)
-        return cosines.square(), spaces[0] @ left.to(spaces[0].dtype)
-    count = len(spaces)
-    joined = torch.cat(list(spaces), dim=1)
-    values, vectors = torch.linalg.eigh(joined.T.double() @ joined.double())  # values: k times the mean's eigenvalues
-    degree = ((values - 1).clamp_min(0) / (count - 1)).square()
-    return degree, joined @ (vectors / values.clamp_min(1e-12).sqrt()).to(joined.dtype)
+        ring = [*exact, exact[0]]
+        values, vectors = torch.linalg.eig(
+            functools.reduce(torch.matmul, [a.T @ b for a, b in itertools.pairwise(ring)])
+        )
+        return values.real, exact[0] @ torch.where(values.imag < 0, vectors.imag, vectors.real)
+    joined = torch.cat(exact, dim=1)
+    values, vectors = torch.linalg.eigh(joined.T @ joined)  # values: k times the mean's eigenvalues
+    degree = ((values - 1).clamp_min(0) / (len(exact) - 1)).square()
+    return degree, joined @ (vectors / values.clamp_min(1e-12).sqrt())
 
 
 def project(space: Tensor, delta: Delta) -> LowRank:
@@ -257,16 +265,21 @@ def _pairs(deltas: Sequence[Delta], spaces: Sequence[Tensor], options: Options) 
 
 
 def _check_not_whole(spaces: Sequence[Tensor], rank: str | float) -> None:
-    if all(space.shape[1] >= space.shape[0] for space in spaces):
+    rows = spaces[0].shape[0]
+    whole = [index for index, space in enumerate(spaces) if space.shape[1] >= rows]
+    if whole:
         raise ParameterError(
-            f"rank {rank} keeps all {spaces[0].shape[0]} directions of every task, so everything would count as "
-            "shared; choose a rule that keeps fewer, for example energy:0.9, fraction:0.25 or gavish-donoho"
+            f"{len(whole)} of {len(spaces)} tasks (first: number {whole[0]}) span all {rows} directions, so everything "
+            f"would count as shared with them. Rank {rank} is for full fine-tunes: choose one that keeps fewer, for "
+            f"example energy:0.9, fraction:0.25 or gavish-donoho. Adapters keep their own rank: where it is {rows} or "
+            "more, leave this weight out or compare the other side"
         )
 
 
-def _all_unique(deltas: Sequence[Delta]) -> Decomposition:
-    zeros = tuple(_zero_like(delta) for delta in deltas)
-    return Decomposition(zeros, tuple(deltas), zeros[0], (0,) * len(deltas), (0,) * len(deltas))
+def _all_unique(deltas: Sequence[Delta], pool: str) -> Decomposition:
+    zeros, none = tuple(_zero_like(delta) for delta in deltas), (0,) * len(deltas)
+    pairs = tuple(_zero_like(first) for first, _ in itertools.combinations(deltas, 2)) if pool == "pairs" else ()
+    return Decomposition(zeros, tuple(deltas), zeros[0], none, none, pairs)
 
 
 def _ranks(spaces: Sequence[Tensor]) -> tuple[int, ...]:
@@ -274,10 +287,20 @@ def _ranks(spaces: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _zero_like(delta: Delta) -> Delta:
-    shape = delta.shape
+    shape, device = delta.shape, _device(delta)
     if len(shape) == 2:
-        return LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
-    return Dense(torch.zeros(shape))
+        return LowRank(torch.zeros(shape[0], 0, device=device), torch.zeros(0, shape[1], device=device))
+    return Dense(torch.zeros(shape, device=device))
+
+
+def _device(delta: Delta) -> torch.device:
+    match delta:
+        case Dense():
+            return delta.tuned.device
+        case LowRank():
+            return delta.left.device
+        case _:
+            return delta.scale.device
 
 
 def _transpose(delta: Delta) -> Delta:
@@ -287,4 +310,4 @@ def _transpose(delta: Delta) -> Delta:
         case Dense():
             return Dense(delta.tuned.T, None if delta.base is None else delta.base.T)
         case _:
-            return Dense(dense(delta).T)
+            return Dense(dense(delta, torch.float32).T)
