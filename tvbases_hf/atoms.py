@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint, TensorInfo
 from .delta import Delta, Dense, LowRank, blocks, dense
 from .errors import CheckpointError, ParameterError
-from .info import BasisInfo
+from .info import ATOMS_STEM, BasisInfo
 from .linalg import solve_psd
 from .output import TensorFiles
 from .progress import track
@@ -42,7 +43,14 @@ class AtomSource(Protocol):
 
     def parts(self, name: str) -> list[Delta]: ...
 
-    def write(self, files: TensorFiles, info: BasisInfo, quiet: bool) -> BasisInfo:
+    def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
+        """What one task changes in a weight beside the vectors' part; empty where it shares all with them.
+
+        ``base`` is read where such a change is relative to it (DoRA).
+        """
+        ...
+
+    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
         """Write all vectors; return the info with decoder and errors as they are after rounding."""
         ...
 
@@ -70,11 +78,15 @@ class EncodedAtoms:
         pieces = [self.encoder.T @ part for part in blocks(self.vectors.deltas(name))]
         return [Dense(row) for row in torch.cat(pieces, dim=1).to(info.dtype).reshape(info.shape)]
 
-    def write(self, files: TensorFiles, info: BasisInfo, quiet: bool) -> BasisInfo:
+    def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
+        return []
+
+    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
         rows, count = self.encoder.shape[1], len(self.vectors)
         inner = torch.zeros(rows, rows, dtype=torch.float64)
         cross = torch.zeros(rows, count, dtype=torch.float64)
         base, tensors = self.vectors.base.tensors, self.tensors
+        files = TensorFiles(directory, ATOMS_STEM, tensors)
         for name in track(self.names, "Writing bases", quiet, lambda n: base[n].nbytes * (count + 1)):
             dtype, start = tensors[name].dtype, 0
             for part in blocks(self.vectors.deltas(name)):
@@ -128,7 +140,11 @@ class TruncatedAtoms:
         ]
         return [LowRank(part.left.to(dtype), part.right.to(dtype)) for part in cut]
 
-    def write(self, files: TensorFiles, info: BasisInfo, quiet: bool) -> BasisInfo:
+    def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
+        return []
+
+    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
+        files = TensorFiles(directory, ATOMS_STEM, self.tensors)
         lost = torch.zeros(len(self.vectors), dtype=torch.float64)
         base = self.vectors.base.tensors
         for name in track(self.names, "Writing components", quiet, lambda n: base[n].nbytes):
@@ -165,7 +181,11 @@ class StoredAtoms:
         sizes = list(self.ranks[name])
         return [LowRank(a, b) for a, b in zip(left.split(sizes, dim=1), right.split(sizes, dim=0), strict=True)]
 
-    def write(self, files: TensorFiles, info: BasisInfo, quiet: bool) -> BasisInfo:
+    def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
+        return []
+
+    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
+        files = TensorFiles(directory, ATOMS_STEM, self.tensors)
         for name in track(list(self.tensors), "Writing", quiet, lambda n: self.tensors[n].nbytes):
             files.write(name, self.checkpoint.read(name))
         return info

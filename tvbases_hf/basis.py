@@ -18,9 +18,9 @@ from .checkpoint import Checkpoint, TensorInfo, locate
 from .delta import Delta, Dense, LowRank, dense
 from .errors import CheckpointError, MismatchError, ParameterError
 from .gram import Gram, gram_matrix
-from .info import ATOMS_STEM, CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
+from .info import CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
 from .model import write_model
-from .output import TensorFiles, transaction, write_json
+from .output import transaction, write_json
 from .rank import RankRule
 from .taskvector import TaskVectors
 
@@ -140,7 +140,15 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
 
     def reconstruct(self, task: str) -> Mapping[str, Tensor]:
         """The task vector tau_hat of one task, a lazy mapping from tensor name to float32 tensor."""
-        return _Reconstruction(self, self.decoder[:, self.info.index(task)])
+        self.info.index(task)
+        return _Reconstruction(self, task)
+
+    def terms(self, task: str, name: str, base: Checkpoint | None = None) -> list[tuple[float, Delta]]:
+        """tau_hat's part of one weight as a sum of multiples of deltas; ``base`` as in AtomSource.own."""
+        index = self.info.index(task)
+        shares, parts = self.decoder[:, index].tolist(), self.parts(name)
+        shared = [(share, part) for share, part in zip(shares, parts, strict=bool(parts)) if share]
+        return shared + [(1.0, part) for part in self._source.own(name, index, base)]
 
     def restore(self, task: str, base: str | Path, out: str | Path, *, alpha: float = 1.0, quiet: bool = True) -> Path:
         """Write the checkpoint theta_0 + alpha * tau_hat of one task; a negative alpha forgets the task.
@@ -149,16 +157,17 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
             MismatchError: ``base`` is not the model this basis was built on.
             OutputError: ``out`` exists and is not ours, or the disk is full.
         """
-        column = (alpha * self.decoder[:, self.info.index(task)]).tolist()
+        self.info.index(task)
         model = Checkpoint.open(base)
         self._check_base(model)
-        names, parts = set(self.names), functools.lru_cache(maxsize=1)(self.parts)  # a weight's blocks come in a row
+        names = set(self.names)
+        terms = functools.lru_cache(maxsize=1)(lambda name: self.terms(task, name, model))  # its blocks come in a row
 
         def change(name: str, start: int, stop: int) -> Tensor | None:
             if name not in names:
                 return None
-            terms = [share * part.block(start, stop) for share, part in zip(column, parts(name), strict=True) if share]
-            return sum(terms, torch.zeros(stop - start, dtype=torch.float64))
+            parts = [share * part.block(start, stop) for share, part in terms(name)]
+            return alpha * sum(parts, torch.zeros(stop - start, dtype=torch.float64))
 
         note = f"{task} restored from a basis of {len(self.tasks)} tasks, alpha {alpha:g}"
         return write_model(model, Path(out), change, note, quiet=quiet)
@@ -175,8 +184,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        files = TensorFiles(save_directory, ATOMS_STEM, self.tensors)
-        info = self._source.write(files, self.info, self._quiet)
+        info = self._source.write(save_directory, self.info, self._quiet)
         write_json(save_directory / CONFIG_FILE, info.to_json())
         (save_directory / "README.md").write_text(model_card(info), encoding="utf-8")
 
@@ -206,18 +214,14 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
 
 
 class _Reconstruction(Mapping[str, Tensor]):
-    def __init__(self, basis: Basis, column: Tensor) -> None:
-        self._basis, self._column = basis, column.tolist()
+    def __init__(self, basis: Basis, task: str) -> None:
+        self._basis, self._task = basis, task
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._basis.names:
             raise KeyError(name)
-        parts = self._basis.parts(name)
-        total = torch.zeros(parts[0].shape, dtype=torch.float64)
-        for share, part in zip(self._column, parts, strict=True):
-            if share:
-                total += share * dense(part)
-        return total.float()
+        terms = self._basis.terms(self._task, name) or [(0.0, self._basis.parts(name)[0])]
+        return sum((share * dense(part) for share, part in terms[1:]), terms[0][0] * dense(terms[0][1])).float()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._basis.names)
