@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,14 @@ WRONG_BASE_OUTLIER = 5.0
 
 @dataclass(frozen=True)
 class Gram:
-    """G = T^T T of the task vectors ``tasks``, [T, T] float64, and the norm of the base over the same tensors."""
+    """G = T^T T of the task vectors ``tasks``, [T, T] float64, and the norm of the base over the same tensors.
+
+    ``base_norm`` is None for adapters: they cannot be told from those of another base by their length.
+    """
 
     tasks: tuple[str, ...]
     matrix: Tensor
-    base_norm: float
+    base_norm: float | None
 
     @property
     def norms(self) -> Tensor:
@@ -32,8 +36,10 @@ class Gram:
         return self.matrix.diagonal().clamp_min(0).sqrt()
 
     @property
-    def norm_ratios(self) -> Tensor:
-        """[T] length of each task vector over that of the base."""
+    def norm_ratios(self) -> Tensor | None:
+        """[T] length of each task vector over that of the base; None for adapters, for which the base is not read."""
+        if self.base_norm is None:
+            return None
         return self.norms / self.base_norm if self.base_norm > 0 else torch.full_like(self.norms, float("inf"))
 
     @property
@@ -44,14 +50,18 @@ class Gram:
 
     def warnings(self) -> list[str]:
         """What looks wrong with the inputs, one line each: a base that is not theirs, a model equal to its base."""
-        lines = []
+        lines = [
+            f'"{t}" equals the base: its task vector is zero'
+            for t, n in zip(self.tasks, self.norms, strict=True)
+            if not n
+        ]
         ratios = self.norm_ratios
+        if ratios is None:
+            return lines
         for task, ratio in zip(self.tasks, ratios.tolist(), strict=True):
             others = [r for t, r in zip(self.tasks, ratios.tolist(), strict=True) if t != task]
             usual = float(torch.tensor(others).median()) if others else ratio
-            if ratio == 0:
-                lines.append(f'"{task}" equals the base: its task vector is zero')
-            elif ratio > WRONG_BASE_RATIO or (len(others) > 1 and ratio > WRONG_BASE_OUTLIER * usual > 0):
+            if ratio > WRONG_BASE_RATIO or (len(others) > 1 and ratio > WRONG_BASE_OUTLIER * usual > 0):
                 lines.append(
                     f'"{task}" differs from the base by {ratio:.1%} of its norm'
                     + (f" (the others: {usual:.2%})" if others else "")
@@ -76,13 +86,12 @@ def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
     ):
         deltas = vectors.deltas(name)
         part = delta_gram(deltas)
-        # Adapters cannot be told from those of another base by their length: the base is then not read.
-        square = float("nan") if vectors.are_adapters else _square_norm(vectors.base.read(name))
-        if not (torch.isfinite(part).all() and square != float("inf")):
-            raise _not_finite(vectors, name, deltas)
+        square = 0.0 if vectors.are_adapters else _square_norm(vectors.base.read(name))
+        if not (torch.isfinite(part).all() and math.isfinite(square)):
+            raise not_finite(vectors, name, deltas)
         gram += part
         base_square += square
-    return Gram(vectors.tasks, gram, base_square**0.5)
+    return Gram(vectors.tasks, gram, None if vectors.are_adapters else base_square**0.5)
 
 
 def _square_norm(tensor: Tensor) -> float:
@@ -92,7 +101,7 @@ def _square_norm(tensor: Tensor) -> float:
     )
 
 
-def _not_finite(vectors: TaskVectors, name: str, deltas: list[Delta]) -> CheckpointError:
+def not_finite(vectors: TaskVectors, name: str, deltas: list[Delta]) -> CheckpointError:
     """Name the model whose tensor holds NaN or infinity: the base first, since it spoils every task."""
     suspects = [(vectors.base.label, vectors.base.read(name))]
     for model, delta in zip(vectors.models.values(), deltas, strict=True):

@@ -51,7 +51,7 @@ class BasisInfo:
     gram: list[list[float]]
     base_id: str
     base_fingerprint: str
-    base_norm: float
+    base_norm: float | None
     ranks: dict[str, list[int]] = field(default_factory=dict)
     """Per weight stored in factors, the rank of each vector's part."""
     format_version: int = FORMAT_VERSION

@@ -35,7 +35,7 @@ def inspection(vectors: TaskVectors, gram: Gram) -> dict[str, Any]:
         "parameters": vectors.numel,
         "tensors": len(vectors.names),
         "norm": gram.norms.tolist(),
-        "norm_ratio": gram.norm_ratios.tolist(),
+        "norm_ratio": None if gram.norm_ratios is None else gram.norm_ratios.tolist(),
         "cosine": gram.cosine.tolist(),
         "unexplained": {"any_vectors": [s.spectral_bound / total for s in solutions], "balanced_bases": balanced},
         "suggested_num_bases": next(
@@ -54,7 +54,8 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     table = Table("task", "norm", "norm / base", *tasks, title="length and cosine similarity", title_justify="left")
     for row, task in enumerate(tasks):
         cosines = [f"{value:.2f}" for value in found["cosine"][row]]
-        table.add_row(task, f"{found['norm'][row]:.4g}", f"{found['norm_ratio'][row]:.2%}", *cosines)
+        ratio = "-" if found["norm_ratio"] is None else f"{found['norm_ratio'][row]:.2%}"
+        table.add_row(task, f"{found['norm'][row]:.4g}", ratio, *cosines)
     console.print(table)
     losses = Table("bases", "any vectors", "balanced", title="energy left unexplained", title_justify="left")
     unexplained = found["unexplained"]
@@ -101,7 +102,7 @@ def compression(basis: Basis, vectors: TaskVectors, gram: Gram, out: Path) -> di
         "spectral_bound": info.spectral_bound,
         "effective_weights": info.effective_weights,
         "task_error": info.task_error,
-        "norm_ratio": gram.norm_ratios.tolist(),
+        "norm_ratio": None if gram.norm_ratios is None else gram.norm_ratios.tolist(),
         "bytes": stored,
         "bytes_of_task_vectors": sum(vectors.base.tensors[name].nbytes for name in vectors.names) * len(vectors),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in basis.tensors.values()}),
@@ -111,7 +112,7 @@ def compression(basis: Basis, vectors: TaskVectors, gram: Gram, out: Path) -> di
 def print_compression(found: dict[str, Any], console: Console) -> None:
     truncated = found["method"] == "tsv"
     console.print(_headline_truncated(found) if truncated else _headline(found))
-    columns = {"norm / base": [f"{ratio:.2%}" for ratio in found["norm_ratio"]]}
+    columns = {} if found["norm_ratio"] is None else {"norm / base": [f"{ratio:.2%}" for ratio in found["norm_ratio"]]}
     if not truncated:
         columns["weight in the sum"] = [f"{weight:.3f}" for weight in found["effective_weights"]]
     columns["error of its reconstruction"] = [f"{error:.1%}" for error in found["task_error"]]
