@@ -117,14 +117,21 @@ class BasisMerge(GroupMergeMethod):
         if not group.non_base:
             return base
         gram: GroupGram = parameters.pop("gram")
+        inner, mixing, passed = self.prepare(gram, gram.columns(group), parameters)
+        change = merge_vectors(inner, base, _combine(group, mixing), passed)
+        return (base.to(change.dtype) + parameters["lambda"] * change).to(base.dtype)
+
+    def prepare(
+        self, gram: GroupGram, columns: Sequence[int], parameters: Mapping[str, Any]
+    ) -> tuple[MergeMethod, Tensor, dict[str, Any]]:
+        """The inner method, [present tasks, vectors] float64 how its vectors are made, and its parameters."""
         weights = gram.solve(
             self.spec.name, self.solve, parameters["num_bases"], {n: parameters[n] for n in self.options}
         )
         inner = _inner_method(parameters["merge"], self.spec.name)
-        mixing, task_weights = _mixing(weights, gram.columns(group), parameters)
-        passed = _inner_parameters(inner, mixing, task_weights, group, {n: parameters[n] for n in self.passed_on})
-        change = _merge_vectors(inner, base, _combine(group, mixing), passed)
-        return (base.to(change.dtype) + parameters["lambda"] * change).to(base.dtype)
+        mixing, task_weights = _mixing(weights, columns, parameters)
+        ids, given = tuple(parameters["weight"]), {name: parameters[name] for name in self.passed_on}
+        return inner, mixing, _inner_parameters(inner, mixing, task_weights, ids, given)
 
 
 def _mixing(weights: BasisWeights, columns: Sequence[int], parameters: Mapping[str, Any]) -> tuple[Tensor, list[float]]:
@@ -172,9 +179,7 @@ def _combine(group: TensorGroup, mixing: Tensor) -> list[Tensor]:
     return [torch.zeros_like(base) if vector is None else vector for vector in vectors]
 
 
-def _merge_vectors(
-    inner: MergeMethod, base: Tensor, vectors: Sequence[Tensor], parameters: Mapping[str, Any]
-) -> Tensor:
+def merge_vectors(inner: MergeMethod, base: Tensor, vectors: Sequence[Tensor], parameters: Mapping[str, Any]) -> Tensor:
     """What ``inner`` adds to the base, in the vectors' dtype.
 
     Methods for any number of models work on the differences from the base: they get a base of zeros, so that nothing
@@ -204,7 +209,7 @@ def _takes_base(method: MergeMethod) -> bool:
 
 
 def _inner_parameters(
-    inner: MergeMethod, mixing: Tensor, weights: list[float], group: TensorGroup, parameters: Mapping[str, Any]
+    inner: MergeMethod, mixing: Tensor, weights: list[float], ids: Sequence[Hashable], parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The inner method's parameters, as far as given; a per-model value becomes a basis's mean, weighted by shares."""
     declared = {spec.name: spec for spec in inner.spec.parameters}
@@ -216,7 +221,7 @@ def _inner_parameters(
         if spec.scope == ParameterScope.SHARED:
             passed[name] = _only_value(name, value.values()) if isinstance(value, Mapping) else value
             continue
-        given = [value[entry.id] for entry in group.non_base]
+        given = [value[key] for key in ids]
         per_task = mixing.new_tensor([float(spec.default if v is None else v) for v in given])
         shares = mixing.abs() / mixing.abs().sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
         equal = bool((per_task == per_task[0]).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,17 @@ def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -
         OutputError: ``out`` is one of the models.
     """
     method = find_method(config.merge_method)
-    _check_structure(config, method)
+    check_structure(config, method)
     opened = {ref: _open(ref, options) for ref in _models(config)}
-    _check_distinct(opened, out)
+    check_distinct({ref: (model.path, ref.lora) for ref, model in opened.items()}, out)
     _check_fit(config, method, {ref: model for ref, model in opened.items() if ref.lora is None}, options)
     tasks = _plan(config, options)
     if isinstance(method, BasisMerge):
-        _check_basis_parameters(method, tasks)
+        check_basis_parameters(method, {task.output_weight.name: _bound(task) for task in tasks})
     return _output_bytes(config, opened)
 
 
-def _check_structure(config: MergeConfiguration, method: MergeMethod) -> None:
+def check_structure(config: MergeConfiguration, method: MergeMethod) -> None:
     """What a merge compares: a base where one is needed, every model once, the same layers of all models."""
     bases = [config.base_model, *(part.base_model for part in output_slices(config))]
     if method.spec.contract.base == BasePolicy.REQUIRED and not any(bases):
@@ -90,15 +90,15 @@ def _open(reference: ModelReference, options: MergeOptions) -> Checkpoint:
     return checkpoint
 
 
-def _check_distinct(opened: Mapping[ModelReference, Checkpoint], out: Path) -> None:
-    """One directory under two spellings would be merged twice; the output must not be one of the models."""
+def check_distinct(places: Mapping[ModelReference, tuple[Path | None, Any]], out: Path) -> None:
+    """A model (a path, and what is added to it) under two spellings would be merged twice; the output must be none."""
     seen: dict[Any, ModelReference] = {}
-    for reference, model in opened.items():
-        assert model.path is not None
-        place = model.path.resolve()
+    for reference, (path, addition) in places.items():
+        assert path is not None
+        place = path.resolve()
         if place == out.expanduser().resolve():
             raise OutputError(f'"{out}" is one of the models of this merge; write the result to another directory')
-        other = seen.setdefault((place, reference.lora), reference)
+        other = seen.setdefault((place, addition), reference)
         if other != reference:
             raise ParameterError(
                 f'"{other}" and "{reference}" are the same model; write it in one way and name it once'
@@ -145,12 +145,13 @@ def _bound(task: ExecuteMergeMethodTask) -> dict[str, Any]:
     return bound
 
 
-def _check_basis_parameters(method: BasisMerge, tasks: Sequence[ExecuteMergeMethodTask]) -> None:
+def check_basis_parameters(method: BasisMerge, bound: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse parameters, resolved by tensor, with which some tensor's merge would fail or mean something else."""
     weighted: dict[bool, str] = {}
-    for task in tasks:
-        bound = _bound(task)
-        method.check(bound, sum(model != task.base_model for model in task.model_order))
-        weighted[any(value is not None for value in bound["weight"].values())] = task.output_weight.name
+    for tensor, parameters in bound.items():
+        weights = parameters["weight"].values()
+        method.check(parameters, len(weights))
+        weighted[any(value is not None for value in weights)] = tensor
     if len(weighted) > 1:
         raise ParameterError(
             f"weight applies to some tensors ({weighted[True]}) and not to others ({weighted[False]}), where the bases "
