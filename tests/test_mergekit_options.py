@@ -308,7 +308,7 @@ def test_adapters_merge_like_the_models_they_make(llama: Family, tmp_path: Path)
             LlamaForCausalLM.from_pretrained(str(llama.base)),
             LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False),
         )
-        model.save_pretrained(tmp_path / f"lora{index}")
+        model.save_pretrained(str(tmp_path / f"lora{index}"))
         model.merge_and_unload().save_pretrained(tmp_path / f"full{index}")  # type: ignore[operator]
         merged_models[f"full{index}"] = tmp_path / f"full{index}"
     full = merge_config(Family(llama.base, merged_models), num_bases=2, balance=False)

@@ -57,6 +57,9 @@ def transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_bytes: 
 def check_output(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
     """Raise OutputError if ``out`` holds anything that this program did not write."""
     out = Path(out).expanduser()
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise OutputError(f'"{out}" cannot be a directory: "{above}" is a file')
     if out.is_file() or (out.is_symlink() and not out.is_dir()):
         raise OutputError(f'"{out}" is a file; choose a directory that does not exist yet')
     if out.is_dir() and any(out.iterdir()) and not is_ours(out):
@@ -81,12 +84,20 @@ def writing(out: Path, needed_bytes: int = 0) -> Iterator[None]:
 
 
 def _disk_full(directory: Path, needed_bytes: int) -> OutputError:
-    free = _free_bytes(directory)
-    need = f"{needed_bytes / 1e9:.3g} GB are needed, " if needed_bytes else ""
+    free = readable_size(_free_bytes(directory))
+    need = f"{readable_size(needed_bytes)} are needed, " if needed_bytes else ""
     return OutputError(
-        f'the disk of "{directory}" is full: {need}{free / 1e9:.3g} GB are free. Nothing was left behind; '
+        f'the disk of "{directory}" is full: {need}{free} are free. Nothing was left behind; '
         "free some space or write to another disk"
     )
+
+
+def readable_size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def _check_space(directory: Path, needed_bytes: int) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from .bases import ae_bases
 from .basis import Basis
 from .gram import Gram
+from .output import readable_size
 from .taskvector import TaskVectors
 
 # Bases that leave less than this of the task vectors' energy unexplained are suggested.
@@ -121,8 +122,8 @@ def print_compression(found: dict[str, Any], console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(
-        f"{found['out']}: {_size(found['bytes'])} in {', '.join(found['dtypes'])}; "
-        f"the task vectors: {_size(found['bytes_of_task_vectors'])}"
+        f"{found['out']}: {readable_size(found['bytes'])} in {', '.join(found['dtypes'])}; "
+        f"the task vectors: {readable_size(found['bytes_of_task_vectors'])}"
     )
 
 
@@ -144,11 +145,3 @@ def _headline_truncated(found: dict[str, Any]) -> str:
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

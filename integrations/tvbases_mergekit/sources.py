@@ -56,8 +56,9 @@ def _summary(name: str, tasks: Sequence[str], weights: BasisWeights) -> str:
     shares = ", ".join(f"{task} {w:.2f}" for task, w in zip(tasks, weights.effective_weights.tolist(), strict=True))
     total = weights.total or 1.0
     return (
-        f"{name}: {weights.num_tasks} task vectors in {weights.num_bases} bases, {weights.loss / total:.1%} of their "
-        f"energy unexplained (least possible {weights.bound / total:.1%}); "
+        f"{name}: {weights.num_tasks} task vectors in {weights.num_bases} "
+        f"{'basis' if weights.num_bases == 1 else 'bases'}, {weights.loss / total:.1%} of their energy "
+        f"unexplained (least possible {weights.bound / total:.1%}); "
         f"weight of each task in the sum of the bases: {shares}"
     )
 
