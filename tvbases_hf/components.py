@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .delta import Delta, dense
+from .delta import Delta, dense, square_norm
 from .grouping import group_of, in_order
 from .model import copy_side_files
 from .output import TensorFiles, transaction, write_json
 from .progress import track
-from .shared import Decomposition, Options, decompose, square_norm
+from .shared import Decomposition, Options, decompose
 from .taskvector import TaskVectors
 
 MARKER = "tvbases_components.json"

@@ -7,6 +7,7 @@ function here takes any mix of the three.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -126,3 +127,101 @@ def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
     if isinstance(delta, LowRank):
         return delta.left.to(dtype) @ delta.right.to(dtype)
     return delta.block(0, math.prod(delta.shape)).reshape(delta.shape).to(dtype)
+
+
+def scale(delta: Delta, factor: float) -> Delta:
+    """``factor`` times the change, in the form it has."""
+    return add([delta], [factor])
+
+
+def add(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delta:
+    """sum_i w_i delta_i of one weight, exact up to one rounding, in the smallest form that holds it.
+
+    Low-rank changes put their factors side by side: the rank is the sum of the ranks, except that those which share a
+    right factor (the same tensor) add up their left ones. With DoRA changes of one base among them the row scales add
+    too, and the sum is a Dora. Any dense change makes the sum Dense, in float32 at least: O(T n m), block by block.
+    """
+    weights = [1.0] * len(deltas) if weights is None else list(weights)
+    if list(weights) == [1.0]:
+        return deltas[0]
+    terms = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight != 0]
+    low = [(d.low if isinstance(d, Dora) else d, weight) for d, weight in terms]
+    factored = [(d, weight) for d, weight in low if isinstance(d, LowRank)]
+    if len(factored) < len(terms) or not all(isinstance(delta, (LowRank, Dora)) for delta in deltas):
+        return _add_dense(deltas, weights)
+    total = _add_low_rank(factored, deltas[0])
+    scaled = [(delta, weight) for delta, weight in terms if isinstance(delta, Dora)]
+    if not scaled:
+        return total
+    base = scaled[0][0].base
+    if not all(_is_same(delta.base, base) for delta, _ in scaled):
+        return _add_dense(deltas, weights)
+    rows = sum((weight * delta.scale.to(torch.float64) for delta, weight in scaled), torch.zeros(total.shape[0]))
+    return Dora(rows.to(torch.float32), base, total)
+
+
+def mix(deltas: Sequence[Delta], mixing: Tensor) -> list[Delta]:
+    """The K sums B = T ``mixing`` of T changes, ``mixing`` [T, K]: bases from task vectors, for one weight.
+
+    Factored changes get one right factor for all K, so that adding the sums up again costs no rank.
+    """
+    columns = mixing.T.tolist()
+    low = [delta.low if isinstance(delta, Dora) else delta for delta in deltas]
+    factored = [delta for delta in low if isinstance(delta, LowRank)]
+    if len(factored) < len(deltas):
+        return [add(deltas, column) for column in columns]
+    right = torch.cat([delta.right for delta in factored], dim=0)
+    sums = [
+        LowRank(torch.cat([d.left * w for d, w in zip(factored, column, strict=True)], dim=1), right)
+        for column in columns
+    ]
+    none = LowRank(right.new_zeros(deltas[0].shape[0], 0), right[:0])
+    rows = [Dora(d.scale, d.base, none) if isinstance(d, Dora) else none for d in deltas]
+    return [_with_rows(total, add(rows, column)) for total, column in zip(sums, columns, strict=True)]
+
+
+def square_norm(delta: Delta) -> float:
+    """|delta|_F^2, in factor space for a low-rank change; never negative."""
+    return float(inner(delta, delta).clamp_min(0))
+
+
+def _add_low_rank(terms: Sequence[tuple[LowRank, float]], like: Delta) -> LowRank:
+    lefts: dict[int, Tensor] = {}
+    rights: dict[int, Tensor] = {}
+    for delta, weight in terms:
+        key, left = id(delta.right), delta.left * weight if weight != 1 else delta.left
+        lefts[key] = lefts[key] + left if key in lefts else left
+        rights[key] = delta.right
+    if not terms:
+        return LowRank(torch.zeros(like.shape[0], 0), torch.zeros(0, like.shape[1]))
+    if len(lefts) == 1:
+        return LowRank(*lefts.values(), *rights.values())
+    return LowRank(torch.cat(list(lefts.values()), dim=1), torch.cat(list(rights.values()), dim=0))
+
+
+def _with_rows(low: LowRank, rows: Delta) -> Delta:
+    """``low`` plus a change of rank 0, whose rows are scaled at most; it keeps its right factor."""
+    match rows:
+        case LowRank():
+            return low
+        case Dora():
+            return Dora(rows.scale, rows.base, low)
+        case _:
+            return add([low, rows])
+
+
+def _add_dense(deltas: Sequence[Delta], weights: Sequence[float]) -> Dense:
+    stored = [delta.tuned for delta in deltas if isinstance(delta, Dense)]
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in stored], torch.float32)
+    shape = stored[0].shape if stored else deltas[0].shape  # a factored convolution is flattened
+    total = torch.empty(math.prod(shape), dtype=dtype)
+    coefficients, start = torch.tensor(weights, dtype=torch.float64), 0
+    for part in blocks(deltas):
+        total[start : start + part.shape[1]] = coefficients @ part
+        start += part.shape[1]
+    return Dense(total.reshape(shape))
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; two views of one file are told at once."""
+    return (a.data_ptr() == b.data_ptr() and a.shape == b.shape) or torch.equal(a, b)

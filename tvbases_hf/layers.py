@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .delta import square_norm
 from .grouping import group_of, in_order
 from .progress import track
-from .shared import MIN_SIDE, Options, chance_share, column_space, project, shared_subspace, square_norm
+from .shared import MIN_SIDE, Options, chance_share, column_space, project, shared_subspace
 from .singular import default_rank, interference
 from .svd import singular_values, svd
 from .taskvector import TaskVectors

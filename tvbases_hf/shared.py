@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .delta import Delta, Dense, LowRank, dense
+from .delta import Delta, Dense, LowRank, dense, square_norm
 from .errors import ParameterError
 from .linalg import orthonormal_columns
 from .rank import RankRule
@@ -195,15 +195,6 @@ def weighted_mean(shared: Sequence[Delta]) -> Delta:
             torch.cat([p.right for p in shared if isinstance(p, LowRank)], 0),
         )
     return Dense(sum((dense(p) * (norm / total) for p, norm in zip(shared, norms, strict=True)), torch.tensor(0.0)))
-
-
-def square_norm(delta: Delta) -> float:
-    """|W|_F^2, in factor space for a low-rank change."""
-    if isinstance(delta, LowRank):
-        left = delta.left.T.double() @ delta.left.double()
-        right = delta.right.double() @ delta.right.double().T
-        return float((left * right).sum().clamp_min(0))
-    return float(dense(delta).square().sum())
 
 
 @functools.cache
