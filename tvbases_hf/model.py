@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, TensorInfo
 from .delta import BLOCK_NUMBERS
 from .output import TensorFiles, transaction, write_json
 from .progress import track
@@ -26,22 +27,51 @@ def write_model(
     *,
     quiet: bool = True,
 ) -> Path:
-    """Write ``base`` plus ``change(name, start, stop)``, elements start..stop of each flattened tensor in float64.
-
-    A change of None copies the tensor as it is. The sum is rounded once, to the base tensor's dtype.
-    """
+    """Write ``base`` plus a change as a directory of its own; see stream_model."""
     with transaction(out, is_edited_model, base.nbytes) as work:
-        files = TensorFiles(work, "model", base.tensors)
-        for name in track(list(base.tensors), "Writing", quiet, lambda n: base.tensors[n].nbytes):
-            tensor = base.read(name).reshape(-1)
-            for start in range(0, len(tensor), BLOCK_NUMBERS):
-                part = tensor[start : start + BLOCK_NUMBERS]
-                update = change(name, start, start + len(part))
-                files.write(name, part if update is None else (part.to(torch.float64) + update).to(part.dtype), start)
-        if base.path is not None and base.path.is_dir():
-            copy_side_files(base.path, work)
+        stream_model(base, work, change, quiet=quiet)
         write_json(work / MARKER, {"base": base.label, "edit": note})
     return out
+
+
+def stream_model(
+    base: Checkpoint,
+    directory: Path,
+    change: Callable[[str, int, int], Tensor | None],
+    *,
+    dtype: torch.dtype | None = None,
+    quiet: bool = True,
+) -> None:
+    """Put weights, configuration and tokenizer into an existing directory, a block of one weight in memory at a time.
+
+    ``change(name, start, stop)`` gives elements start..stop of each flattened tensor's change in float64, None for a
+    tensor that stays. The sum is rounded once, to ``dtype``; None for each tensor's own. Integers stay as they are.
+    """
+    tensors = {name: _converted(info, dtype) for name, info in base.tensors.items()}
+    files = TensorFiles(directory, "model", tensors)
+    for name in track(list(tensors), "Writing", quiet, lambda n: tensors[n].nbytes):
+        tensor = base.read(name).reshape(-1)
+        for start in range(0, len(tensor), BLOCK_NUMBERS):
+            part = tensor[start : start + BLOCK_NUMBERS]
+            update = change(name, start, start + len(part))
+            edited = part if update is None else part.to(torch.float64) + update
+            files.write(name, edited.to(tensors[name].dtype), start)
+    if base.path is not None and base.path.is_dir():
+        copy_side_files(base.path, directory)
+        if dtype is not None:
+            _declare_dtype(directory / "config.json", dtype)
+
+
+def _converted(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    return TensorInfo(info.shape, dtype) if dtype is not None and info.dtype.is_floating_point else info
+
+
+def _declare_dtype(file: Path, dtype: torch.dtype) -> None:
+    """The configuration names the dtype that the weights are loaded in, under an older or a newer key."""
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        write_json(file, config | {key: str(dtype).removeprefix("torch.")})
 
 
 def is_edited_model(directory: Path) -> bool:
