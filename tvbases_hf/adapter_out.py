@@ -12,34 +12,73 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapter import CONFIG_FILE, PREFIX, WEIGHT_FILES, Adapter, Layout
+from .adapter import BIAS, MAGNITUDE, PREFIX, TRANSPOSED, Adapter, Layout
+from .adapter_config import CONFIG_FILE, WEIGHT_FILES
+from .adapter_names import Naming
 from .checkpoint import Checkpoint
-from .delta import Delta, Dora, LowRank, dense
+from .delta import Delta, Dense, Dora, LowRank, dense
 from .errors import ParameterError
 from .output import contains_only, write_json
 
 OUR_FILES = (CONFIG_FILE, "adapter_model*", "README.md", ".gitattributes")
+# DoRA cannot make a row of the base vanish; a factor this small changes the row by less than its rounding.
+SMALLEST_FACTOR = torch.finfo(torch.float32).eps / 8
 
 
 @dataclass(frozen=True)
 class Template:
-    """What a merged adapter takes over from its sources: where the factors go, and the configuration's words."""
+    """What a merged adapter takes over from its sources: where the factors go, and the configuration's words.
+
+    ``layouts`` and ``bias_modules`` are by name of the base's tensors; the modules in them, and ``naming``, are named
+    as in the first source. ``saved`` are tensors that some source carries whole.
+    """
 
     layouts: dict[str, Layout]
     bias_modules: dict[str, str]
     config: dict[str, Any] = field(default_factory=dict)
+    saved: frozenset[str] = frozenset()
+    naming: Naming = field(default_factory=Naming)
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter], base_id: str) -> Template:
         """The union of the adapters' modules. A word on which they disagree (the task type) is left out."""
-        layouts = {name: layout for a in reversed(adapters) for name in a.names if (layout := a.layout(name))}
-        biases = {name: module for a in adapters for name in a.names if (module := a.module_of_bias(name))}
+        naming = adapters[0].naming
+
+        def renamed(name: str) -> str:
+            return naming.to_adapter(name).rpartition(".")[0]
+
+        found = {name: layout for a in reversed(adapters) for name in a.names if (layout := a.layout(name))}
+        layouts = {n: Layout(renamed(n), layout.kind, layout.kernel) for n, layout in found.items()}
+        biases = {name: renamed(name) for a in adapters for name in a.names if a.module_of_bias(name)}
         config: dict[str, Any] = {"base_model_name_or_path": base_id}
         for word in ("task_type", "auto_mapping"):
             values = [adapter.config.get(word) for adapter in adapters]
             if all(value == values[0] for value in values):
                 config[word] = values[0]
-        return cls(layouts, biases, config)
+        saved = frozenset(name for adapter in adapters for name in adapter.saved_names)
+        return cls(layouts, biases, config, saved, naming)
+
+
+def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
+    """sum_i w_i delta_i of changes of one weight, exact: low-rank ones give rank sum r_i, a Dense makes it dense.
+
+    Args:
+        deltas: at least one, all of one weight [n, m]; those of rank zero drop out.
+        weights: any real numbers, as many.
+    """
+    if any(isinstance(delta, Dense) for delta in deltas):
+        total = sum((w * dense(d).reshape(-1) for w, d in zip(weights, deltas, strict=True)), torch.zeros(()))
+        shape = next(delta.shape for delta in deltas if isinstance(delta, Dense))
+        return Dense(total.reshape(shape).to(torch.float32))
+    lows = [delta.low if isinstance(delta, Dora) else _low_rank(delta, "a sum") for delta in deltas]
+    pairs = list(zip(weights, lows, strict=True))
+    kept = [(weight, low) for weight, low in pairs if weight != 0] or [(0.0, pairs[0][1])]
+    joined = LowRank(torch.cat([w * low.left for w, low in kept], dim=1), torch.cat([low.right for _, low in kept]))
+    scaled = [(weight, delta) for weight, delta in zip(weights, deltas, strict=True) if isinstance(delta, Dora)]
+    if not scaled:
+        return joined
+    scale = torch.stack([weight * delta.scale for weight, delta in scaled]).sum(dim=0)
+    return Dora(scale, scaled[0][1].base, joined)
 
 
 def adapter_tensors(
@@ -51,28 +90,36 @@ def adapter_tensors(
         changes: by name of the base's tensors: low-rank ones for modules of the template, dense ones for saved modules
             and biases. With a Dora among them all modules become DoRA, which represents any sum of such changes.
         dtype: of the factors; magnitudes and saved modules stay in float32 and in the base's dtype.
+
+    Raises ParameterError for a dense change of a module that no source carries whole, and where PEFT cannot express
+    the changes in one adapter.
     """
-    factored = {name: delta for name, delta in changes.items() if name in template.layouts}
-    others = {name: delta for name, delta in changes.items() if name not in template.layouts}
+    factored = {name: delta for name, delta in changes.items() if _is_factored(name, delta, template)}
+    others = {name: delta for name, delta in changes.items() if name not in factored}
     dora = any(isinstance(delta, Dora) for delta in factored.values())
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for name, delta in factored.items():
+    for name, delta in (factored or _placeholder(template, others, base)).items():
         layout = template.layouts[name]
-        low, magnitude = _as_dora(delta, base.read(name)) if dora else (_low_rank(delta, name), None)
+        low, magnitude = _as_dora(delta, base.read(name), layout) if dora else (_low_rank(delta, name), None)
         ranks[layout.module] = max(1, low.rank)
         tensors |= _factors(layout, _padded(low), dtype)
         if magnitude is not None:
-            tensors[f"{PREFIX}{layout.module}.lora_magnitude_vector"] = magnitude.to(torch.float32)
-    saved = _saved_modules(others, template, base, tensors, factored)
-    return tensors, _config(template, ranks, dora, saved)
+            ones = (1,) * len(layout.kernel)
+            shape = (1, -1, *ones) if layout.kind == "conv" else (-1,)
+            tensors[f"{PREFIX}{layout.module}.{MAGNITUDE}"] = magnitude.to(torch.float32).reshape(shape)
+    words = {} if dora else _lora_biases(others, template, factored, tensors)
+    trained = {name: delta for name, delta in others.items() if dora or name not in template.bias_modules}
+    words |= _saved_tensors(trained, template, base, tensors, ranks)
+    return tensors, _config(template, ranks, dora, words)
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """adapter_model.safetensors and adapter_config.json into an existing directory."""
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHT_FILES[0], {"format": "pt"}
-    )
+    own = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    seen = Counter(tensor.untyped_storage().data_ptr() for tensor in own.values())
+    own = {name: t.clone() if seen[t.untyped_storage().data_ptr()] > 1 else t for name, t in own.items()}
+    save_file(own, directory / WEIGHT_FILES[0], {"format": "pt"})
     write_json(directory / CONFIG_FILE, dict(config))
 
 
@@ -81,26 +128,43 @@ def is_adapter_directory(directory: Path) -> bool:
     return (directory / CONFIG_FILE).is_file() and contains_only(directory, OUR_FILES)
 
 
+def _is_factored(name: str, delta: Delta, template: Template) -> bool:
+    return name in template.layouts and not (isinstance(delta, Dense) and name in template.saved)
+
+
+def _placeholder(template: Template, others: Mapping[str, Delta], base: Checkpoint) -> dict[str, Delta]:
+    """PEFT refuses an adapter without factors; one module that does not change makes it one."""
+    free = [name for name in template.layouts if name not in others]
+    if not free:
+        raise ParameterError("PEFT has no adapter without low-rank factors; write a full checkpoint")
+    shape = base.tensors[free[0]].shape
+    rows = shape[0]
+    return {free[0]: LowRank(torch.zeros(rows, 0), torch.zeros(0, base.tensors[free[0]].numel // max(1, rows)))}
+
+
 def _low_rank(delta: Delta, name: str) -> LowRank:
     if not isinstance(delta, LowRank):
         raise ParameterError(f"the change of {name} is not low-rank; truncate it first, or write a full checkpoint")
     return delta
 
 
-def _as_dora(delta: Delta, base: Tensor) -> tuple[LowRank, Tensor]:
+def _as_dora(delta: Delta, base: Tensor, layout: Layout) -> tuple[LowRank, Tensor]:
     """Factors L' R and magnitude mu with mu * rows of (W + L' R) / norm = W + change.
 
-    W + diag(d) W + L R = diag(1 + d) (W + diag(1 + d)^-1 L R), whose rows DoRA normalises and scales by mu: exact
-    unless a row is scaled to zero.
+    W + diag(d) W + L R = diag(1 + d) (W + diag(1 + d)^-1 L R), whose rows DoRA normalises and scales by mu: exact, and
+    within the rounding of W where a row is scaled to zero. PEFT's rows are the outputs, so a weight that is stored as
+    [in, out] takes the norms of its columns; a change that scales its columns is Dense here, and refused.
     """
     if isinstance(delta, Dora):
         factor = 1 + delta.scale
+        floor = torch.full_like(factor, SMALLEST_FACTOR).copysign(factor)
+        factor = torch.where(factor.abs() < SMALLEST_FACTOR, floor, factor)
         low = LowRank(delta.low.left / factor[:, None], delta.low.right)
     else:
-        assert isinstance(delta, LowRank)
-        factor, low = torch.ones(delta.shape[0]), delta
-    updated = base.reshape(low.shape).to(torch.float32) + low.left @ low.right
-    return low, factor * updated.norm(dim=1)
+        low = _low_rank(delta, f"{layout.module}.weight")
+        factor = torch.ones(())
+    updated = base.reshape(low.shape).to(low.left.dtype) + low.left @ low.right
+    return low, factor * updated.norm(dim=0 if layout.kind in TRANSPOSED else 1)
 
 
 def _padded(delta: LowRank) -> LowRank:
@@ -125,51 +189,77 @@ def _factors(layout: Layout, delta: LowRank, dtype: torch.dtype) -> dict[str, Te
     return {f"{prefix}.lora_A.weight": right, f"{prefix}.lora_B.weight": left}
 
 
-def _saved_modules(
-    others: Mapping[str, Delta],
+def _lora_biases(
+    others: Mapping[str, Delta], template: Template, factored: Mapping[str, Delta], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Add LoRA biases to ``tensors``: PEFT wants one for every module, or none. Embeddings cannot have one."""
+    wanted = {
+        template.bias_modules[n]: dense(d, torch.float32) for n, d in others.items() if n in template.bias_modules
+    }
+    if not wanted:
+        return {}
+    for name, delta in factored.items():
+        layout = template.layouts[name]
+        if layout.kind == "embedding":
+            raise ParameterError(
+                f"{next(iter(wanted))} has a LoRA bias and {layout.module} is an embedding; PEFT has no adapter with "
+                "both. Write a full checkpoint"
+            )
+        size = delta.shape[1] if layout.kind == "conv1d" else delta.shape[0]
+        tensors[f"{PREFIX}{layout.module}.{BIAS}"] = wanted.get(layout.module, torch.zeros(size))
+    return {"lora_bias": True}
+
+
+def _saved_tensors(
+    trained: Mapping[str, Delta],
     template: Template,
     base: Checkpoint,
     tensors: dict[str, Tensor],
-    factored: Mapping[str, Delta],
+    ranks: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Add LoRA biases and saved modules to ``tensors``; return the words they need in the configuration."""
+    """Add whole tensors to ``tensors``, as biases or as saved modules; return the words for the configuration."""
+    names = {name: template.naming.to_adapter(name) for name in base.tensors}
+    modules: set[str] = set()
     words: dict[str, Any] = {}
-    if any(name in template.bias_modules for name in others):
-        words["lora_bias"] = True
-        wanted = {
-            template.bias_modules[n]: dense(d, torch.float32) for n, d in others.items() if n in template.bias_modules
-        }
-        for name, delta in factored.items():
-            layout = template.layouts[name]
-            size = delta.shape[1] if layout.kind == "conv1d" else delta.shape[0]
-            tensors[f"{PREFIX}{layout.module}.lora_B.bias"] = wanted.get(layout.module, torch.zeros(size))
-    modules = set()
-    for name, delta in others.items():
-        if name in template.bias_modules:
-            continue
-        value = (base.read(name).to(torch.float64) + dense(delta).reshape(base.tensors[name].shape)).to(
-            base.tensors[name].dtype
-        )
-        module, _, leaf = name.rpartition(".")
-        if leaf == "bias" and f"{module}.weight" in template.layouts:
+    for name, delta in trained.items():
+        module, _, leaf = names[name].rpartition(".")
+        inner = ".base_layer" if module in ranks else ""
+        if leaf == "bias" and f"{name.rpartition('.')[0]}.weight" not in trained:
             words["bias"] = "all"
-            tensors[f"{PREFIX}{module}.base_layer.bias"] = value
-        else:
+        elif module and not inner:
             modules.add(module)
-            tensors[f"{PREFIX}{name}"] = value
-    for module in modules:  # PEFT loads a saved module whole
-        for name in base.tensors:
-            if name.rpartition(".")[0] == module and f"{PREFIX}{name}" not in tensors:
-                tensors[f"{PREFIX}{name}"] = base.read(name)
-    if modules:
-        words["modules_to_save"] = sorted(modules)
-    return words
+        else:
+            raise ParameterError(f"PEFT cannot save {name} by itself; write a full checkpoint")
+        tensors[f"{PREFIX}{module}{inner}.{leaf}"] = _sum(base, name, delta)
+    clash = [module for module in ranks if _is_saved(f"{module}.weight", modules)]
+    if clash:
+        raise ParameterError(
+            f"{clash[0]} has factors and belongs to a module that is saved whole, by PEFT's rule for the ends of "
+            "names; write a full checkpoint"
+        )
+    for name, own in names.items():
+        if _is_saved(own, modules):
+            tensors.setdefault(f"{PREFIX}{own}", base.read(name))
+    return words | ({"modules_to_save": sorted(modules)} if modules else {})
+
+
+def _is_saved(name: str, modules: set[str]) -> bool:
+    """PEFT takes every module whose name ends like a saved one for a saved one, and wants all of its tensors."""
+    parts = name.split(".")
+    owners = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return any(owner.endswith(saved) for owner in owners for saved in modules)
+
+
+def _sum(base: Checkpoint, name: str, delta: Delta) -> Tensor:
+    info = base.tensors[name]
+    return (base.read(name).to(torch.float64) + dense(delta).reshape(info.shape)).to(info.dtype)
 
 
 def _config(template: Template, ranks: Mapping[str, int], dora: bool, words: Mapping[str, Any]) -> dict[str, Any]:
     """alpha = r everywhere, so that every scaling is 1 and the factors are the change."""
-    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    pattern = {module: rank for module, rank in ranks.items() if rank != common}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    # PEFT matches patterns with the ends of names: anchored, one cannot reach a longer name.
+    pattern = {f"^{module}": rank for module, rank in ranks.items() if rank != common}
     conv1d = any(layout.kind == "conv1d" for layout in template.layouts.values())
     return {
         "peft_type": "LORA",
