@@ -12,6 +12,7 @@ from matrices import EPS, gaussian, is_orthonormal, orthonormal, relative, with_
 from torch import Tensor
 
 from tvbases_hf.linalg import (
+    GRAM_CUTOFF,
     condition_number,
     fix_signs,
     negligible,
@@ -153,7 +154,7 @@ def test_orthonormal_columns_leaves_out_what_is_below_the_cutoff() -> None:
 def test_solve_psd_is_the_solution_of_least_norm(size: int, rank: int, seed: int) -> None:
     factor = gaussian(seed, size, min(rank, size))
     matrix, right = factor @ factor.T, factor @ gaussian(seed + 1, min(rank, size), 3)
-    expected = torch.linalg.pinv(factor @ factor.T, hermitian=True, rtol=1e-13) @ right
+    expected = torch.linalg.pinv(factor @ factor.T, hermitian=True, rtol=GRAM_CUTOFF) @ right
     condition = float(torch.linalg.cond(factor)) ** 2
     assert relative(solve_psd(matrix, right), expected) < 1e3 * condition * EPS64
 

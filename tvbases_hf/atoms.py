@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, TensorInfo
 from .delta import Delta, Dense, LowRank, blocks, dense
 from .errors import CheckpointError, ParameterError
 from .info import ATOMS_STEM, BasisInfo
-from .linalg import solve_psd
+from .linalg import GRAM_CUTOFF, solve_psd
 from .output import TensorFiles
 from .progress import track
 from .svd import svd
@@ -226,10 +226,11 @@ def refit(inner: Tensor, cross: Tensor, has_mean: bool) -> tuple[Tensor, Tensor]
     ``inner`` [rows, rows] and ``cross`` [rows, T] are the stored vectors' products with themselves and with the task
     vectors. A mean (last row) is added to every reconstruction as it is; the other rows are fitted to what remains.
     """
+    squares = inner.diagonal().clamp_min(GRAM_CUTOFF**2 * inner.diagonal().max())  # a shorter vector is noise
     if not has_mean:
-        decoder = solve_psd(inner, cross)
+        decoder = solve_psd(inner, cross, squares)
     else:
-        bases = solve_psd(inner[:-1, :-1], cross[:-1] - inner[:-1, -1:])
+        bases = solve_psd(inner[:-1, :-1], cross[:-1] - inner[:-1, -1:], squares[:-1])
         decoder = torch.cat([bases, torch.ones(1, cross.shape[1], dtype=torch.float64)])
     saved = 2 * (decoder * cross).sum(dim=0) - (decoder * (inner @ decoder)).sum(dim=0)
     return decoder, saved
