@@ -22,18 +22,27 @@ from torch import Tensor
 
 from ..errors import ParameterError
 from ..linalg import condition_number, fix_signs, solve_psd, symmetric
-from .adam import adam_encoder
+from .adam import adam_encoder, check_recipe
 from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
 
-# The least share of the average weight that a free encoder leaves to a task. Where the spectral bound is not
-# attainable (Theorem 3.4) the optimum drops tasks altogether, and cond(encoder) grows like 1 / floor.
-FREE_FLOOR = 0.05
+# Where the spectral bound is not attainable (Theorem 3.4) the best free encoder drops tasks altogether, and
+# cond(encoder) grows like one over the weight they keep. So every task keeps a share of the average weight, and an
+# encoder beyond FREE_CONDITION is moved towards equal weights as far as this share of the total squared norm allows.
+FREE_FLOOR = 0.01
+FREE_CONDITION = 100.0
+FREE_SLACK = 5e-5
+# The loss of free row sums has local minima: besides equal weights, the search starts from this many other places.
+FREE_STARTS = 2
 ROTATIONS = 64
 SOLVERS = ("varpro", "adam")
+# A weighted sum of task vectors whose squared norm is below this share of theirs is rounding noise of the Gram matrix.
+CANCELLED_SUM = 1e-14
 # Stay this far inside the simplex, so that every entry is positive: a softmax encoder has no zeros.
 INTERIOR = 1 - 1e-9
 
 
+@torch.inference_mode(False)  # the searches differentiate, whatever the caller's mode
+@torch.enable_grad()
 def ae_bases(
     gram: Tensor,
     num_bases: float,
@@ -69,38 +78,37 @@ def ae_bases(
     num_tasks = len(gram)
     num_bases = resolve_num_bases(num_bases, num_tasks)
     rows = _row_sums(target_weights, num_tasks, num_bases, balance)
-    scale = _task_scale(gram, normalize)
-    total = gram.trace().clamp_min(torch.finfo(torch.float64).tiny)
-    unit = gram / total
+    total = float(gram.trace())
+    unit = gram / total if total > 0 else gram
+    scale = _task_scale(unit, normalize)
     if solver == "varpro":
-        if num_bases == num_tasks and target_weights is None:
-            encoder = torch.eye(num_tasks, dtype=torch.float64)
-        else:
-            row_sums = rows if balance else _best_row_sums(unit, scale * total, num_bases)
-            encoder = _encoder_with_rows(unit, scale, row_sums, num_bases, seed)
-        decoder = least_squares_decoder(gram, encoder)
+        encoder = _optimal_encoder(unit, scale, rows, num_bases, seed, balance)
+        decoder = least_squares_decoder(unit, encoder)
     elif solver == "adam":
-        encoder, decoder = adam_encoder(
-            unit * num_tasks, num_bases, rows if balance else None, scale * total, temperature, anneal, steps, seed
-        )
+        check_recipe(temperature, anneal, steps)
+        wanted = rows if balance else None
+        encoder, decoder = adam_encoder(unit * num_tasks, num_bases, wanted, scale, temperature, anneal, steps, seed)
     else:
         raise ParameterError(f"unknown solver {solver!r}; choose {' or '.join(SOLVERS)}")
-    spectral = _tail(_scaled(gram, scale), num_bases)
-    bound = _tail(_scaled(_project_out(gram, rows), scale), num_bases - 1) if balance else spectral
+    spectral = _tail(_scaled(unit, scale), num_bases)
+    bound = _row_sums_loss(unit, scale, rows, num_bases) if balance else spectral
+    units = 1.0 if normalize else total
     return BasisWeights(
         method="ae",
         encoder=encoder,
         decoder=decoder,
-        loss=squared_error(gram, encoder @ decoder, scale),
-        bound=float(bound),
-        spectral_bound=float(spectral),
-        total=float((gram.diagonal() * scale).sum()),
+        loss=units * squared_error(unit, encoder @ decoder, scale),
+        bound=units * float(bound),
+        spectral_bound=units * float(spectral),
+        total=units * float((unit.diagonal() * scale).sum()),
     )
 
 
 def least_squares_decoder(gram: Tensor, encoder: Tensor) -> Tensor:
     """[M, T] the decoder of least reconstruction error for this encoder: (W^T G W)^+ W^T G."""
-    return solve_psd(encoder.T @ gram @ encoder, encoder.T @ gram)
+    # The bases' squared lengths if nothing cancelled: what cancelled is known only relative to that.
+    squares = encoder.T.square() @ gram.diagonal()
+    return solve_psd(encoder.T @ gram @ encoder, encoder.T @ gram, squares)
 
 
 def _row_sums(target: Sequence[float] | None, num_tasks: int, num_bases: int, balance: bool) -> Tensor:
@@ -137,7 +145,17 @@ def _project_out(gram: Tensor, rows: Tensor) -> Tensor:
     image = gram @ rows
     energy = rows @ image
     # Vectors that cancel in the weighted sum leave nothing to project out.
-    return gram - torch.outer(image, image) / energy if energy > 1e-14 * gram.trace() * rows.square().sum() else gram
+    cancelled = energy <= CANCELLED_SUM * gram.trace() * rows.square().sum()
+    return gram if cancelled else gram - torch.outer(image, image) / energy
+
+
+def _optimal_encoder(gram: Tensor, scale: Tensor, rows: Tensor, num_bases: int, seed: int, balance: bool) -> Tensor:
+    """[T, M] the encoder of least loss, balanced to ``rows`` or free; the tasks themselves where M = T allows it."""
+    if num_bases == len(gram) and (rows == 1).all():
+        return torch.eye(num_bases, dtype=torch.float64)
+    if balance:
+        return _encoder_with_rows(gram, scale, rows, num_bases, seed)
+    return _free_encoder(gram, scale, num_bases, seed)
 
 
 def _encoder_with_rows(gram: Tensor, scale: Tensor, rows: Tensor, num_bases: int, seed: int) -> Tensor:
@@ -168,7 +186,8 @@ def _zero_sum_directions(gram: Tensor, scale: Tensor, rows: Tensor, count: int) 
     _, vectors = torch.linalg.eigh(rest - push * torch.outer(null, null))
     directions = fix_signs(vectors[:, -count:]) * root[:, None]
     directions = directions - torch.outer(rows, directions.sum(dim=0)) / rows.sum()
-    return torch.linalg.qr(directions).Q
+    orthonormal, triangle = torch.linalg.qr(directions)
+    return orthonormal * torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # whatever the order of the tasks
 
 
 def _simplex(num_vertices: int) -> Tensor:
@@ -203,28 +222,76 @@ def _spread_rows(directions: Tensor, count: int) -> list[int]:
     return chosen
 
 
+def _free_encoder(gram: Tensor, scale: Tensor, num_bases: int, seed: int) -> Tensor:
+    """The encoder of least loss whose columns sum to 1; a little more loss where that makes it well-conditioned."""
+    equal = torch.full((len(gram),), num_bases / len(gram), dtype=torch.float64)
+    best = _best_row_sums(gram, scale, num_bases)
+    encoder = _encoder_with_rows(gram, scale, best, num_bases, seed)
+    if condition_number(encoder) <= FREE_CONDITION:
+        return encoder
+    allowed = _row_sums_loss(gram, scale, best, num_bases) + FREE_SLACK * float((gram.diagonal() * scale).sum())
+    low, high = 0.0, 1.0  # the share of equal weights
+    for _ in range(20):
+        middle = (low + high) / 2
+        if _row_sums_loss(gram, scale, torch.lerp(best, equal, middle), num_bases) <= allowed:
+            low = middle
+        else:
+            high = middle
+    return _encoder_with_rows(gram, scale, torch.lerp(best, equal, low), num_bases, seed)
+
+
+def _row_sums_loss(gram: Tensor, scale: Tensor, rows: Tensor, num_bases: int) -> Tensor:
+    """The least loss of an encoder with these row sums; all that the loss of a free encoder depends on."""
+    return _tail(_scaled(_project_out(gram, rows), scale), num_bases - 1)
+
+
 def _best_row_sums(gram: Tensor, scale: Tensor, num_bases: int) -> Tensor:
     """[T] row sums of least loss among all free encoders, each at least FREE_FLOOR of the average.
 
-    The loss depends on the encoder only through these (module docstring). Starts from balanced rows, so that among
-    equally good optima the one nearest to equal weights is found.
+    Starts from equal weights, so that where the spectral bound is attainable a solution near them is found; where it
+    is not, also from the positive parts of the directions that the best subspace holds.
     """
-    num_tasks = len(gram)
-    logits = torch.zeros(num_tasks, dtype=torch.float64, requires_grad=True)
+    share = (gram.diagonal() * scale).sum()
+    rows = _descend(gram, scale, num_bases, torch.ones(len(gram), dtype=torch.float64))
+    loss = float(_row_sums_loss(gram, scale, rows, num_bases))
+    if loss <= float(_tail(_scaled(gram, scale), num_bases) + 1e-9 * share):
+        return rows
+    starts = _positive_directions(gram, scale, num_bases)
+    starts.sort(key=lambda start: float(_row_sums_loss(gram, scale, _floored(start, num_bases), num_bases)))
+    for start in starts[:FREE_STARTS]:
+        other = _descend(gram, scale, num_bases, start)
+        found = float(_row_sums_loss(gram, scale, other, num_bases))
+        if found < loss - 1e-9 * float(share):
+            rows, loss = other, found
+    return rows
 
-    def rows() -> Tensor:
-        return num_bases * ((1 - FREE_FLOOR) * torch.softmax(logits, 0) + FREE_FLOOR / num_tasks)
 
+def _positive_directions(gram: Tensor, scale: Tensor, num_bases: int) -> list[Tensor]:
+    """[T] positive parts of what is nearest to equal weights in the best subspace, and of its principal directions."""
+    vectors = torch.linalg.eigh(_scaled(gram, scale)).eigenvectors[:, -num_bases:] * scale.sqrt()[:, None]
+    found = [(vectors @ vectors.sum(dim=0)), *vectors.T, *-vectors.T]
+    return [part for part in (direction.clamp_min(0) for direction in found) if part.sum() > 0]
+
+
+def _floored(weights: Tensor, num_bases: int) -> Tensor:
+    """[T] row sums in proportion to ``weights``, none below FREE_FLOOR of the average."""
+    return num_bases * ((1 - FREE_FLOOR) * weights / weights.sum() + FREE_FLOOR / len(weights))
+
+
+def _descend(gram: Tensor, scale: Tensor, num_bases: int, start: Tensor) -> Tensor:
+    """[T] row sums at the local minimum of the loss that L-BFGS reaches from ``start`` [T], not negative."""
+    start = start / start.sum() + FREE_FLOOR / len(start)  # a logit of minus infinity has no gradient
+    logits = start.log().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [logits], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-14
+        [logits], max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-12
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = _tail(_scaled(_project_out(gram, rows()), scale), num_bases - 1)
-        loss.backward()
+        loss = _row_sums_loss(gram, scale, _floored(torch.softmax(logits, 0), num_bases), num_bases)
+        if loss.requires_grad:  # vectors that cancel in the weighted sum leave nothing to differentiate
+            loss.backward()
         return loss
 
-    if num_bases < num_tasks:
-        optimizer.step(closure)
-    return rows().detach()
+    optimizer.step(closure)
+    return _floored(torch.softmax(logits, 0), num_bases).detach()

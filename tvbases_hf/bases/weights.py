@@ -11,6 +11,9 @@ from torch import Tensor
 from ..errors import ParameterError
 from ..linalg import condition_number
 
+# What a Gram matrix may be off by, relative to its size: as much as if it had been computed in float32.
+GRAM_TOLERANCE = 1e-6
+
 
 @dataclass(frozen=True)
 class BasisWeights:
@@ -93,8 +96,15 @@ def check_gram(gram: Tensor) -> Tensor:
         raise ParameterError(f"a Gram matrix is square, [tasks, tasks]; got shape {list(gram.shape)}")
     if not torch.isfinite(gram).all():
         raise ParameterError("the Gram matrix holds NaN or infinity")
-    if (gram - gram.T).abs().max() > 1e-6 * gram.abs().max():
+    if (gram - gram.T).abs().max() > GRAM_TOLERANCE * gram.abs().max():
         raise ParameterError("the Gram matrix is not symmetric")
     if (gram.diagonal() < 0).any():
         raise ParameterError("the Gram matrix has a negative squared norm on its diagonal")
-    return (gram + gram.T) / 2
+    gram = (gram + gram.T) / 2
+    values = torch.linalg.eigvalsh(gram / gram.abs().max()) if gram.any() else gram.diagonal()
+    if values[0] < -GRAM_TOLERANCE * values[-1]:
+        raise ParameterError(
+            f"the Gram matrix has a negative eigenvalue ({values[0] / values[-1]:.2g} of the largest): "
+            "no vectors have these inner products"
+        )
+    return gram
