@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tvbases_hf.delta import Delta, Dense, dense
 from tvbases_hf.errors import ParameterError
+from tvbases_hf.rank import RankRule
 from tvbases_hf.shared import DEFAULT_RANK, THRESHOLD, Options, chance_limit, chance_share, decompose
 from tvbases_hf.singular import default_rank, truncate, tsv_merge
 
@@ -41,6 +42,8 @@ class LayerwiseMerge(GroupMergeMethod):
 
     spec: MergeMethodSpec
     change: Callable[..., list[tuple[float, Delta]]]
+    check: Callable[[Mapping[str, Any]], object]
+    """Raises ParameterError for parameters with which the merge would fail."""
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         assert group.base is not None  # the contract requires it
@@ -73,10 +76,17 @@ def _tsv_compress(deltas: list[Delta], weights: list[float], parameters: Any, na
     return [(weight, truncate(delta, rank)) for weight, delta in zip(weights, deltas, strict=True) if weight]
 
 
+def _check_rank(parameters: Mapping[str, Any]) -> None:
+    if parameters["rank"] is not None:
+        RankRule.parse(parameters["rank"])
+
+
+def _devec_options(parameters: Mapping[str, Any]) -> Options:
+    return Options(**{name: parameters[name] for name in ("threshold", "subspace", "pool", "side", "rank")})
+
+
 def _devec(deltas: list[Delta], weights: list[float], parameters: Any, name: str) -> list[tuple[float, Delta]]:
-    options = Options(
-        **{key: parameters[key] for key in ("threshold", "subspace", "pool", "side")}, rank=parameters["rank"]
-    )
+    options = _devec_options(parameters)
     try:
         split = decompose(deltas, options, [index for index, weight in enumerate(weights) if weight])
     except ParameterError as error:
@@ -126,8 +136,11 @@ TSV = LayerwiseMerge(
         (TASK_RANK, _shared("low_rank", bool, True), _shared("orthogonalize", bool, True)),
     ),
     _tsv,
+    _check_rank,
 )
-TSV_COMPRESS = LayerwiseMerge(_spec("tsv_compress", "TSV-Compress", TSV_PAPER, (TASK_RANK,)), _tsv_compress)
+TSV_COMPRESS = LayerwiseMerge(
+    _spec("tsv_compress", "TSV-Compress", TSV_PAPER, (TASK_RANK,)), _tsv_compress, _check_rank
+)
 DEVEC_UNIQUE = LayerwiseMerge(
     _spec(
         "devec_unique",
@@ -143,5 +156,6 @@ DEVEC_UNIQUE = LayerwiseMerge(
         ),
     ),
     _devec,
+    _devec_options,
 )
 LAYERWISE = (TSV, TSV_COMPRESS, DEVEC_UNIQUE)

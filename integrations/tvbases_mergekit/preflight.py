@@ -21,6 +21,7 @@ from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, Tvba
 from tvbases_hf.taskvector import TaskVectors
 
 from .configuration import DTYPE_BYTES, find_method, input_lists, one_line, output_slices
+from .layerwise import LayerwiseMerge
 from .methods import BasisMerge
 
 
@@ -38,6 +39,9 @@ def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -
     check_distinct({ref: (model.path, ref.lora) for ref, model in opened.items()}, out)
     _check_fit(config, method, {ref: model for ref, model in opened.items() if ref.lora is None}, options)
     tasks = _plan(config, options)
+    if isinstance(method, LayerwiseMerge):
+        for task in tasks:
+            method.check(_bound(task))
     if isinstance(method, BasisMerge):
         check_basis_parameters(method, {task.output_weight.name: _bound(task) for task in tasks})
     return _output_bytes(config, opened)
