@@ -46,24 +46,25 @@ class Vision(nn.Module):
 def llama(**options: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    options = {"num_key_value_heads": 2, "tie_word_embeddings": False, "vocab_size": VOCABULARY} | sizes | options
-    return LlamaForCausalLM(LlamaConfig(**options))
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    sizes |= {"tie_word_embeddings": False} | options
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def gpt2(**options: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
     return GPT2LMHeadModel(GPT2Config(**(sizes | options)))
 
 
 def bert(**options: Any) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, num_labels=3, **(sizes | options))
-    return BertForSequenceClassification(config)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_labels": 3}
+    sizes |= {"num_attention_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 16}
+    return BertForSequenceClassification(BertConfig(**(sizes | options)))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "vision": Vision}
@@ -81,7 +82,7 @@ class Case:
 def make_base(directory: Path, case: Case, seed: int = 0) -> Path:
     """The model of a case as a checkpoint; biases and norms are random too."""
     torch.manual_seed(seed)
-    model = MODELS[case.model](**case.options)
+    model: Any = MODELS[case.model](**case.options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -95,7 +96,7 @@ def make_base(directory: Path, case: Case, seed: int = 0) -> Path:
 
 def load_base(base: Path, case: Case) -> nn.Module:
     """The model as its own library loads it, float32."""
-    model = MODELS[case.model](**case.options)
+    model: Any = MODELS[case.model](**case.options)
     if hasattr(model, "save_pretrained"):
         return type(model).from_pretrained(base)
     model.load_state_dict(load_file(base / "model.safetensors"))
@@ -105,10 +106,17 @@ def load_base(base: Path, case: Case) -> nn.Module:
 def make_adapter(directory: Path, base: Path, case: Case, seed: int = 1, **save: Any) -> Path:
     """An adapter with random factors, magnitudes, biases and saved modules, saved by PEFT."""
     torch.manual_seed(seed)
-    model = get_peft_model(load_base(base, case), LoraConfig(**({"r": 3, "lora_alpha": 5} | dict(case.config))))
+    model = peft_model(base, case)
     perturb(model)
-    model.save_pretrained(directory, **save)
+    model.save_pretrained(str(directory), **save)
     return directory
+
+
+def peft_model(base: Path, case: Case) -> Any:
+    """A PeftModel with a new adapter called default."""
+    options: dict[str, Any] = {"r": 3, "lora_alpha": 5} | dict(case.config)
+    model: Any = load_base(base, case)
+    return get_peft_model(model, LoraConfig(**options))
 
 
 def perturb(model: nn.Module, seed: int = 7, size: float = 0.3) -> None:
@@ -127,7 +135,8 @@ def perturb(model: nn.Module, seed: int = 7, size: float = 0.3) -> None:
 
 def load_adapter(base: Path, case: Case, adapter: Path) -> nn.Module:
     """Stock PEFT's own reading of an adapter directory."""
-    return PeftModel.from_pretrained(load_base(base, case), str(adapter)).eval()
+    model: Any = load_base(base, case)
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def outputs(model: nn.Module) -> Tensor:

@@ -59,28 +59,6 @@ class Template:
         return cls(layouts, biases, config, saved, naming)
 
 
-def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
-    """sum_i w_i delta_i of changes of one weight, exact: low-rank ones give rank sum r_i, a Dense makes it dense.
-
-    Args:
-        deltas: at least one, all of one weight [n, m]; those of rank zero drop out.
-        weights: any real numbers, as many.
-    """
-    if any(isinstance(delta, Dense) for delta in deltas):
-        total = sum((w * dense(d).reshape(-1) for w, d in zip(weights, deltas, strict=True)), torch.zeros(()))
-        shape = next(delta.shape for delta in deltas if isinstance(delta, Dense))
-        return Dense(total.reshape(shape).to(torch.float32))
-    lows = [delta.low if isinstance(delta, Dora) else _low_rank(delta, "a sum") for delta in deltas]
-    pairs = list(zip(weights, lows, strict=True))
-    kept = [(weight, low) for weight, low in pairs if weight != 0] or [(0.0, pairs[0][1])]
-    joined = LowRank(torch.cat([w * low.left for w, low in kept], dim=1), torch.cat([low.right for _, low in kept]))
-    scaled = [(weight, delta) for weight, delta in zip(weights, deltas, strict=True) if isinstance(delta, Dora)]
-    if not scaled:
-        return joined
-    scale = torch.stack([weight * delta.scale for weight, delta in scaled]).sum(dim=0)
-    return Dora(scale, scaled[0][1].base, joined)
-
-
 def adapter_tensors(
     changes: Mapping[str, Delta], template: Template, base: Checkpoint, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
