@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import re
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class Checkpoint:
                 if weight_map is not None and weight_map.get(name) != file.name:
                     continue
                 tensors[name], owner[name] = info, file
-        _check_index(weight_map, tensors, label)
+        _check_index(weight_map, tensors.keys() | {name for reader in readers.values() for name in reader.tied}, label)
         if not tensors:
             raise CheckpointError(f'"{label}": holds no tensors')
         directory = path if path.is_dir() else path.parent
@@ -179,13 +179,16 @@ def _weight_files(path: Path, label: str) -> tuple[list[Path], dict[str, str] | 
 def _read_index(index: Path, label: str) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
+        outside = [file for file in weight_map.values() if Path(file).name != file]
+        if outside:
+            raise ValueError(f"{outside[0]} is not the name of a file beside it")
+        return dict(weight_map)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'"{label}": {index.name} is not a shard index: {error}') from error
 
 
-def _check_index(weight_map: dict[str, str] | None, tensors: Mapping[str, TensorInfo], label: str) -> None:
-    absent = [name for name in weight_map or () if name not in tensors]
+def _check_index(weight_map: dict[str, str] | None, found: Set[str], label: str) -> None:
+    absent = [name for name in weight_map or () if name not in found]
     if absent:
         raise CheckpointError(
             f'"{label}": {len(absent)} of {len(weight_map or ())} tensors in the shard index are not in their shard '
@@ -197,6 +200,8 @@ def _check_index(weight_map: dict[str, str] | None, tensors: Mapping[str, Tensor
 class _FileReader:
     tensors: dict[str, TensorInfo]
     read: Callable[[str], Tensor]
+    tied: frozenset[str] = frozenset()
+    """Further names of the same tensors."""
 
 
 def _open_file(file: Path, label: str) -> _FileReader:
@@ -221,25 +226,28 @@ def _open_safetensors(file: Path, label: str) -> _FileReader:
 
 def _open_pickle(file: Path, label: str) -> _FileReader:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # on damaged bytes, torch's unpickler ends in whatever they lead it to
         raise CheckpointError(
             f'"{label}": {file.name} is damaged or is a pickle that runs code, which is never loaded; '
             "save it as safetensors (model.save_pretrained) and try again"
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     tensors: dict[str, Tensor] = {}
-    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    tied: set[str] = set()
+    seen: set[Hashable] = set()
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue
-        storage = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
+        storage = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if storage in seen and tensor.numel():
-            continue  # tied weights share their storage; the first name stands for them, as in safetensors files
+            tied.add(name)  # the first name stands for all, as in safetensors files
+            continue
         seen.add(storage)
         tensors[name] = tensor
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    return _FileReader(infos, lambda name: tensors[name].detach())
+    return _FileReader(infos, lambda name: tensors[name].detach(), frozenset(tied))
 
 
 def _read_config(directory: Path, label: str) -> dict[str, Any]:
@@ -249,8 +257,10 @@ def _read_config(directory: Path, label: str) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f'"{label}": config.json is not JSON: {error}') from error
-    return config if isinstance(config, dict) else {}
+        raise CheckpointError(f'"{label}": config.json is not JSON: {error}; copy it again') from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f'"{label}": config.json holds {type(config).__name__} instead of a model configuration')
+    return config
 
 
 def _tied_outputs(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> set[str]:
