@@ -37,10 +37,8 @@ class Gram:
 
     @property
     def norm_ratios(self) -> Tensor | None:
-        """[T] length of each task vector over that of the base; None for adapters, for which the base is not read."""
-        if self.base_norm is None:
-            return None
-        return self.norms / self.base_norm if self.base_norm > 0 else torch.full_like(self.norms, float("inf"))
+        """[T] length of each task vector over that of the base; None for adapters, and over a base of zeros."""
+        return self.norms / self.base_norm if self.base_norm else None
 
     @property
     def cosine(self) -> Tensor:
@@ -107,7 +105,8 @@ def not_finite(vectors: TaskVectors, name: str, deltas: list[Delta]) -> Checkpoi
     for model, delta in zip(vectors.models.values(), deltas, strict=True):
         suspects.append((model.label, delta.tuned if isinstance(delta, Dense) else dense(delta)))
     for label, tensor in suspects:
-        bad = int((~torch.isfinite(tensor)).sum())
+        # By way of float64, because eight-bit floats have no test of their own.
+        bad = sum(int((~torch.isfinite(b.to(torch.float64))).sum()) for b in tensor.reshape(-1).split(BLOCK_NUMBERS))
         if bad:
             return CheckpointError(
                 f'"{label}": tensor {name} holds {bad} NaN or infinite numbers of {tensor.numel()}; '

@@ -56,7 +56,7 @@ class TaskVectors:
 
         Raises:
             ParameterError: no task.
-            MismatchError: another architecture, or tensors of other shapes.
+            MismatchError: another architecture, tensors of other shapes, or quantised ones.
         """
         if not models:
             raise ParameterError("no task given; name at least one, for example --task math=path/to/math")
@@ -68,6 +68,7 @@ class TaskVectors:
         floating = [name for name, info in base.tensors.items() if info.dtype.is_floating_point]
         for task, model in checkpoints.items():
             _check_architecture(task, model, base, floating)
+            _check_dtypes(task, model, floating)
         _check_same_base(adapters)
         mismatched = {task: _mismatched(model, base, floating) for task, model in checkpoints.items()}
         for task, names in mismatched.items():
@@ -150,6 +151,17 @@ def _check_architecture(task: str, model: Checkpoint, base: Checkpoint, names: S
             f"{_quoted(task, model)} has {common} of the {len(names)} tensors of the base ({base.label}); "
             f"it is another architecture (it has {sample}, "
             f"the base has {names[0] if names else 'no floating-point tensor'})"
+        )
+
+
+def _check_dtypes(task: str, model: Checkpoint, names: Sequence[str]) -> None:
+    """Quantised weights mean something only with scales that are stored elsewhere: their differences mean nothing."""
+    integers = [n for n in names if n in model.tensors and not model.tensors[n].dtype.is_floating_point]
+    if integers:
+        dtype = str(model.tensors[integers[0]].dtype).removeprefix("torch.")
+        raise MismatchError(
+            f"{_quoted(task, model)}: {len(integers)} of {len(names)} tensors are stored as integers "
+            f"(first: {integers[0]}, {dtype}), so the model is quantised; give the fine-tune as it was before that"
         )
 
 
