@@ -25,6 +25,8 @@ from .errors import OutputError
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_SIZE = "5GB"
+# What an old output is called while the new one takes its place, where the two cannot be exchanged in one step.
+ASIDE = "-old"
 
 
 @contextlib.contextmanager
@@ -41,8 +43,8 @@ def transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_bytes: 
     out = Path(out).expanduser().resolve()  # a link stays, and what it points to is replaced
     with writing(out, needed_bytes):
         out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)  # first, because what a killed run left takes space too
         _check_space(out.parent, needed_bytes)
-        _sweep(out)
         scratch = out.parent / f".{out.name}.tvbases-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         work = scratch / out.name  # programs that write there may put the directory's name into a file
         work.mkdir(parents=True)
@@ -115,9 +117,16 @@ def _sweep(out: Path) -> None:
     """Remove what killed runs on this host left beside ``out``; a running process keeps its own."""
     prefix = f".{out.name}.tvbases-{socket.gethostname()}-"
     for left in list(out.parent.iterdir()):
-        pid = left.name.removeprefix(prefix).split("-")[0]
-        if left.name.startswith(prefix) and pid.isdigit() and not _is_alive(int(pid)):
+        pid, _, rest = left.name.removeprefix(prefix).partition("-")
+        if left.name.startswith(prefix) and pid.isdigit() and "-" not in rest and not _is_alive(int(pid)):
+            _put_back(left / (out.name + ASIDE), out)
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _put_back(aside: Path, out: Path) -> None:
+    """Return what was moved aside for something new that did not come."""
+    if aside.exists() and not out.exists():
+        aside.rename(out)
 
 
 def _is_alive(pid: int) -> bool:
@@ -147,14 +156,13 @@ def _take_place(work: Path, out: Path) -> None:
     """Put ``work`` where ``out`` is, atomically where the system can exchange two directories (Linux)."""
     if not out.exists():
         work.rename(out)
-    elif not any(out.iterdir()):
-        out.rmdir()
-        work.rename(out)
     elif not _exchange(work, out):
-        aside = work.with_name(work.name + "-old")
+        aside = work.with_name(out.name + ASIDE)
         out.rename(aside)
-        work.rename(out)
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            work.rename(out)
+        finally:
+            _put_back(aside, out)
     if os.name != "nt":
         descriptor = os.open(out.parent, os.O_RDONLY)
         os.fsync(descriptor)
@@ -183,15 +191,20 @@ class TensorFiles:
     """
 
     def __init__(
-        self, directory: Path, stem: str, tensors: Mapping[str, TensorInfo], max_shard_size: str = MAX_SHARD_SIZE
+        self,
+        directory: Path,
+        stem: str,
+        tensors: Mapping[str, TensorInfo],
+        max_shard_size: int | str | None = None,
     ) -> None:
-        # Wider numbers first keeps every tensor aligned to its own size, as safetensors' writer does.
-        order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+        # Wider numbers first keeps every tensor aligned to its own size, as safetensors' writer does; then by name, so
+        # that the same tensors make the same files.
+        order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
         split = split_state_dict_into_shards_factory(
             {name: tensors[name] for name in order},
             get_storage_size=lambda info: info.nbytes,
             filename_pattern=stem + "{suffix}.safetensors",
-            max_shard_size=max_shard_size,
+            max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
         )
         self._slots: dict[str, _Slot] = {}
         for file, names in split.filename_to_tensors.items():
