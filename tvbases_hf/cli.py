@@ -161,6 +161,42 @@ def decompose(
     _write_json(json, found)
 
 
+@app.command(epilog="Example: tvbases merge merge.yml merged-lora/ --adapter --rank 16")
+def merge(
+    config: Annotated[Path, typer.Argument(help="A mergekit YAML; models may be adapters.", metavar="CONFIG")],
+    out: Annotated[Path, typer.Argument(help="The directory to write.", metavar="OUT")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Adapters in: write an adapter, not a checkpoint.")
+    ] = False,
+    rank: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Cut the adapter: 16, 0.25, energy:0.99, ...; left out: nothing is cut.", metavar="RULE"),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="auto (the YAML's, else the base's own, factors: float32), float32, bfloat16, float16."
+        ),
+    ] = "auto",
+    random_seed: Annotated[int, typer.Option(help="Of methods that draw at random, such as dare_ties.")] = 0,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """A mergekit YAML, executed on the changes of weights: no model is built, adapters stay adapters."""
+    from tvbases_mergekit import register
+
+    register()  # before anything that needs mergekit is imported: its message names the extra
+    from tvbases_mergekit import native
+
+    from .report import print_merge
+
+    _check_json(json)
+    found = native.merge(config, out, native.Request(adapter, rank, _dtype(dtype), random_seed, quiet))
+    if not quiet:
+        print_merge(found, console)
+    _write_json(json, found)
+
+
 @app.command(
     "mergekit-yaml",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},

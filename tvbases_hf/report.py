@@ -145,3 +145,19 @@ def _headline_truncated(found: dict[str, Any]) -> str:
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
+
+
+def print_merge(found: dict[str, Any], console: Console) -> None:
+    """What a merge changed and how exactly it is stored; the errors by layers where there are any."""
+    from .merging.card import ROUNDING, fidelity
+
+    console.print(
+        f"{found['method']}: {len(found['models'])} models over {found['base']}, {found['changed']} of "
+        f"{found['tensors']} tensors change; {readable_size(found['bytes'])} in {found['out']}\n{fidelity(found)}"
+    )
+    errors = found.get("error", {})
+    if errors.get("all", 0.0) >= ROUNDING:
+        table = Table("layers", "relative error of the change")
+        for group, error in errors.items():
+            table.add_row(group, f"{error:.3%}")
+        console.print(table)

@@ -73,7 +73,7 @@ def merge(arguments: list[str]) -> None:
     sources.quiet = options.quiet
     config = read_config(file)
     check_output(out, is_merged_model)  # before anything is downloaded
-    with _reported(options.quiet), _stopped(options.verbosity > 0), mended_mergekit():
+    with reported(options.quiet), _stopped(options.verbosity > 0), mended_mergekit():
         needed = check_config(config, options, out)
         with transaction(out, is_merged_model, needed) as work, _disk_errors():
             given["out_path"] = str(work)
@@ -88,7 +88,7 @@ def is_merged_model(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _reported(quiet: bool) -> Iterator[None]:
+def reported(quiet: bool) -> Iterator[None]:
     """Show what our methods say; mergekit shows warnings only, and transformers none that a user could act on."""
     from transformers.utils import logging as transformers_logging
 

@@ -91,7 +91,7 @@ class BasisMerge(GroupMergeMethod):
             _choose("solver", parameters["solver"], SOLVERS)
         weighted = _is_weighted(parameters["weight"].values())
         over_bases = _choose("over", parameters["over"], OVER) == "bases" and not weighted
-        inner = _inner_method(parameters["merge"], self.spec.name)
+        inner = self.inner(parameters)
         _check_inner(inner, [n for n in self.passed_on if _is_given(parameters[n])], weighted)
         count = num_bases if over_bases else num_tasks
         try:
@@ -121,6 +121,10 @@ class BasisMerge(GroupMergeMethod):
         change = merge_vectors(inner, base, _combine(group, mixing), passed)
         return (base.to(change.dtype) + parameters["lambda"] * change).to(base.dtype)
 
+    def inner(self, parameters: Mapping[str, Any]) -> MergeMethod:
+        """The method that combines the vectors; ParameterError unless it takes a base."""
+        return _inner_method(parameters["merge"], self.spec.name)
+
     def prepare(
         self, gram: GroupGram, columns: Sequence[int], parameters: Mapping[str, Any]
     ) -> tuple[MergeMethod, Tensor, dict[str, Any]]:
@@ -128,7 +132,7 @@ class BasisMerge(GroupMergeMethod):
         weights = gram.solve(
             self.spec.name, self.solve, parameters["num_bases"], {n: parameters[n] for n in self.options}
         )
-        inner = _inner_method(parameters["merge"], self.spec.name)
+        inner = self.inner(parameters)
         mixing, task_weights = _mixing(weights, columns, parameters)
         ids, given = tuple(parameters["weight"]), {name: parameters[name] for name in self.passed_on}
         return inner, mixing, _inner_parameters(inner, mixing, task_weights, ids, given)

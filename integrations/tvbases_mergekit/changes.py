@@ -1,0 +1,107 @@
+"""mergekit's merge methods on changes of weights: in factors where the mathematics allows, else one dense weight."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import MergeMethod, ParameterScope
+from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+
+from tvbases_hf.delta import Delta, Dense, LowRank, add, dense, mix, scale
+from tvbases_hf.errors import ParameterError
+from tvbases_hf.merging import task_arithmetic
+
+from .layerwise import LayerwiseMerge
+from .methods import BasisMerge, merge_vectors
+from .preflight import check_basis_parameters
+from .sources import GroupGram
+
+Settings = Mapping[str, Any]
+LINEAR = "linear"
+
+
+def check_native(method: MergeMethod, bound: Mapping[str, Settings]) -> None:
+    """Raise ParameterError for a method or an inner method which has no form on changes, and for parameters it refuses.
+
+    ``bound`` are the parameters of every tensor.
+    """
+    own = (BasisMerge, LayerwiseMerge, GeneralizedTaskArithmeticMerge)
+    if not isinstance(method, own) and method.spec.name != LINEAR:
+        raise ParameterError(not_native(f"merge_method: {method.spec.name}"))
+    if isinstance(method, LayerwiseMerge):
+        for parameters in bound.values():
+            method.check(parameters)
+    if isinstance(method, BasisMerge):
+        check_basis_parameters(method, bound)
+        for parameters in bound.values():
+            inner = method.inner(parameters)
+            if inner.spec.contract.max_inputs is not None:  # it compares weights as such, not their changes
+                raise ParameterError(not_native(f"merge: {inner.spec.name}"))
+
+
+def not_native(what: str) -> str:
+    return f"{what} is not done on changes of weights; `tvbases mergekit-yaml CONFIG OUT` merges whole models with it"
+
+
+def merged_bases(
+    method: BasisMerge,
+    deltas: Sequence[Delta],
+    bound: Settings,
+    gram: GroupGram,
+    name: str,
+    shape: Sequence[int],
+    seed: int,
+) -> Delta:
+    """lambda * inner(vectors), the vectors being bases or reconstructions: sums of changes, mixed in their factors."""
+    inner, mixing, passed = method.prepare(gram, range(len(deltas)), bound)
+    vectors = mix(deltas, mixing)
+    return scale(merged(inner, vectors, _complete(inner, passed, len(vectors)), name, shape, seed), bound["lambda"])
+
+
+def merged(
+    method: MergeMethod, deltas: Sequence[Delta], settings: Settings, name: str, shape: Sequence[int], seed: int
+) -> Delta:
+    """What a method that needs a base adds to it.
+
+    Args:
+        deltas: the changes of the weight ``name``, whose shape in the base is ``shape``.
+        settings: every parameter: one value, or one per change in their order.
+        seed: of what a method draws at random, for each weight anew: a merge can be repeated.
+    """
+    match method:
+        case LayerwiseMerge():
+            known = deltas if len(shape) == 2 else [_unflattened(delta, shape) for delta in deltas]
+            parts = method.change(list(known), list(settings["weight"]), settings, name)
+            return scale(add([part for _, part in parts], [factor for factor, _ in parts]), settings["lambda"])
+        case GeneralizedTaskArithmeticMerge(consensus_method=None, sparsification_method=None):
+            weights, alpha = settings["weight"], settings["lambda"]
+            return task_arithmetic(deltas, weights, normalize=settings["normalize"], alpha=alpha)
+        case _:
+            vectors = [dense(delta, _work_dtype(deltas)).reshape(*shape) for delta in deltas]
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+                return Dense(merge_vectors(method, vectors[0], vectors, settings))
+
+
+def _work_dtype(deltas: Sequence[Delta]) -> torch.dtype:
+    stored = [delta.tuned.dtype for delta in deltas if isinstance(delta, Dense)]
+    return functools.reduce(torch.promote_types, stored, torch.float32)
+
+
+def _unflattened(delta: Delta, shape: Sequence[int]) -> Delta:
+    """Factors of a convolution make a matrix; a method for matrices must see that the weight is none."""
+    return Dense(dense(delta, torch.float32).reshape(*shape)) if isinstance(delta, LowRank) else delta
+
+
+def _complete(method: MergeMethod, given: Settings, count: int) -> dict[str, Any]:
+    """Every parameter of the method: as given, else its default."""
+    found = {}
+    for spec in method.spec.parameters:
+        value = given.get(spec.name, spec.default)
+        shared = spec.scope == ParameterScope.SHARED
+        found[spec.name] = value if shared or isinstance(value, list) else [value] * count
+    return found

@@ -1,0 +1,195 @@
+"""``tvbases merge``: a mergekit YAML executed on the changes of weights, without building any of the models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.architecture import get_architecture_info
+from mergekit.architecture.base import ConfiguredModuleArchitecture
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import InputModelDefinition, MergeConfiguration
+from mergekit.merge_methods.base import MergeMethod, ParameterScope
+from mergekit.options import MergeOptions
+from mergekit.parameter_resolver import resolve_parameters
+
+from tvbases_hf.delta import Delta
+from tvbases_hf.errors import ParameterError
+from tvbases_hf.gram import gram_matrix
+from tvbases_hf.merging import Merge, is_merge, linear, write_adapter_merge, write_checkpoint_merge
+from tvbases_hf.merging.addition import base_share
+from tvbases_hf.merging.fit import Limits
+from tvbases_hf.output import check_output
+from tvbases_hf.rank import RankRule
+
+from .changes import LINEAR, check_native, merged, merged_bases, not_native
+from .command import reported
+from .configuration import find_method, one_line, read_config
+from .inputs import Inputs, open_inputs
+from .methods import BasisMerge
+from .preflight import check_structure
+from .sources import GroupGram
+
+LOG = logging.getLogger("tvbases_mergekit")
+
+Bound = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line adds to the YAML."""
+
+    adapter: bool = False
+    rank: str | None = None
+    dtype: torch.dtype | None = None
+    seed: int = 0
+    quiet: bool = False
+
+
+def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]:
+    """Execute the merge of a YAML file and return its report.
+
+    Raises:
+        TvbasesError: whatever is wrong with the configuration, its models or the output; nothing is written then.
+    """
+    check_output(out, is_merge)
+    if request.rank is not None and not request.adapter:
+        raise ParameterError("--rank is that of a merged adapter; add --adapter, or leave --rank out")
+    rank = None if request.rank is None else RankRule.parse(request.rank)
+    config = read_config(file)
+    method = find_method(config.merge_method)
+    _check_supported(config)
+    check_structure(config, method)
+    dtype = request.dtype or _dtype(config)
+    with reported(request.quiet):
+        inputs = open_inputs(config, out)
+        _warn(inputs.vectors.coverage.notes())
+        planned = plan(config, method, inputs, file.read_text(encoding="utf-8"), request)
+        if request.adapter:
+            _check_adapter(planned, inputs)
+            return write_adapter_merge(planned, out, Limits(rank, dtype or torch.float32), quiet=request.quiet)
+        return write_checkpoint_merge(planned, out, dtype=dtype, quiet=request.quiet)
+
+
+def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe: str, request: Request) -> Merge:
+    """Every weight's parameters, resolved and checked, as one merging method."""
+    vectors = inputs.vectors
+    is_linear = method.spec.name == LINEAR
+    names = inputs.floating if is_linear else vectors.names
+    bound = resolve(config, method, inputs, names)
+    check_native(method, bound)
+    shapes = {name: vectors.base.tensors[name].shape for name in names}
+    if isinstance(method, BasisMerge):
+        found = gram_matrix(vectors, quiet=request.quiet)
+        _warn(found.warnings())
+        gram = GroupGram(found, inputs.models)
+
+        def combine(name: str, deltas: Sequence[Delta]) -> Delta:
+            return merged_bases(method, deltas, bound[name], gram, name, shapes[name], request.seed)
+
+    elif is_linear:
+        changed = set(vectors.names)
+        names = tuple(name for name in names if name in changed or _base_share(bound[name]))
+
+        def combine(name: str, deltas: Sequence[Delta]) -> Delta:
+            weights = dict(bound[name]["weight"])
+            own = weights.pop(inputs.base, 0.0)
+            base, normalize = vectors.base.read(name), bound[name]["normalize"]
+            return linear(deltas, list(weights.values()), base, base_weight=own, normalize=normalize)
+
+    else:
+
+        def combine(name: str, deltas: Sequence[Delta]) -> Delta:
+            per_model = {p.name for p in method.spec.input_parameters}
+            settings = {n: list(v.values()) if n in per_model else v for n, v in bound[name].items()}
+            return merged(method, deltas, settings, name, shapes[name], request.seed)
+
+    return Merge(vectors, combine, tuple(names), method.spec.name, recipe)
+
+
+def resolve(
+    config: MergeConfiguration, method: MergeMethod, inputs: Inputs, names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """By tensor: every parameter as the method gets it, one value or one per model, by mergekit's own rules.
+
+    Raises ParameterError where a parameter that the method needs has no value.
+    """
+    spec, known = method.spec, _positions(config, inputs)
+    own = {item.model: item.parameters for item in config.models or []}
+    has_base = any(parameter.scope == ParameterScope.INPUT for parameter in spec.parameters) and inputs.base_is_model
+    models = (*inputs.models, *([inputs.base] if has_base else []))
+
+    def sources(model: ModelReference | None) -> list[Any]:
+        return [config.parameters] if model is None else [own.get(model), config.parameters]
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        called, t = known.get(name, (name, 0.0))
+        try:
+            shared, per_model = resolve_parameters(
+                spec, tensor_name=called, inputs=dict.fromkeys(models, called), sources=sources, t=t
+            )
+        except RuntimeError as error:
+            raise ParameterError(f"{spec.name}: {one_line(error)}; add it under parameters") from error
+        found[name] = dict(shared)
+        for parameter in spec.input_parameters:
+            found[name][parameter.name] = {model: per_model[model][parameter.name] for model in models}
+    return found
+
+
+def _positions(config: MergeConfiguration, inputs: Inputs) -> dict[str, tuple[str, float]]:
+    """By stored name: what mergekit calls a tensor, and where its layer lies: 0 for the first, 1 for the last."""
+    plain = [InputModelDefinition(model=reference) for reference in (inputs.base, *inputs.checkpoints)]
+    whole = MergeConfiguration(merge_method=config.merge_method, models=plain, base_model=inputs.base)
+    try:
+        architecture = get_architecture_info(whole, MergeOptions())
+        model = inputs.base.config()
+        found: dict[str, tuple[str, float]] = {}
+        for definition in architecture.modules.values():
+            module = ConfiguredModuleArchitecture(
+                info=definition.architecture, config=model, weight_prefix=definition.weight_prefix
+            )
+            last = module.num_layers() - 1
+            layers = [(index / last if last else 1.0, module.layer_weights(index)) for index in range(last + 1)]
+            for t, weights in [(0.0, [*module.pre_weights(), *module.post_weights()]), *layers]:
+                for weight in weights:
+                    names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+                    found |= {name: (weight.name, t) for name in names if name not in found}
+        return found
+    except Exception as error:  # whatever mergekit or transformers say to this model
+        raise ParameterError(f'"{inputs.base}": mergekit cannot tell its layers: {one_line(error)}') from error
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        LOG.warning("%s", line)
+
+
+def _check_supported(config: MergeConfiguration) -> None:
+    for key in ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template"):
+        if getattr(config, key):
+            raise ParameterError(not_native(key))
+
+
+def _dtype(config: MergeConfiguration) -> torch.dtype | None:
+    dtype = dtype_from_name(config.out_dtype or config.dtype)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ParameterError(f"weights cannot be stored as {config.out_dtype or config.dtype}; choose a float dtype")
+    return dtype
+
+
+def _base_share(bound: Bound) -> float:
+    return base_share(list(bound["weight"].values()), bound["normalize"])
+
+
+def _check_adapter(planned: Merge, inputs: Inputs) -> None:
+    extra = set(planned.names) - set(inputs.vectors.names)
+    if planned.method == LINEAR and extra:
+        raise ParameterError(
+            "linear with normalize: false and weights that do not sum to 1 also scales the base, which an adapter "
+            "cannot do; set normalize: true, use task_arithmetic, or leave --adapter out"
+        )

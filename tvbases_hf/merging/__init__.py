@@ -1,0 +1,11 @@
+"""Merging: a method takes the changes of one weight, and its parameters, and returns one change.
+
+It does not know whether the changes are task vectors, bases or reconstructions. Low-rank changes stay in their factors
+wherever the mathematics allows; what they become is written as a checkpoint, or as an adapter if all inputs are ones.
+"""
+
+from .addition import linear, task_arithmetic
+from .merge import Merge, is_merge
+from .write import write_adapter_merge, write_checkpoint_merge
+
+__all__ = ["Merge", "is_merge", "linear", "task_arithmetic", "write_adapter_merge", "write_checkpoint_merge"]

@@ -1,0 +1,54 @@
+"""Weighted sums of changes: task arithmetic (Ilharco et al., 2023) and the mean of models (model soups)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..delta import Delta, Dense, add
+from ..errors import ParameterError
+
+# mergekit's: weights that sum to less than this are not divided by their sum.
+NO_SUM = 1e-8
+# Weights that sum to 1 up to their own rounding leave the base as it is.
+UNIT_SUM = 1e-9
+
+
+def task_arithmetic(
+    deltas: Sequence[Delta], weights: Sequence[float], *, normalize: bool = False, alpha: float = 1.0
+) -> Delta:
+    """alpha * sum_i w_i delta_i, the weights divided by their sum when ``normalize`` (unless they cancel)."""
+    total = sum(weights)
+    divisor = total if normalize and abs(total) >= NO_SUM else 1.0
+    return add(deltas, [alpha * weight / divisor for weight in weights])
+
+
+def base_share(weights: Sequence[float], normalize: bool) -> float:
+    """How much of the base a weighted mean of models adds to the base: sum_i w_i - 1, zero for a mean.
+
+    Raises ParameterError for a mean whose weights sum to zero.
+    """
+    total = sum(weights)
+    if not normalize:
+        return 0.0 if abs(total - 1) < UNIT_SUM else total - 1
+    if abs(total) < NO_SUM:
+        raise ParameterError(
+            f"the weights of linear sum to {total:g}, and it divides by their sum; set normalize: false, or use "
+            "task_arithmetic, where weights may cancel"
+        )
+    return 0.0
+
+
+def linear(
+    deltas: Sequence[Delta], weights: Sequence[float], base: Tensor, *, base_weight: float = 0.0, normalize: bool = True
+) -> Delta:
+    """sum_i w_i theta_i - theta_0 from the changes of the models theta_i, ``base_weight`` being that of theta_0.
+
+    A mean keeps its sum of low-rank changes low-rank; weights that do not sum to 1 scale the base, which is dense.
+    """
+    everyone = [*weights, base_weight]
+    share = base_share(everyone, normalize)
+    if share == 0:
+        return task_arithmetic(deltas, [w / sum(everyone) for w in weights] if normalize else weights)
+    return add([*deltas, Dense(base)], [*weights, share])

@@ -1,0 +1,85 @@
+"""README.md of a merge: the recipe, what went into it, what was lost, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .merge import Merge
+
+# Relative errors below this are the rounding of float32 factors.
+ROUNDING = 1e-6
+
+CHECKPOINT_USE = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")"""
+ADAPTER_USE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/directory")"""
+
+
+def model_card(merge: Merge, report: dict[str, Any]) -> str:
+    """Markdown with the Hub's header; local paths are named by their last part only, except in the recipe."""
+    base, adapter = report["base"], report["kind"] == "adapter"
+    use = ADAPTER_USE.format(base=base) if adapter else CHECKPOINT_USE
+    lines = [
+        "---",
+        f"library_name: {'peft' if adapter else 'transformers'}",
+        *([f"base_model: {base}"] if "/" in base and not Path(base).expanduser().exists() else []),
+        "tags: [merge, mergekit, task-arithmetic]",
+        "---",
+        "",
+        f"# {len(report['models'])} models merged by {report['method']}",
+        "",
+        f"Merged over `{_short(base)}`: " + ", ".join(f"`{_short(model)}`" for model in report["models"]) + ".",
+        f"{report['changed']} of {report['tensors']} tensors change. {fidelity(report)}",
+        *_missing(report),
+        *_table(report),
+        "",
+        "```yaml",
+        merge.recipe.rstrip(),
+        "```",
+        "",
+        "```python",
+        use,
+        "```",
+        "",
+        "The licences of the base model and of the merged models apply.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def fidelity(report: dict[str, Any]) -> str:
+    """How exactly the files hold what the method computes, in one sentence."""
+    if report["kind"] == "checkpoint":
+        return f"The sum of base and change was rounded once, to {report['dtype']}."
+    ranks = report["ranks"]
+    rank = "no factors" if not ranks else f"rank {max(ranks)}" if len(ranks) == 1 else f"ranks up to {max(ranks)}"
+    if report["error"]["all"] < ROUNDING:
+        return f"The adapter ({rank}, {report['dtype']}) holds the merged change exactly, up to float32 rounding."
+    return (
+        f"The adapter ({rank}, {report['dtype']}) misses {report['error']['all']:.3%} of the merged change, "
+        "in Frobenius norm."
+    )
+
+
+def _missing(report: dict[str, Any]) -> list[str]:
+    return [
+        f"`{_short(model)}` leaves {count} of the tensors that others change as they are."
+        for model, count in report["missing"].items()
+    ]
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    errors = report.get("error", {})
+    if errors.get("all", 0.0) < ROUNDING:
+        return []
+    rows = [f"| {group} | {error:.3%} |" for group, error in errors.items()]
+    return ["", "| layers | relative error of the change |", "|---|---|", *rows]
+
+
+def _short(label: str) -> str:
+    """``a/b/base+c/math`` as ``math``; a Hub id stays whole."""
+    last = label.rpartition("+")[2]
+    return Path(last).name if Path(last).expanduser().exists() else last

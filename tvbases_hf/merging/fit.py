@@ -1,0 +1,104 @@
+"""Changes made to fit an adapter, of a given rank and in a given precision, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..adapter_out import Template
+from ..checkpoint import Checkpoint
+from ..delta import Delta, Dense, Dora, LowRank, add, blocks, dense, square_norm
+from ..grouping import group_of, in_order
+from ..rank import RankRule
+from ..svd import svd
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``rank`` None: as many components as the inputs have together. ``dtype``: of the stored factors."""
+
+    rank: RankRule | None = None
+    dtype: torch.dtype = torch.float32
+
+    def fit(self, name: str, change: Delta, inputs: Sequence[Delta], base: Checkpoint, template: Template) -> Delta:
+        """The change as an adapter will store it: factors where the template has factors, else a saved tensor."""
+        if name in template.layouts and not (isinstance(change, Dense) and name in template.saved):
+            return _rounded(self._truncated(change, inputs), self.dtype)
+        if name in template.bias_modules:
+            return change
+        tensor = base.read(name)
+        return Dense((tensor.to(torch.float64) + dense(change).reshape(tensor.shape)).to(tensor.dtype), tensor)
+
+    def _truncated(self, change: Delta, inputs: Sequence[Delta]) -> LowRank | Dora:
+        match change:
+            case LowRank():
+                if change.rank <= self._kept_without_loss(change.shape):
+                    return change
+                return svd(change, self.rank).low_rank()
+            case Dora():
+                low = self._truncated(change.low, inputs)
+                assert isinstance(low, LowRank)
+                return Dora(change.scale, change.base, low)
+            case _:
+                flat = Dense(dense(change, torch.float32).reshape(change.shape[0], -1))
+                return svd(flat, self.rank or RankRule("absolute", max(1, _rank_sum(inputs)))).low_rank()
+
+    def _kept_without_loss(self, shape: tuple[int, ...]) -> int:
+        """Factors of this rank are stored as they are."""
+        if self.rank is None:
+            return min(shape)
+        return 0 if self.rank.needs_spectrum else self.rank.of_shape(*shape)
+
+
+@dataclass
+class Errors:
+    """Squared errors and squared norms of changes, by layer group."""
+
+    lost: dict[str, float] = field(default_factory=dict)
+    total: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, change: Delta, fitted: Delta) -> None:
+        group = group_of(name)
+        self.lost[group] = self.lost.get(group, 0.0) + _square_distance(change, fitted)
+        self.total[group] = self.total.get(group, 0.0) + square_norm(change)
+
+    def relative(self) -> dict[str, float]:
+        """|fitted - change| / |change| per group, and over all of them; 0 where nothing changes."""
+        found = {group: _ratio(self.lost[group], self.total[group]) for group in in_order(self.lost)}
+        return {**found, "all": _ratio(sum(self.lost.values()), sum(self.total.values()))}
+
+
+def _ratio(lost: float, total: float) -> float:
+    return (lost / total) ** 0.5 if total > 0 else 0.0
+
+
+def _rank_sum(inputs: Sequence[Delta]) -> int:
+    low = [delta.low if isinstance(delta, Dora) else delta for delta in inputs]
+    return sum(delta.rank for delta in low if isinstance(delta, LowRank))
+
+
+def _rounded(change: LowRank | Dora, dtype: torch.dtype) -> LowRank | Dora:
+    """With the numbers that factors of ``dtype`` can hold; DoRA stores the left one divided by the rows' scale."""
+    if dtype == torch.float32:
+        return change
+    if isinstance(change, Dora):
+        factor = 1 + change.scale[:, None]
+        low = _rounded(LowRank(change.low.left / factor, change.low.right), dtype)
+        assert isinstance(low, LowRank)
+        return Dora(change.scale, change.base, LowRank(low.left * factor, low.right))
+    return LowRank(change.left.to(dtype).to(torch.float32), change.right.to(dtype).to(torch.float32))
+
+
+def _square_distance(a: Delta, b: Delta) -> float:
+    """|a - b|_F^2; of low-rank changes in factor space, where 1e-16 of |a|^2 is the rounding noise."""
+    if a is b:
+        return 0.0
+    match a, b:
+        case LowRank(), LowRank():
+            return square_norm(add([a, b], [1, -1]))
+        case Dora(), Dora() if a.scale is b.scale:
+            return _square_distance(a.low, b.low)
+        case _:
+            return float(sum((part[0] - part[1]).square().sum() for part in blocks([a, b])))

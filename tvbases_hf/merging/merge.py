@@ -1,0 +1,90 @@
+"""One merge: the task vectors, what is done to each weight, and what a reader of the result is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..delta import Delta, Dense, LowRank
+from ..gram import not_finite
+from ..output import write_json
+from ..taskvector import TaskVectors
+
+MARKER = "tvbases_merge.json"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """``combine(name, changes)`` is a merging method with the parameters that it has for the weight ``name``.
+
+    ``names`` are the weights that it may change; all others stay as the base has them. ``method`` and ``recipe`` (the
+    text of a configuration) are for the reader.
+    """
+
+    vectors: TaskVectors
+    combine: Callable[[str, Sequence[Delta]], Delta]
+    names: tuple[str, ...]
+    method: str
+    recipe: str
+
+    def inputs(self, name: str) -> list[Delta]:
+        """The models' changes of one weight. CheckpointError for NaN or infinity in one of them."""
+        deltas = self.vectors.deltas(name)
+        if not all(_is_finite(tensor) for delta in deltas for tensor in _stored(delta)):
+            raise not_finite(self.vectors, name, deltas)
+        return deltas
+
+    def change(self, name: str) -> Delta:
+        """What the merge adds to one weight of the base."""
+        return self.combine(name, self.inputs(name))
+
+    def report(self, kind: str, out: Path) -> dict[str, Any]:
+        """What is known of every merge."""
+        base = self.vectors.base
+        return {
+            "out": str(out),
+            "kind": kind,
+            "method": self.method,
+            "base": base.label,
+            "models": list(self.vectors.tasks),
+            "tensors": len(base.tensors),
+            "changed": len(self.names),
+            "missing": {task: len(names) for task, names in self.vectors.coverage.missing.items()},
+        }
+
+
+def leave_marker(directory: Path, report: dict[str, Any]) -> None:
+    """The report, and the names of all files: what the next merge may replace."""
+    files = sorted([*(entry.name for entry in directory.iterdir()), MARKER])
+    write_json(directory / MARKER, {**report, "files": files})
+
+
+def is_merge(directory: Path) -> bool:
+    """Whether a directory holds a merge and nothing that was put there since."""
+    file = directory / MARKER
+    try:
+        written = set(json.loads(file.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return all(entry.name in written for entry in directory.iterdir())
+
+
+def _stored(delta: Delta) -> list[Tensor]:
+    match delta:
+        case Dense():
+            return [delta.tuned]
+        case LowRank():
+            return [delta.left, delta.right]
+        case _:
+            return [delta.scale, delta.low.left, delta.low.right]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum is finite if all its terms are, in float64; nothing of the tensor's size is made."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float64)))

@@ -1,0 +1,110 @@
+"""What a merge becomes: a checkpoint, one weight in memory at a time, or an adapter, its factors in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..adapter_out import Template, adapter_tensors, write_adapter
+from ..delta import Delta, Dora, LowRank
+from ..errors import ParameterError
+from ..model import stream_model
+from ..output import transaction
+from ..progress import track
+from .card import model_card
+from .fit import Errors, Limits
+from .merge import Merge, is_merge, leave_marker
+
+RECIPE_FILE = "mergekit_config.yml"
+
+
+def write_checkpoint_merge(
+    merge: Merge, out: Path, *, dtype: torch.dtype | None = None, quiet: bool = True
+) -> dict[str, Any]:
+    """Write the base plus the merged change, rounded once to ``dtype`` (None: each tensor's own), and report.
+
+    Raises:
+        OutputError: ``out`` is not ours, or the disk is full.
+        TvbasesError: whatever the merging method or an input has against a weight. Nothing is written then.
+    """
+    base, names = merge.vectors.base, set(merge.names)
+    latest: dict[str, Delta] = {}
+
+    def change(name: str, start: int, stop: int) -> Tensor | None:
+        if name not in names:
+            return None
+        if name not in latest:
+            latest.clear()  # before the next is made: one weight in memory
+            latest[name] = merge.change(name)
+        return latest[name].block(start, stop)
+
+    size = sum(info.numel * (dtype.itemsize if dtype else info.dtype.itemsize) for info in base.tensors.values())
+    with transaction(out, is_merge, size) as work:
+        stream_model(base, work, change, dtype=dtype, quiet=quiet)
+        stored = dtype or next((base.tensors[name].dtype for name in merge.names), torch.float32)
+        report = {**merge.report("checkpoint", out), "dtype": _name(stored)}
+        return _finish(merge, work, report)
+
+
+def write_adapter_merge(merge: Merge, out: Path, limits: Limits | None = None, *, quiet: bool = True) -> dict[str, Any]:
+    """Write the merged change as a PEFT adapter of stock LoRA or DoRA, and report what truncation and rounding cost.
+
+    Raises:
+        ParameterError: an input is not an adapter.
+        OutputError, TvbasesError: as for a checkpoint.
+    """
+    limits, base = limits or Limits(), merge.vectors.base
+    template = _template(merge)
+    changes: dict[str, Delta] = {}
+    errors = Errors()
+    with transaction(out, is_merge) as work:
+        for name in track(merge.names, "Merging", quiet, lambda n: base.tensors[n].nbytes):
+            inputs = merge.inputs(name)
+            change = merge.combine(name, inputs)
+            changes[name] = limits.fit(name, change, inputs, base, template)
+            errors.add(name, change, changes[name])
+        tensors, config = adapter_tensors(changes, template, base, limits.dtype)
+        write_adapter(work, tensors, config)
+        report = {
+            **merge.report("adapter", out),
+            "dtype": _name(limits.dtype),
+            "rank_rule": str(limits.rank or "all"),
+            "ranks": dict(sorted(_ranks(changes).items())),
+            "error": errors.relative(),
+        }
+        return _finish(merge, work, report)
+
+
+def _template(merge: Merge) -> Template:
+    adapters = {task: model for task, model in merge.vectors.models.items() if isinstance(model, Adapter)}
+    others = [task for task in merge.vectors.tasks if task not in adapters]
+    if others:
+        raise ParameterError(
+            f'{len(others)} of {len(merge.vectors)} models are full checkpoints (first: "{others[0]}"), whose change '
+            "no adapter holds; write a checkpoint (leave --adapter out)"
+        )
+    named = {adapter.base_id for adapter in adapters.values()}
+    return Template.of(list(adapters.values()), (named.pop() if len(named) == 1 else "") or merge.vectors.base.label)
+
+
+def _ranks(changes: dict[str, Delta]) -> dict[int, int]:
+    """How many modules have each rank."""
+    low = [delta.low if isinstance(delta, Dora) else delta for delta in changes.values()]
+    return Counter(delta.rank for delta in low if isinstance(delta, LowRank))
+
+
+def _finish(merge: Merge, work: Path, report: dict[str, Any]) -> dict[str, Any]:
+    report["bytes"] = sum(file.stat().st_size for file in work.iterdir())
+    (work / RECIPE_FILE).write_text(merge.recipe, encoding="utf-8")
+    (work / "README.md").write_text(model_card(merge, report), encoding="utf-8")
+    leave_marker(work, report)
+    return report
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
