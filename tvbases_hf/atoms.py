@@ -74,9 +74,12 @@ class EncodedAtoms:
         return {name: TensorInfo((rows, *base[name].shape), self.dtype or base[name].dtype) for name in self.names}
 
     def parts(self, name: str) -> list[Delta]:
-        info = self.tensors[name]
-        pieces = [self.encoder.T @ part for part in blocks(self.vectors.deltas(name))]
-        return [Dense(row) for row in torch.cat(pieces, dim=1).to(info.dtype).reshape(info.shape)]
+        info, start = self.tensors[name], 0
+        atoms = torch.empty(info.shape[0], info.numel // info.shape[0], dtype=info.dtype)
+        for part in blocks(self.vectors.deltas(name)):
+            atoms[:, start : start + part.shape[1]] = self.encoder.T @ part
+            start += part.shape[1]
+        return [Dense(row) for row in atoms.reshape(info.shape)]
 
     def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
         return []

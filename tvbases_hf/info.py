@@ -85,6 +85,16 @@ class BasisInfo:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def _check(self) -> None:
+        """ValueError unless all matrices are of numbers and fit the tasks."""
+        count = len(self.tasks)
+        wanted = {"encoder": (count, None), "decoder": (None, count), "gram": (count, count), "task_error": (count,)}
+        for name, sizes in wanted.items():
+            found = torch.tensor(getattr(self, name), dtype=torch.float64).shape
+            fits = len(found) == len(sizes) and all(b in (None, a) for a, b in zip(found, sizes, strict=True))
+            if not fits and not (name == "decoder" and found == (0,)):
+                raise ValueError(f"{name} of shape {list(found)} for {count} tasks")
+
     @classmethod
     def read(cls, file: Path, label: str) -> BasisInfo:
         """Raises CheckpointError when the file is damaged or from a newer format."""
@@ -95,7 +105,9 @@ class BasisInfo:
                     f'"{label}": basis format {data["format_version"]} is newer than this library knows '
                     f"({FORMAT_VERSION}); pip install -U tvbases-hf"
                 )
-            return cls(**{**data, "tasks": tuple(data["tasks"])})
+            info = cls(**{**data, "tasks": tuple(data["tasks"])})
+            info._check()
+            return info
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {error}') from error
 

@@ -30,7 +30,8 @@ def write_model(
     """Write ``base`` plus a change as a directory of its own; see stream_model."""
     with transaction(out, is_edited_model, base.nbytes) as work:
         stream_model(base, work, change, quiet=quiet)
-        write_json(work / MARKER, {"base": base.label, "edit": note})
+        files = sorted(file.name for file in work.iterdir())
+        write_json(work / MARKER, {"base": base.label, "edit": note, "files": files})
     return out
 
 
@@ -75,7 +76,12 @@ def _declare_dtype(file: Path, dtype: torch.dtype) -> None:
 
 
 def is_edited_model(directory: Path) -> bool:
-    return (directory / MARKER).is_file()
+    """Whether a directory holds a model that write_model wrote, and nothing else."""
+    try:
+        files = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
+        return {file.name for file in directory.iterdir()} <= {MARKER, *files}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def copy_side_files(source: Path, target: Path) -> None:
