@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
+import runpy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +38,7 @@ from tvbases_hf.shared import (
     weighted_mean,
 )
 
+BENCHMARK = Path(__file__).parent.parent / "examples" / "benchmarks" / "bench_shared.py"
 N, M, R = 60, 45, 8
 ROUNDING = 30 * EPS
 
@@ -620,6 +624,17 @@ def test_zeros_lie_on_the_device_of_the_change() -> None:
     low = LowRank(torch.zeros(4, 2, device="meta"), torch.zeros(2, 5, device="meta"))
     zero = shared_module._zero_like(low)
     assert isinstance(zero, LowRank) and zero.left.device.type == zero.right.device.type == "meta"
+
+
+def test_the_benchmark_finds_both_routes_equal_and_draws_the_toy_experiment(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = ["--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "toy.png")]
+    found = runpy.run_path(str(BENCHMARK))["main"](["--side", "64", "--rank", "4", "--runs", "2", *files])
+    assert json.loads((tmp_path / "found.json").read_text()) == json.loads(json.dumps(found))
+    assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
+    assert all(row["relative_difference"] < 1e-4 and row["ratio"] > 0 for row in found["routes"].values())
+    for angles in found["toy"]["angle"].values():
+        assert angles[0] < 1e-3 and angles == sorted(angles)  # exact without noise, and worse with more of it
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import runpy
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from tvbases_hf.linalg import polar_factor
 from tvbases_hf.singular import assemble, default_rank, interference, truncate, tsv_merge
 from tvbases_hf.svd import FAST_MIN_SIDE, SVD, svd
 
+BENCHMARK = Path(__file__).parent.parent / "examples" / "benchmarks" / "bench_tsv.py"
 SHAPES = [(96, 64), (64, 96), (72, 72)]
 TOLERANCE = 1e-4  # float32 vectors, amplified by the condition of their concatenation
 
@@ -88,6 +92,15 @@ def test_merge_by_the_fast_route_equals_the_dense_reference(
     monkeypatch.setattr(svd_module, "exact_svd", lambda *_: pytest.fail("the exact route was taken"))
     matrices = tasks(4, shape, rank=25)
     assert relative(dense(tsv_merge(changes(matrices), rank=25)), reference(matrices, rank=25)) < TOLERANCE
+
+
+@pytest.mark.parametrize("lead", [10.0, 1e2, 1e4])
+def test_merge_equals_the_dense_reference_where_one_component_dominates(lead: float) -> None:
+    """The small components weigh as much as the large one in the orthogonalisation."""
+    values = torch.full((FAST_MIN_SIDE,), 0.5)
+    values[:24], values[0] = 1.0, lead
+    matrices = [with_spectrum(50 * i, FAST_MIN_SIDE, 640, values).float() for i in range(4)]
+    assert relative(dense(tsv_merge(changes(matrices), rank=24)), reference(matrices, rank=24)) < TOLERANCE
 
 
 def test_twenty_tasks_by_the_fast_route_equal_the_dense_reference() -> None:
@@ -355,6 +368,27 @@ def test_truncation_is_the_best_approximation_of_its_rank(shape: tuple[int, int]
 def test_truncation_keeps_what_is_no_matrix() -> None:
     for delta in (Dense(torch.ones(5)), Dense(torch.ones(2, 3, 3))):
         assert truncate(delta, 1) is delta
+
+
+def test_the_benchmark_finds_both_routes_equal(tmp_path: Path) -> None:
+    small = [
+        "--tasks",
+        "4",
+        "--rows",
+        "64",
+        "--columns",
+        "96",
+        "--repeats",
+        "1",
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
+    found = runpy.run_path(str(BENCHMARK))["main"](small)
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    for spectrum in ("gap", "no gap"):
+        figures = found[f"cpu, {spectrum}"]
+        assert figures["relative_difference"] < TOLERANCE and figures["energy_difference"] < 1e-3
+        assert figures["ratio"]["wall"] > 0 and sum(figures["share_of_time"].values()) == pytest.approx(1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
