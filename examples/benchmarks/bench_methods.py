@@ -181,7 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     names = ["task_arithmetic", "ties", "tsv", "ae_bases M=4"] if options.quick else list(METHODS)
     workdir = options.workdir.expanduser().absolute()
-    found = run(workdir, Settings(), names, options.target, 30 if options.quick else 75)
+    found = run(workdir, Settings(), names, options.target, 30 if options.quick else 40)
     show(found)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
