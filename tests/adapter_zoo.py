@@ -45,14 +45,21 @@ def dyadic(generator: torch.Generator, *shape: int, steps: int, unit: float) -> 
     return torch.randint(-steps, steps + 1, shape, generator=generator).double() * unit
 
 
-def make_base(directory: Path, dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> Path:
+def make_base(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    layers: int = LAYERS,
+    hidden: int = 32,
+    intermediate: int = 48,
+) -> Path:
     """A Llama whose weights are multiples of 1/128 below 1/2: exact in bfloat16, too."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

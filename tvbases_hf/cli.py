@@ -188,10 +188,11 @@ def merge(
     register()  # before anything that needs mergekit is imported: its message names the extra
     from tvbases_mergekit import native
 
-    from .report import print_merge
+    from .report import print_merge, warn
 
     _check_json(json)
     found = native.merge(config, out, native.Request(adapter, rank, _dtype(dtype), random_seed, quiet))
+    warn(found["warnings"])
     if not quiet:
         print_merge(found, console)
     _write_json(json, found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,6 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
     dtype = request.dtype or _dtype(config)
     with reported(request.quiet):
         inputs = open_inputs(config, out)
-        _warn(inputs.vectors.coverage.notes())
         planned = plan(config, method, inputs, file.read_text(encoding="utf-8"), request)
         if request.adapter:
             _check_adapter(planned, inputs)
@@ -85,7 +84,8 @@ def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe
     shapes = {name: vectors.base.tensors[name].shape for name in names}
     if isinstance(method, BasisMerge):
         found = gram_matrix(vectors, quiet=request.quiet)
-        _warn(found.warnings())
+        for line in found.warnings():
+            LOG.warning("%s", line)
         gram = GroupGram(found, inputs.models)
 
         def combine(name: str, deltas: Sequence[Delta]) -> Delta:
@@ -97,9 +97,9 @@ def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe
 
         def combine(name: str, deltas: Sequence[Delta]) -> Delta:
             weights = dict(bound[name]["weight"])
-            own = weights.pop(inputs.base, 0.0)
-            base, normalize = vectors.base.read(name), bound[name]["normalize"]
-            return linear(deltas, list(weights.values()), base, base_weight=own, normalize=normalize)
+            own, normalize = weights.pop(inputs.base, 0.0), bound[name]["normalize"]
+            base = vectors.base.read(name) if _base_share(bound[name]) else None
+            return linear(deltas, list(weights.values()), base_weight=own, normalize=normalize, base=base)
 
     else:
 
@@ -162,11 +162,6 @@ def _positions(config: MergeConfiguration, inputs: Inputs) -> dict[str, tuple[st
         return found
     except Exception as error:  # whatever mergekit or transformers say to this model
         raise ParameterError(f'"{inputs.base}": mergekit cannot tell its layers: {one_line(error)}') from error
-
-
-def _warn(lines: Iterable[str]) -> None:
-    for line in lines:
-        LOG.warning("%s", line)
 
 
 def _check_supported(config: MergeConfiguration) -> None:

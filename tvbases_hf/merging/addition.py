@@ -41,14 +41,21 @@ def base_share(weights: Sequence[float], normalize: bool) -> float:
 
 
 def linear(
-    deltas: Sequence[Delta], weights: Sequence[float], base: Tensor, *, base_weight: float = 0.0, normalize: bool = True
+    deltas: Sequence[Delta],
+    weights: Sequence[float],
+    *,
+    base_weight: float = 0.0,
+    normalize: bool = True,
+    base: Tensor | None = None,
 ) -> Delta:
     """sum_i w_i theta_i - theta_0 from the changes of the models theta_i, ``base_weight`` being that of theta_0.
 
-    A mean keeps its sum of low-rank changes low-rank; weights that do not sum to 1 scale the base, which is dense.
+    The sum of low-rank changes is low-rank. Weights that leave a share of the base (see base_share) scale it, which is
+    dense; only then ``base``, which is theta_0, is needed.
     """
     everyone = [*weights, base_weight]
     share = base_share(everyone, normalize)
     if share == 0:
         return task_arithmetic(deltas, [w / sum(everyone) for w in weights] if normalize else weights)
+    assert base is not None
     return add([*deltas, Dense(base)], [*weights, share])

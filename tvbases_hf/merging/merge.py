@@ -56,6 +56,7 @@ class Merge:
             "tensors": len(base.tensors),
             "changed": len(self.names),
             "missing": {task: len(names) for task, names in self.vectors.coverage.missing.items()},
+            "warnings": self.vectors.coverage.notes(),
         }
 
 
