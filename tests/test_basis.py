@@ -463,7 +463,7 @@ def cut(directory: Path) -> None:
         stream.truncate(2000)
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no configuration": (lambda d: (d / "basis_config.json").unlink(), "not a basis directory: it has no basis_config"),
     "not JSON": (lambda d: (d / "basis_config.json").write_text("{"), "basis_config.json is damaged"),
     "not UTF-8": (lambda d: (d / "basis_config.json").write_bytes(b"\xff"), "basis_config.json is damaged"),

@@ -87,7 +87,8 @@ def test_adam_bases_weigh_tasks_as_their_encoder_says(
     bert: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shortened(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return adam_encoder(*arguments[:6], 200, arguments[7])
+        gram, num_bases, rows, scale, temperature, anneal, _, seed = arguments
+        return adam_encoder(gram, num_bases, rows, scale, temperature, anneal, 200, seed)
 
     monkeypatch.setattr("tvbases_hf.bases.ae.adam_encoder", shortened)
     vectors = family_vectors(bert)
