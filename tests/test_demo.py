@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections import Counter
 from dataclasses import replace
@@ -172,7 +173,7 @@ def test_batches_hold_every_example_once_an_epoch_in_an_order_the_seed_decides()
 
 def test_selections_are_distinct_and_no_more_than_there_are():
     gram = torch.eye(4, dtype=torch.float64)
-    for count, expected in ((4, 4), (50, 6)):
+    for count, expected in ((4, 4), (10, 6)):
         found = [tuple(s.effective_weights.tolist()) for s in selections(gram, 2, count)]
         assert len(found) == len(set(found)) == expected
         assert all(sum(weights) == 2 for weights in found)
@@ -195,19 +196,28 @@ def test_alpha_is_the_best_on_the_grid_when_accuracy_has_one_peak(peak):
 # --- cache and the whole run ---
 
 
-@pytest.fixture(scope="module")
-def weights():
-    """The base model from the installed package, never from the network."""
-    if store.package_files() is None:
-        pytest.skip("the package with the base model is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "hub_files", lambda: None)
-        yield
+def small_base(directory: Path) -> None:
+    """A BertModel of random weights where the demo looks for its base: all else is as with the real one."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    texts = [t for n in MINIATURE.tasks for split in enc.SPLITS for t, _ in make_task(n, sizes=MINIATURE.sizes)[split]]
+    texts += [label for name in MINIATURE.tasks for label in KINDS[name].labels]
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())})
+    directory.mkdir(parents=True)
+    vocabulary = directory / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    config = BertConfig(
+        vocab_size=len(words) + 5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    enc.save(BertModel(config), BertTokenizer(vocab_file=str(vocabulary)), directory)
+    (directory / store.MARKER).write_text("{}")
 
 
 @pytest.fixture(scope="module")
-def finished(weights, tmp_path_factory):
+def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("demo")
+    small_base(workdir / "base")
     report = run_demo(workdir, json_file=workdir / "out" / "demo.json", quiet=True, settings=MINIATURE)
     return workdir, report
 
@@ -263,16 +273,18 @@ def test_a_second_run_trains_nothing_and_a_changed_recipe_or_task_trains_again(f
 
 
 @pytest.mark.slow
-def test_fine_tuning_twice_gives_the_same_file(weights, tmp_path):
+def test_fine_tuning_twice_gives_the_same_file(tmp_path):
     settings = replace(MINIATURE, tasks=("voice",))
     for run in ("a", "b"):
+        small_base(tmp_path / run / "base")
         fine_tunes(tmp_path / run, settings)
     first, second = (tmp_path / run / "models" / "voice" / "model.safetensors" for run in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_leaves_no_half_checkpoint(weights, tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    small_base(tmp_path / "base")
     settings = replace(MINIATURE, tasks=("tense", "voice"))
     save = enc.save
 
@@ -287,6 +299,23 @@ def test_a_run_that_is_interrupted_leaves_no_half_checkpoint(weights, tmp_path, 
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["tense"]
     monkeypatch.setattr(enc, "save", save)
     assert fine_tunes(tmp_path, settings) == ["voice"]
+
+
+@pytest.mark.slow
+def test_the_base_is_a_plain_checkpoint_with_the_tensors_that_mergekit_asks_for(tmp_path, monkeypatch):
+    from safetensors import safe_open
+
+    if store.package_files() is None:
+        pytest.skip("the package with the base model is not installed")
+    monkeypatch.setattr(store, "hub_files", lambda: None)
+    base = store.base_model(tmp_path / "base")
+    assert json.loads((base / "config.json").read_text())["architectures"] == ["BertModel"]
+    with safe_open(base / "model.safetensors", framework="pt") as tensors:
+        assert {"pooler.dense.weight", "embeddings.word_embeddings.weight"} <= set(tensors.keys())
+    model, tokenizer = enc.load(base)
+    head = enc.embed(model, enc.tokenise(tokenizer, ["This is good.", "This is bad."], 48))
+    texts = ["A lovely, lovely film.", "What a dreadful hotel!", "The food was superb."]
+    assert enc.accuracy(model, head, Examples(enc.tokenise(tokenizer, texts, 48), torch.tensor([0, 1, 0]))) == 100.0
 
 
 def test_missing_weights_are_an_error_that_names_the_extra(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def methods(gram: Tensor, bases: Tensor, paper_seeds: int, subsets: int) -> list
 def selections(gram: Tensor, kept: int, count: int) -> Iterator[BasisWeights]:
     """`count` different random selections of `kept` tasks, in the order of their seeds; fewer if there are no more."""
     found: set[tuple[float, ...]] = set()
-    for seed in range(100 * count):
+    for seed in range(20 * count):
         selection = rand_select(gram, kept, seed=seed)
         chosen = tuple(selection.effective_weights.tolist())
         if chosen not in found and len(found) < count:
