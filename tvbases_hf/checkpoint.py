@@ -105,7 +105,7 @@ class Checkpoint:
     def from_state_dict(cls, state: Mapping[str, Tensor], label: str = "state dict") -> Checkpoint:
         """An in-memory model; the tensors are borrowed, not copied."""
         infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-        return cls(label, infos, lambda name: state[name].detach())
+        return cls(label, infos, lambda name: state[name].detach().cpu())
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU. Do not write to it."""
