@@ -22,6 +22,8 @@ FAST_MIN_SIDE = 512
 FAST_MAX_RANK = 1 / 12
 FAST_MAX_BASIS = 1 / 2
 OVERSAMPLING = 8
+# Singular values above this share of the largest keep more than float32's digits when squared in float64.
+SQUARED_SAFELY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,11 @@ def svd(delta: Delta | Tensor, rank: str | float | RankRule | None = None, *, ro
 
 
 def exact_svd(matrix: Tensor, rank: RankRule | None = None) -> SVD:
-    """From the eigenvectors of the small side's Gram matrix, refined by a Rayleigh-Ritz step; all in float64.
+    """From the eigenvectors of the small side's Gram matrix, refined where it is needed; all in float64.
 
-    Squaring costs half of the digits; float64 has twice those of float32. The refinement (projection on the
-    eigenvectors, thin QR, SVD of the small factor) restores those of the small singular values. A float64 matrix has
-    no digits to spare and takes the ordinary SVD.
+    Squaring costs half of the digits; float64 has twice those of float32. Down to SQUARED_SAFELY of the largest
+    singular value that is enough. Below, a Rayleigh-Ritz step (projection on the eigenvectors, thin QR, SVD of the
+    small factor) restores the digits. A float64 matrix has none to spare and takes the ordinary SVD.
     Cost: 2 n^2 m for the Gram matrix and O(n^3) for its eigenvectors, n the smaller side.
     """
     if matrix.shape[0] > matrix.shape[1]:
@@ -91,12 +93,18 @@ def exact_svd(matrix: Tensor, rank: RankRule | None = None) -> SVD:
     if dtype == torch.float64:
         left, values, right = torch.linalg.svd(exact, full_matrices=False)
         return SVD(left, values, right.T).keep(_count(values, matrix.shape, rank, dtype))
-    values, vectors = torch.linalg.eigh(exact @ exact.T)
-    count = _count(values.flip(0).clamp_min(0).sqrt(), matrix.shape, rank, dtype)
-    leading = vectors.flip(1)[:, :count]
-    right, core = torch.linalg.qr(exact.T @ leading)
-    inner_left, found, inner_right = torch.linalg.svd(core.T)
-    return SVD((leading @ inner_left).to(dtype), found.to(dtype), (right @ inner_right.T).to(dtype))
+    squares, left = torch.linalg.eigh(exact @ exact.T)
+    values = squares.flip(0).clamp_min(0).sqrt()
+    count = _count(values, matrix.shape, rank, dtype)
+    left, values = left.flip(1)[:, :count], values[:count]
+    right = exact.T @ left
+    if (values > SQUARED_SAFELY * values[:1]).all():
+        right = right / values
+    else:
+        right, core = torch.linalg.qr(right)
+        inner_left, values, inner_right = torch.linalg.svd(core.T)
+        left, right = left @ inner_left, right @ inner_right.T
+    return SVD(left.to(dtype), values.to(dtype), right.to(dtype))
 
 
 def singular_values(delta: Delta | Tensor) -> Tensor:
