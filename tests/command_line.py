@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+from hf_models import Family
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -58,3 +60,17 @@ def refused(workplace: Path, *arguments: object) -> str:
     assert "Traceback" not in message
     assert snapshot(workplace) == before
     return message.removeprefix("error: ")
+
+
+def root(place: Family) -> Path:
+    return place.base.parent.parent
+
+
+def inputs(place: Family) -> list[object]:
+    """--base and --task for a family."""
+    tasks = [part for name, path in place.tasks.items() for part in ("--task", f"{name}={path}")]
+    return ["--base", place.base, *tasks]
+
+
+def compress(place: Family, *more: object) -> list[object]:
+    return ["compress", *inputs(place), "--out", root(place) / "basis", *more]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,19 @@ def bert(bert_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
 @pytest.fixture(scope="session")
 def bert_sharded(bert_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return make_family(tmp_path_factory.mktemp("bert-sharded"), bert_base, ["sst", "nli", "qa"], seed=5, sharded=True)
+
+
+@pytest.fixture
+def place(llama: Family, tmp_path: Path) -> Family:
+    """Copies of a base and four fine-tunes in ``tmp_path / "models"``, to be damaged."""
+    shutil.copytree(llama.base.parent, tmp_path / "models")
+    root = tmp_path / "models"
+    return Family(root / "base", {task: root / path.name for task, path in llama.tasks.items()})
+
+
+@pytest.fixture
+def pair(place: Family) -> Family:
+    """The same with two fine-tunes."""
+    for task in ("chat", "law"):
+        shutil.rmtree(place.tasks.pop(task))
+    return place
