@@ -44,7 +44,7 @@ class Cores:
 
     def gram(self) -> Tensor:
         """[T, T] inner products of the changes."""
-        return block_sums(*(torch.cat(parts, dim=1) for parts in (self.outs, self.ins)), [p.shape[1] for p in self.ins])
+        return block_sums(torch.cat(self.outs, dim=1), torch.cat(self.ins, dim=1), [p.shape[1] for p in self.ins])
 
     def overlap(self) -> Tensor:
         """[T, T] share of the smaller of two changes' row spaces that lies in the other's; about r/m by chance."""
