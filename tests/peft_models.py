@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from tvbases_hf.adapter import Adapter
 from tvbases_hf.adapter_out import Template, adapter_tensors, write_adapter
 from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import dense
+from tvbases_hf.errors import CheckpointError
 
 VOCABULARY = 40
 IDS = torch.arange(14).reshape(2, 7) * 5 % VOCABULARY
@@ -191,6 +193,35 @@ def copy(source: Path, target: Path) -> Path:
     return target
 
 
+def loaded(root: Path, case: Case, configs: Sequence[dict[str, Any]], names: str = "abcdefgh") -> Any:
+    """A model with one random adapter per configuration, loaded by PEFT from files."""
+    base = make_base(root / "base", case)
+    paths = [
+        make_adapter(root / name, base, Case(case.model, config, case.options), seed=i)
+        for i, (name, config) in enumerate(zip(names, configs, strict=False))
+    ]
+    origin: Any = load_base(base, case)
+    model: Any = PeftModel.from_pretrained(origin, str(paths[0]), adapter_name=names[0])
+    for name, path in zip(names[1:], paths[1:], strict=False):
+        model.load_adapter(str(path), adapter_name=name)
+    return model
+
+
+def active(model: Any, name: str) -> Tensor:
+    model.set_adapter(name)
+    found = outputs(model)
+    model.float()
+    return found
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest expected number."""
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def refusal(adapter: Path, base: Path, error: type[Exception] = CheckpointError) -> str:
+    """The one message; it names the adapter."""
+    with pytest.raises(error) as caught:
+        Adapter.open(adapter, Checkpoint.open(base), label="mine")
+    assert '"mine"' in str(caught.value)
+    return str(caught.value)

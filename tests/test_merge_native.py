@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_zoo import Zoo, config_of, make_zoo, merged_adapter, merged_checkpoint, relative, run_native, weighted
+from command_line import tvbases
 from hf_models import read_state
 from merge_oracle import EPS, distance, run_stock
 from mergekit.merge_methods import registry
@@ -27,6 +28,7 @@ FILTERED = [
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "linear": ("linear", WEIGHTS, {}),
     "linear-sum": ("linear", WEIGHTS, {"normalize": False}),
+    "linear-base": ("linear", WEIGHTS, {"weight": 0.5}),  # a base that is named is one of the models, and weighs .5
     "task_arithmetic": ("task_arithmetic", WEIGHTS, {"lambda_": 0.6}),
     "task_arithmetic-mean": ("task_arithmetic", WEIGHTS, {"normalize": True}),
     "task_arithmetic-gradients": ("task_arithmetic", FILTERED, {"lambda_": [0.5, 1.5]}),
@@ -59,7 +61,7 @@ def configs(zoo: Zoo, case: str) -> tuple[dict[str, Any], dict[str, Any]]:
     method, weights, parameters = CASES[case]
     ours = config_of(zoo, method, weights, **parameters)
     whole = config_of(zoo, method, weights, models=zoo.full, **parameters) | {"dtype": "float32"}
-    if method == "linear":  # it needs no base, and would take one for another model
+    if method == "linear" and "weight" not in parameters:  # it needs no base, and would take one for another model
         models = {name: f"{zoo.base}+{path}" for name, path in zoo.adapters.items()}
         ours = config_of(zoo, method, weights, models=models, **parameters)
         del ours["base_model"], whole["base_model"]
@@ -219,3 +221,19 @@ def test_the_report_counts_what_an_adapter_leaves_unchanged(zoo: Zoo, tmp_path: 
     lacking = 9  # code has no MLP: 3 modules in each of 3 layers
     assert f'"{zoo.adapters["code"]}": {lacking} tensors' in outcome.err and "counted as unchanged" in outcome.err
     assert f'"{zoo.adapters["code"]}": {lacking}' in report
+
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples" / "configs" / "adapters").glob("*.yml"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_for_adapters_merges(
+    example: Path, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(zoo.base.parent)
+    assert tvbases("merge", example, tmp_path / "out", "--adapter", "--quiet").code == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_there_are_examples_for_adapters() -> None:
+    assert EXAMPLES

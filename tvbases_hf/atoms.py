@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .bases import BasisWeights
 from .checkpoint import Checkpoint, TensorInfo
 from .delta import Delta, Dense, LowRank, blocks, dense
 from .errors import CheckpointError, ParameterError
@@ -253,3 +254,19 @@ def _empty(delta: Delta) -> LowRank:
 def _check_range(values: Tensor, name: str, dtype: torch.dtype) -> None:
     if not torch.isfinite(values).all():
         raise ParameterError(f"tensor {name} overflows {dtype}; store it as bfloat16 or float32")
+
+
+def stored_encoder(weights: BasisWeights) -> Tensor:
+    """[T, rows] how the stored vectors are made of the task vectors: the bases, then the mean if there is one."""
+    return weights.encoder if weights.mean is None else torch.cat([weights.encoder, weights.mean[:, None]], dim=1)
+
+
+def stored_dtype(part: Delta) -> torch.dtype:
+    """What a vector's part is stored in."""
+    match part:
+        case LowRank():
+            return part.left.dtype
+        case Dense():
+            return part.tuned.dtype
+        case _:
+            return torch.float32

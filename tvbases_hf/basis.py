@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,22 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from .adapter_atoms import AdapterAtoms
+from .adapter_basis import Request, compress_adapters
+from .adapter_info import adapter_card
+from .adapter_task import TaskAdapter, task_adapter
 from .allocate import ranks_by_budget, ranks_by_rule, spectra
-from .atoms import AtomSource, EncodedAtoms, StoredAtoms, TruncatedAtoms
+from .atoms import AtomSource, EncodedAtoms, StoredAtoms, TruncatedAtoms, stored_dtype, stored_encoder
 from .bases import BasisWeights, ae_bases, pca_bases, rand_select
 from .checkpoint import Checkpoint, TensorInfo, locate
-from .delta import Delta, Dense, LowRank, dense
+from .delta import Delta, dense
 from .errors import CheckpointError, MismatchError, ParameterError
 from .gram import Gram, gram_matrix
 from .info import CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
 from .model import write_model
 from .output import transaction, write_json
 from .rank import RankRule
+from .reconstruction import Reconstruction
 from .taskvector import TaskVectors
 
 METHODS: dict[str, Callable[..., BasisWeights]] = {"ae": ae_bases, "pca": pca_bases, "rand_select": rand_select}
@@ -63,6 +69,9 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
             gram: from ``gram_matrix(vectors)``, if it has been computed already.
             options: of the method, for example ``balance=False``; see ``ae_bases``.
         """
+        if vectors.are_adapters:
+            request = Request(method, num_bases=num_bases, options=options)
+            return cls.of_adapters(vectors, request, dtype=dtype, gram=gram, quiet=quiet)
         if method not in METHODS:
             raise ParameterError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}, or tsv")
         gram = gram or gram_matrix(vectors, quiet=quiet)
@@ -90,6 +99,10 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         if rank is not None and budget is not None:
             raise ParameterError("give rank or budget, not both")
         rule = None if rank is None else RankRule.parse(rank)
+        if vectors.are_adapters:
+            return cls.of_adapters(
+                vectors, Request("tsv", budget=budget, rank=rank), dtype=dtype, gram=gram, quiet=quiet
+            )
         gram = gram or gram_matrix(vectors, quiet=quiet)
         found = spectra(vectors, quiet=quiet)
         ranks = (
@@ -104,6 +117,20 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         options = {"rank": str(rule) if rule else None, "budget": budget}
         info = describe(vectors, gram, weights, options, ranks).with_errors(lost)
         return cls(info, TruncatedAtoms(vectors, ranks, dtype))
+
+    @classmethod
+    def of_adapters(
+        cls,
+        vectors: TaskVectors,
+        request: Request,
+        *,
+        dtype: torch.dtype | None = None,
+        normalize: bool = True,
+        gram: Gram | None = None,
+        quiet: bool = True,
+    ) -> Basis:
+        """A basis of adapters, which is itself a stock PEFT LoRA: the sum of its vectors. See ``compress_adapters``."""
+        return cls(*compress_adapters(vectors, request, dtype=dtype, normalize=normalize, gram=gram, quiet=quiet))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -136,12 +163,12 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
     def atoms(self, name: str) -> Tensor:
         """[rows, *shape] the same as one tensor; low-rank parts are multiplied out."""
         parts = self.parts(name)
-        return torch.stack([dense(part) for part in parts]).to(_stored_dtype(parts[0]))
+        return torch.stack([dense(part) for part in parts]).to(stored_dtype(parts[0]))
 
-    def reconstruct(self, task: str) -> Mapping[str, Tensor]:
-        """The task vector tau_hat of one task, a lazy mapping from tensor name to float32 tensor."""
+    def reconstruct(self, task: str, *, base: str | Path | None = None) -> Mapping[str, Tensor]:
+        """The task vector tau_hat of one task, a lazy mapping from tensor name to float32 tensor; base: for DoRA."""
         self.info.index(task)
-        return _Reconstruction(self, task)
+        return Reconstruction(self, task, self._base(base))
 
     def terms(self, task: str, name: str, base: Checkpoint | None = None) -> list[tuple[float, Delta]]:
         """tau_hat's part of one weight as a sum of multiples of deltas; ``base`` as in AtomSource.own."""
@@ -158,8 +185,8 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
             OutputError: ``out`` exists and is not ours, or the disk is full.
         """
         self.info.index(task)
-        model = Checkpoint.open(base)
-        self._check_base(model)
+        model = self._base(base)
+        assert model is not None
         names = set(self.names)
         terms = functools.lru_cache(maxsize=1)(lambda name: self.terms(task, name, model))  # its blocks come in a row
 
@@ -171,6 +198,33 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
 
         note = f"{task} restored from a basis of {len(self.tasks)} tasks, alpha {alpha:g}"
         return write_model(model, Path(out), change, note, quiet=quiet)
+
+    def adapter(self, task: str, *, alpha: float = 1.0, base: str | Path | None = None) -> TaskAdapter:
+        """alpha * tau_hat of one task as a LoRA of its own. ``base`` is read for DoRA and for saved modules only."""
+        return task_adapter(self, self._adapters("adapter"), task, alpha, self._base(base))
+
+    def negate(self, task: str, alpha: float, *, base: str | Path | None = None) -> TaskAdapter:
+        """The LoRA that forgets a task: theta_0 - alpha * tau_hat."""
+        return self.adapter(task, alpha=-alpha, base=base)
+
+    def attach(self, model: Any, task: str | None = None, *, adapter_name: str | None = None) -> Any:
+        """All vectors as one LoRA of a transformers (or PEFT) model, set to ``task``; None for their sum, times alpha.
+
+        Returns the PeftModel. See ``tvbases_peft.basis_hooks``.
+        """
+        return _hooks().attach(self._adapters("attach"), self.info, model, task, adapter_name)
+
+    def select(self, model: Any, task: str | None, *, adapter_name: str | None = None) -> None:
+        """Switch an attached basis to another task: nothing is loaded, one number changes."""
+        self._adapters("select")
+        _hooks().select(self.info, model, task, adapter_name)
+
+    def mixed(
+        self, model: Any, tasks: Sequence[str | None], *, repeat: int = 1, adapter_name: str | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, row i of every batch uses ``tasks[i]``; ``repeat``: beams or returned sequences per row."""
+        self._adapters("mixed")
+        return _hooks().mixed(self.info, model, tasks, repeat, adapter_name)
 
     def save_pretrained(self, save_directory: str | Path, *, quiet: bool = True, **kwargs: Any) -> str | None:  # type: ignore[override]
         """Write the basis directory as a transaction; ``push_to_hub`` and the rest as in ModelHubMixin."""
@@ -186,7 +240,8 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
     def _save_pretrained(self, save_directory: Path) -> None:
         info = self._source.write(save_directory, self.info, self._quiet)
         write_json(save_directory / CONFIG_FILE, info.to_json())
-        (save_directory / "README.md").write_text(model_card(info), encoding="utf-8")
+        card = adapter_card(info) if info.adapters else model_card(info)
+        (save_directory / "README.md").write_text(card, encoding="utf-8")
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -201,9 +256,23 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         if not (path / CONFIG_FILE).is_file():
             raise CheckpointError(f'"{model_id}": not a basis directory: it has no {CONFIG_FILE}')
         info = BasisInfo.read(path / CONFIG_FILE, model_id)
+        if info.adapters:
+            return cls(info, AdapterAtoms.open(path, info, model_id))
         source = StoredAtoms(Checkpoint.open(path), info.ranks, len(info.decoder))
         source.check(model_id)
         return cls(info, source)
+
+    def _adapters(self, what: str) -> AdapterAtoms:
+        if not isinstance(self._source, AdapterAtoms):
+            raise ParameterError(f"{what} needs a basis of adapters; this one is of full checkpoints: use restore")
+        return self._source
+
+    def _base(self, base: str | Path | None) -> Checkpoint | None:
+        if base is None:
+            return None
+        model = Checkpoint.open(base)
+        self._check_base(model)
+        return model
 
     def _check_base(self, model: Checkpoint) -> None:
         if model.fingerprint() != self.info.base_fingerprint:
@@ -213,33 +282,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
             )
 
 
-class _Reconstruction(Mapping[str, Tensor]):
-    def __init__(self, basis: Basis, task: str) -> None:
-        self._basis, self._task = basis, task
+def _hooks() -> Any:
+    from tvbases_peft import basis_hooks
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._basis.names:
-            raise KeyError(name)
-        terms = self._basis.terms(self._task, name) or [(0.0, self._basis.parts(name)[0])]
-        return sum((share * dense(part) for share, part in terms[1:]), terms[0][0] * dense(terms[0][1])).float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._basis.names)
-
-    def __len__(self) -> int:
-        return len(self._basis.names)
-
-
-def stored_encoder(weights: BasisWeights) -> Tensor:
-    """[T, rows] how the stored vectors are made of the task vectors: the bases, then the mean if there is one."""
-    return weights.encoder if weights.mean is None else torch.cat([weights.encoder, weights.mean[:, None]], dim=1)
-
-
-def _stored_dtype(part: Delta) -> torch.dtype:
-    match part:
-        case LowRank():
-            return part.left.dtype
-        case Dense():
-            return part.tuned.dtype
-        case _:
-            return torch.float32
+    return basis_hooks

@@ -73,25 +73,47 @@ def compress(
     base: Base,
     task: Task,
     out: Annotated[Path, typer.Option("--out", help="The basis directory to write.", metavar="DIR")],
-    num_bases: NumBases = 0.5,
+    num_bases: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--num-bases", "-m", help="How many bases; a number below 1 is a fraction of the tasks (0.5)."),
+    ] = None,
     method: Annotated[
-        str, typer.Option("--method", help="ae, pca, rand_select, or tsv (truncated task vectors).")
-    ] = "ae",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--method",
+            help="ae, pca, rand_select, tsv (truncated task vectors), joint (adapters: shared factors). "
+            "Left out: ae; for adapters whatever loses least.",
+        ),
+    ] = None,
     balance: Annotated[
         bool,
         typer.Option(help="ae: every task weighs the same in the sum of the bases (--no-balance: as in the paper)."),
     ] = True,
     solver: Annotated[str, typer.Option(help="ae: varpro (the optimum) or adam (the paper's recipe).")] = "varpro",
     seed: Annotated[int, typer.Option(help="ae, rand_select: which of equally good bases; which tasks.")] = 0,
-    rank: Annotated[str | None, typer.Option(help="tsv: 16, 0.25, energy:0.95, gavish-donoho; left out: 1/T.")] = None,
-    budget: Annotated[Optional[float], typer.Option(help="tsv: share of the task vectors' bytes to keep.")] = None,  # noqa: UP045
+    rank: Annotated[
+        str | None,
+        typer.Option(help="tsv: 16, 0.25, energy:0.95, gavish-donoho; left out: 1/T. ae of adapters: of each atom."),
+    ] = None,
+    budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="tsv, and any method for adapters (0.5): share of the task vectors' bytes to keep."),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(help="adapters: the basis loads in PEFT as base + alpha * sum of the bases.")
+    ] = 1.0,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Stored as: auto (the base's own), float32, bfloat16 or float16.")
+        str,
+        typer.Option("--dtype", help="Stored as: auto (the base's or adapters' own), float32, bfloat16 or float16."),
     ] = "auto",
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Replace T fine-tuned models by M vectors and a small decoder: a basis directory."""
+    """Replace T fine-tuned models by M vectors and a small decoder: a basis directory.
+
+    Of adapters, the directory is itself a LoRA that PEFT loads: the merged multi-task adapter.
+    """
+    from .adapter_basis import Request
     from .bases.ae import SOLVERS
     from .bases.weights import resolve_num_bases
     from .basis import METHODS, Basis
@@ -104,20 +126,27 @@ def compress(
     # Whatever can be wrong is found before the long reading, not after it.
     _check_json(json)
     check_output(out, is_basis_directory)
-    _check_choice("--method", method, (*METHODS, "tsv"))
+    _check_choice("--method", method or "ae", (*METHODS, "tsv", "joint"))
     _check_choice("--solver", solver, SOLVERS)
     stored = _dtype(dtype)
     tasks = parse_tasks(task)
-    resolve_num_bases(num_bases, len(tasks))
+    resolve_num_bases(0.5 if num_bases is None else num_bases, len(tasks))
     vectors = TaskVectors.open(base, tasks)
+    options = {"balance": balance, "solver": solver, "seed": seed}
+    request = Request(method, budget, num_bases, rank, alpha, options)
+    request = request.resolved(len(tasks)) if vectors.are_adapters else request
+    if not vectors.are_adapters and (method == "joint" or alpha != 1):
+        raise ParameterError("--method joint and --alpha are for adapters; these are full checkpoints")
     gram = gram_matrix(vectors, quiet=quiet)
     warn([*vectors.coverage.notes(), *gram.warnings()])
     how: dict[str, Any] = {"dtype": stored, "gram": gram, "quiet": quiet}
-    if method == "tsv":
+    if vectors.are_adapters:
+        built = Basis.of_adapters(vectors, request, **how)
+    elif method == "tsv":
         built = Basis.truncate(vectors, rank, budget=budget, **how)
     else:
-        options = {"ae": {"balance": balance, "solver": solver, "seed": seed}, "rand_select": {"seed": seed}}
-        built = Basis.build(vectors, num_bases, method=method, **how, **options.get(method, {}))
+        used = {"ae": options, "rand_select": {"seed": seed}}.get(method or "ae", {})
+        built = Basis.build(vectors, 0.5 if num_bases is None else num_bases, method=method or "ae", **how, **used)
     built.save_pretrained(out, quiet=quiet)
     found = compression(Basis.from_pretrained(out), vectors, gram, out)
     if not quiet:

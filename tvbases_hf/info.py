@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapter_info import AdapterInfo
 from .bases import BasisWeights
 from .errors import CheckpointError, ParameterError
 from .gram import Gram
@@ -25,6 +26,8 @@ OUR_FILES = (
     CONFIG_FILE,
     f"{ATOMS_STEM}*.safetensors",
     f"{ATOMS_STEM}.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     "README.md",
     ".gitattributes",
 )
@@ -54,6 +57,8 @@ class BasisInfo:
     base_norm: float | None
     ranks: dict[str, list[int]] = field(default_factory=dict)
     """Per weight stored in factors, the rank of each vector's part."""
+    adapters: AdapterInfo | None = None
+    """Of a basis of adapters."""
     format_version: int = FORMAT_VERSION
     library_version: str = ""
 
@@ -105,7 +110,8 @@ class BasisInfo:
                     f'"{label}": basis format {data["format_version"]} is newer than this library knows '
                     f"({FORMAT_VERSION}); pip install -U tvbases-hf"
                 )
-            info = cls(**{**data, "tasks": tuple(data["tasks"])})
+            adapters = AdapterInfo.read(data["adapters"]) if data.get("adapters") else None
+            info = cls(**{**data, "tasks": tuple(data["tasks"]), "adapters": adapters})
             info._check()
             return info
         except (ValueError, TypeError, KeyError, AttributeError) as error:

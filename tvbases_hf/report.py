@@ -10,9 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .adapter_info import AdapterInfo, verdict
 from .bases import ae_bases
 from .basis import Basis
 from .gram import Gram
+from .info import BasisInfo
 from .output import readable_size
 from .taskvector import TaskVectors
 
@@ -107,10 +109,27 @@ def compression(basis: Basis, vectors: TaskVectors, gram: Gram, out: Path) -> di
         "bytes": stored,
         "bytes_of_task_vectors": sum(vectors.base.tensors[name].nbytes for name in vectors.names) * len(vectors),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in basis.tensors.values()}),
+        **(adapter_compression(info.adapters, info) if info.adapters else {}),
+    }
+
+
+def adapter_compression(adapters: AdapterInfo, info: BasisInfo) -> dict[str, Any]:
+    """What only a basis of adapters has to say; ``bytes_of_task_vectors`` is then that of the adapters."""
+    return {
+        "bytes_of_task_vectors": adapters.adapters_bytes,
+        "alpha": adapters.alpha,
+        "error_before_rounding": adapters.error_before_rounding,
+        "truncation_error": adapters.truncation_error,
+        "candidates": adapters.candidates,
+        "overlap": adapters.overlap,
+        "verdict": verdict(info),
     }
 
 
 def print_compression(found: dict[str, Any], console: Console) -> None:
+    if "verdict" in found:
+        print_adapter_compression(found, console)
+        return
     truncated = found["method"] == "tsv"
     console.print(_headline_truncated(found) if truncated else _headline(found))
     columns = {} if found["norm_ratio"] is None else {"norm / base": [f"{ratio:.2%}" for ratio in found["norm_ratio"]]}
@@ -124,6 +143,21 @@ def print_compression(found: dict[str, Any], console: Console) -> None:
     console.print(
         f"{found['out']}: {readable_size(found['bytes'])} in {', '.join(found['dtypes'])}; "
         f"the task vectors: {readable_size(found['bytes_of_task_vectors'])}"
+    )
+
+
+def print_adapter_compression(found: dict[str, Any], console: Console) -> None:
+    console.print(" ".join(found["verdict"]))
+    errors = ("error_before_rounding", "task_error", "truncation_error")
+    table = Table("task", "weight in the sum", "error", "as stored", "truncated alone, same bytes")
+    for index, task in enumerate(found["tasks"]):
+        weight = found["alpha"] * found["effective_weights"][index]
+        table.add_row(task, f"{weight:.3f}", *(f"{found[kind][index]:.1%}" for kind in errors))
+    console.print(table)
+    console.print(
+        f"{found['out']}: {readable_size(found['bytes'])} in {', '.join(found['dtypes'])}, "
+        f"{readable_size(found['bytes'] / len(found['tasks']))} a task; the adapters: "
+        f"{readable_size(found['bytes_of_task_vectors'])} ({found['bytes'] / found['bytes_of_task_vectors']:.1%})"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,43 +48,48 @@ def not_native(what: str) -> str:
     return f"{what} is not done on changes of weights; `tvbases mergekit-yaml CONFIG OUT` merges whole models with it"
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A weight that is merged: its name and shape in the base, and the seed of the whole merge."""
+
+    name: str
+    shape: tuple[int, ...]
+    seed: int = 0
+
+    @property
+    def own_seed(self) -> int:
+        """Of what a method draws for this weight: a merge can be repeated, in any order of its weights."""
+        return zlib.crc32(f"{self.seed} {self.name}".encode())
+
+
 def merged_bases(
-    method: BasisMerge,
-    deltas: Sequence[Delta],
-    bound: Settings,
-    gram: GroupGram,
-    name: str,
-    shape: Sequence[int],
-    seed: int,
+    method: BasisMerge, deltas: Sequence[Delta], bound: Settings, gram: GroupGram, weight: Weight
 ) -> Delta:
     """lambda * inner(vectors), the vectors being bases or reconstructions: sums of changes, mixed in their factors."""
     inner, mixing, passed = method.prepare(gram, range(len(deltas)), bound)
     vectors = mix(deltas, mixing)
-    return scale(merged(inner, vectors, _complete(inner, passed, len(vectors)), name, shape, seed), bound["lambda"])
+    return scale(merged(inner, vectors, _complete(inner, passed, len(vectors)), weight), bound["lambda"])
 
 
-def merged(
-    method: MergeMethod, deltas: Sequence[Delta], settings: Settings, name: str, shape: Sequence[int], seed: int
-) -> Delta:
+def merged(method: MergeMethod, deltas: Sequence[Delta], settings: Settings, weight: Weight) -> Delta:
     """What a method that needs a base adds to it.
 
     Args:
-        deltas: the changes of the weight ``name``, whose shape in the base is ``shape``.
+        deltas: the changes of one weight.
         settings: every parameter: one value, or one per change in their order.
-        seed: of what a method draws at random, for each weight anew: a merge can be repeated.
     """
     match method:
         case LayerwiseMerge():
-            known = deltas if len(shape) == 2 else [_unflattened(delta, shape) for delta in deltas]
-            parts = method.change(list(known), list(settings["weight"]), settings, name)
+            known = list(deltas) if len(weight.shape) == 2 else [_unflattened(delta, weight.shape) for delta in deltas]
+            parts = method.change(known, list(settings["weight"]), settings, weight.name)
             return scale(add([part for _, part in parts], [factor for factor, _ in parts]), settings["lambda"])
         case GeneralizedTaskArithmeticMerge(consensus_method=None, sparsification_method=None):
             weights, alpha = settings["weight"], settings["lambda"]
             return task_arithmetic(deltas, weights, normalize=settings["normalize"], alpha=alpha)
         case _:
-            vectors = [dense(delta, _work_dtype(deltas)).reshape(*shape) for delta in deltas]
+            vectors = [dense(delta, _work_dtype(deltas)).reshape(weight.shape) for delta in deltas]
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+                torch.manual_seed(weight.own_seed)
                 return Dense(merge_vectors(method, vectors[0], vectors, settings))
 
 

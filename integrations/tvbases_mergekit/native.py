@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tvbases_hf.merging.fit import Limits
 from tvbases_hf.output import check_output
 from tvbases_hf.rank import RankRule
 
-from .changes import LINEAR, check_native, merged, merged_bases, not_native
+from .changes import LINEAR, Weight, check_native, merged, merged_bases, not_native
 from .command import reported
 from .configuration import find_method, one_line, read_config
 from .inputs import Inputs, open_inputs
@@ -37,6 +37,7 @@ from .sources import GroupGram
 LOG = logging.getLogger("tvbases_mergekit")
 
 Bound = Mapping[str, Any]
+Combine = Callable[[str, Sequence[Delta]], Delta]
 
 
 @dataclass(frozen=True)
@@ -76,39 +77,49 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
 
 def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe: str, request: Request) -> Merge:
     """Every weight's parameters, resolved and checked, as one merging method."""
-    vectors = inputs.vectors
-    is_linear = method.spec.name == LINEAR
-    names = inputs.floating if is_linear else vectors.names
+    is_linear, tensors = method.spec.name == LINEAR, inputs.vectors.base.tensors
+    names = inputs.floating if is_linear else inputs.vectors.names
     bound = resolve(config, method, inputs, names)
     check_native(method, bound)
-    shapes = {name: vectors.base.tensors[name].shape for name in names}
+    weights = {name: Weight(name, tensors[name].shape, request.seed) for name in names}
     if isinstance(method, BasisMerge):
-        found = gram_matrix(vectors, quiet=request.quiet)
-        for line in found.warnings():
-            LOG.warning("%s", line)
-        gram = GroupGram(found, inputs.models)
-
-        def combine(name: str, deltas: Sequence[Delta]) -> Delta:
-            return merged_bases(method, deltas, bound[name], gram, name, shapes[name], request.seed)
-
+        combine = _over_bases(method, inputs, bound, weights, request.quiet)
     elif is_linear:
-        changed = set(vectors.names)
-        names = tuple(name for name in names if name in changed or _base_share(bound[name]))
-
-        def combine(name: str, deltas: Sequence[Delta]) -> Delta:
-            weights = dict(bound[name]["weight"])
-            own, normalize = weights.pop(inputs.base, 0.0), bound[name]["normalize"]
-            base = vectors.base.read(name) if _base_share(bound[name]) else None
-            return linear(deltas, list(weights.values()), base_weight=own, normalize=normalize, base=base)
-
+        combine = _linear(inputs, bound)
+        names = tuple(n for n in names if n in inputs.vectors.names or _base_share(bound[n]))
     else:
+        combine = _by_weight(method, bound, weights)
+    return Merge(inputs.vectors, combine, tuple(names), method.spec.name, recipe)
 
-        def combine(name: str, deltas: Sequence[Delta]) -> Delta:
-            per_model = {p.name for p in method.spec.input_parameters}
-            settings = {n: list(v.values()) if n in per_model else v for n, v in bound[name].items()}
-            return merged(method, deltas, settings, name, shapes[name], request.seed)
 
-    return Merge(vectors, combine, tuple(names), method.spec.name, recipe)
+def _over_bases(
+    method: BasisMerge, inputs: Inputs, bound: Mapping[str, Bound], weights: Mapping[str, Weight], quiet: bool
+) -> Combine:
+    found = gram_matrix(inputs.vectors, quiet=quiet)
+    for line in found.warnings():
+        LOG.warning("%s", line)
+    gram = GroupGram(found, inputs.models)
+    return lambda name, deltas: merged_bases(method, deltas, bound[name], gram, weights[name])
+
+
+def _linear(inputs: Inputs, bound: Mapping[str, Bound]) -> Combine:
+    def combine(name: str, deltas: Sequence[Delta]) -> Delta:
+        weights, normalize = dict(bound[name]["weight"]), bound[name]["normalize"]
+        own = weights.pop(inputs.base, 0.0)
+        base = inputs.vectors.base.read(name) if _base_share(bound[name]) else None
+        return linear(deltas, list(weights.values()), base_weight=own, normalize=normalize, base=base)
+
+    return combine
+
+
+def _by_weight(method: MergeMethod, bound: Mapping[str, Bound], weights: Mapping[str, Weight]) -> Combine:
+    per_model = {parameter.name for parameter in method.spec.input_parameters}
+
+    def combine(name: str, deltas: Sequence[Delta]) -> Delta:
+        settings = {key: list(v.values()) if key in per_model else v for key, v in bound[name].items()}
+        return merged(method, deltas, settings, weights[name])
+
+    return combine
 
 
 def resolve(
