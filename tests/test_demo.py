@@ -33,6 +33,7 @@ MINIATURE = Settings(
     validation=6,
     paper_seeds=1,
     subsets=2,
+    recipe=Recipe(lr=3e-3, epochs=10),
 )
 
 
@@ -234,6 +235,7 @@ def test_the_demo_reports_every_method_and_draws_its_picture(finished):
     assert list(report["accuracy"]) == [
         "base", "finetuned", "task_arithmetic", "ae_bases", "ae_bases_paper", "rand_select", "pca_bases"]  # fmt: skip
     assert all(0 <= value <= 100 for value in report["accuracy"].values())
+    assert report["accuracy"]["finetuned"] > report["accuracy"]["base"]
     assert report["tasks"] == list(MINIATURE.tasks)
     assert report["vectors"] == {
         "base": 0, "finetuned": 3, "task_arithmetic": 3, "ae_bases": 2, "ae_bases_paper": 2, "rand_select": 2,
@@ -307,7 +309,7 @@ def test_the_base_is_a_plain_checkpoint_with_the_tensors_that_mergekit_asks_for(
 
     if store.package_files() is None:
         pytest.skip("the package with the base model is not installed")
-    monkeypatch.setattr(store, "hub_files", lambda: None)
+    monkeypatch.setattr(store, "hub_files", lambda quiet: None)
     base = store.base_model(tmp_path / "base")
     assert json.loads((base / "config.json").read_text())["architectures"] == ["BertModel"]
     with safe_open(base / "model.safetensors", framework="pt") as tensors:
@@ -321,7 +323,7 @@ def test_the_base_is_a_plain_checkpoint_with_the_tensors_that_mergekit_asks_for(
 def test_missing_weights_are_an_error_that_names_the_extra(tmp_path, monkeypatch):
     from tvbases_hf.errors import TvbasesError
 
-    monkeypatch.setattr(store, "hub_files", lambda: None)
+    monkeypatch.setattr(store, "hub_files", lambda quiet: None)
     monkeypatch.setattr(store, "package_files", lambda: None)
     with pytest.raises(TvbasesError, match=r"tvbases-hf\[demo\]"):
         store.base_model(tmp_path / "base")

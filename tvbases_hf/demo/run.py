@@ -54,7 +54,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run the demo in `workdir`, and return what goes into `json_file`. A second run uses what the first has trained.
 
-    The first run takes a few minutes on two cores, 1.3 GB of disk and 2 GB of memory.
+    The first run takes a few minutes on two cores, 1.3 GB of disk and 2.5 GB of memory.
 
     Raises:
         TvbasesError: a missing extra, no weights, a full disk, and whatever the commands that it runs refuse.
@@ -104,7 +104,7 @@ def fine_tunes(
     workdir: Path, settings: Settings, say: Console
 ) -> tuple[dict[str, Problem], dict[str, Path], list[str]]:
     """(tasks ready for the encoder, {task: fine-tuned checkpoint}, tasks that were trained just now)."""
-    base = store.base_model(workdir / "base")
+    base = store.base_model(workdir / "base", say.quiet)
     model, tokenizer = encoder.load(base)
     tasks = {name: make_task(name, settings.seed, settings.sizes) for name in settings.tasks}
     recipe = settings.recipe

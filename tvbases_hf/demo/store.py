@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,13 @@ def is_ours(directory: Path) -> bool:
     return (directory / MARKER).is_file()
 
 
-def base_model(directory: Path) -> Path:
+def base_model(directory: Path, quiet: bool = False) -> Path:
     """The base checkpoint in `directory`, brought there from the Hub or from the package on the first call.
 
     Raises MissingExtraError when neither can be had.
     """
     if not is_ours(directory):
-        source = hub_files() or package_files()
+        source = hub_files(quiet) or package_files()
         if source is None:
             raise MissingExtraError(
                 f"the weights of {HUB_ID} are neither in reach on the Hub nor installed as a package; "
@@ -49,22 +50,35 @@ def base_model(directory: Path) -> Path:
     return directory
 
 
-def hub_files() -> Path | None:
+def hub_files(quiet: bool = False) -> Path | None:
     """The base model in the Hub's cache, downloaded if the Hub answers quickly; None when it does not."""
     from huggingface_hub import hf_hub_url, snapshot_download
     from huggingface_hub.utils import get_session
 
-    try:
-        path = Path(snapshot_download(HUB_ID, allow_patterns=list(HUB_FILES), local_files_only=True))
-        if all((path / file).is_file() for file in HUB_FILES):
+    files = list(HUB_FILES)
+    with contextlib.suppress(Exception):  # not in the cache
+        path = Path(snapshot_download(HUB_ID, allow_patterns=files, local_files_only=True))
+        if all((path / file).is_file() for file in files):
             return path
-    except Exception:
-        pass  # not in the cache
+    with contextlib.suppress(Exception), _hub_bars(quiet):  # offline, a proxy: whatever the HTTP library raises
+        if get_session().head(hf_hub_url(HUB_ID, files[0]), timeout=HUB_SECONDS).status_code < 400:
+            return Path(snapshot_download(HUB_ID, allow_patterns=files))
+    return None
+
+
+@contextlib.contextmanager
+def _hub_bars(quiet: bool) -> Iterator[None]:
+    """Without the Hub's progress bars when `quiet`."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silence = quiet and not are_progress_bars_disabled()
+    if silence:
+        disable_progress_bars()
     try:
-        get_session().head(hf_hub_url(HUB_ID, HUB_FILES[0]), timeout=HUB_SECONDS)
-        return Path(snapshot_download(HUB_ID, allow_patterns=list(HUB_FILES)))
-    except Exception:  # offline, a proxy, a time-out: whatever the HTTP library raises
-        return None
+        yield
+    finally:
+        if silence:
+            enable_progress_bars()
 
 
 def package_files() -> Path | None:
