@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Numbers of all tasks together in one block: float64 work space of a few copies of 32 MB, whatever the tensor's size.
-BLOCK_NUMBERS = 1 << 22
+# Numbers of all tasks together in one block: float64 work space of a few copies of 2 MB, whatever the tensor's size.
+# Blocks that stay in the processor's cache are several times faster than ones of 32 MB.
+BLOCK_NUMBERS = 1 << 18
 
 
 @dataclass(frozen=True)
