@@ -63,10 +63,11 @@ def gram_of(matrix: Tensor) -> Tensor:
 
 
 def real_gram() -> Tensor | None:
-    """The 12 x 12 Gram matrix of real fine-tunes, where the data are at hand (TVBASES_DATA names another folder)."""
-    folder = Path(os.environ.get("TVBASES_DATA", REPOSITORY.parent / "shared" / "data"))
-    file = folder / "gram12.json"
-    if not file.is_file():
+    """The 12 x 12 Gram matrix of real fine-tunes, where the data lie beside the repository or in TVBASES_DATA."""
+    folder = os.environ.get("TVBASES_DATA")
+    found = [Path(folder)] if folder else [file.parent for file in REPOSITORY.parent.glob("*/data/gram12.json")]
+    file = found[0] / "gram12.json" if found else None
+    if file is None or not file.is_file():
         return None
     return torch.tensor(json.loads(file.read_text(encoding="utf-8"))["G"], dtype=torch.float64)
 

@@ -1,0 +1,58 @@
+"""The benchmarks still run: with tiny inputs, and without looking at the clock."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The module of the script that the test is parametrised with."""
+    name = f"bench_{request.param}"
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]
+
+
+@pytest.mark.parametrize("bench", ["ae"], indirect=True)
+def test_bench_of_autoencoder_bases_reports_every_solver(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "SIZES", ((4, 2), (5, 3), (200, 50)))
+    monkeypatch.setattr(bench, "real_gram", lambda: None)
+    bench.main(["--quick", "--json", str(tmp_path / "x.json")])
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert len(rows) == 2 * len(bench.KINDS) * len(bench.SOLVERS)
+    assert all(row["excess"] <= 1e-12 for row in rows if row["solver"] == "varpro, balanced")
+    assert "varpro, free" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("bench", ["memory"], indirect=True)
+def test_bench_of_memory_measures_processes_and_removes_its_models(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "QUICK", (bench.Layout("tiny", 64, 128, 1),))
+    every = bench.commands
+    kept = ("start-up", "load", "gram")
+    monkeypatch.setattr(bench, "commands", lambda *given: {job: every(*given)[job] for job in kept})
+    rows = bench.main(["--quick", "--workdir", str(tmp_path)])
+    assert [row["job"] for row in rows] == list(kept)
+    assert all(row["peak"] > 10**7 for row in rows)
+    assert list(tmp_path.iterdir()) == []
+    assert "share of load" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no such module"):
+        bench.peak_memory([sys.executable, "-c", "raise SystemExit('no such module')"])
