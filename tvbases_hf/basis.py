@@ -20,7 +20,7 @@ from .allocate import ranks_by_budget, ranks_by_rule, spectra
 from .atoms import AtomSource, EncodedAtoms, StoredAtoms, TruncatedAtoms, stored_dtype, stored_encoder
 from .bases import BasisWeights, ae_bases, pca_bases, rand_select
 from .checkpoint import Checkpoint, TensorInfo, locate
-from .delta import Delta, dense
+from .delta import Delta, add, dense
 from .errors import CheckpointError, MismatchError, ParameterError
 from .gram import Gram, gram_matrix
 from .info import CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
@@ -172,8 +172,18 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
 
     def terms(self, task: str, name: str, base: Checkpoint | None = None) -> list[tuple[float, Delta]]:
         """tau_hat's part of one weight as a sum of multiples of deltas; ``base`` as in AtomSource.own."""
-        index = self.info.index(task)
-        shares, parts = self.decoder[:, index].tolist(), self.parts(name)
+        return self._terms(self.info.index(task), name, self.parts(name), base)
+
+    def reconstructions(self, name: str, base: Checkpoint | None = None) -> list[Delta]:
+        """[T] tau_hat's part of one weight for every task, in factors where the vectors are; ``base`` as above."""
+        parts = self.parts(name)
+        every = [self._terms(index, name, parts, base) or [(0.0, parts[0])] for index in range(len(self.tasks))]
+        return [add([delta for _, delta in terms], [share for share, _ in terms]) for terms in every]
+
+    def _terms(
+        self, index: int, name: str, parts: Sequence[Delta], base: Checkpoint | None
+    ) -> list[tuple[float, Delta]]:
+        shares = self.decoder[:, index].tolist()
         shared = [(share, part) for share, part in zip(shares, parts, strict=bool(parts)) if share]
         return shared + [(1.0, part) for part in self._source.own(name, index, base)]
 
@@ -271,10 +281,11 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         if base is None:
             return None
         model = Checkpoint.open(base)
-        self._check_base(model)
+        self.check_base(model)
         return model
 
-    def _check_base(self, model: Checkpoint) -> None:
+    def check_base(self, model: Checkpoint) -> None:
+        """MismatchError unless ``model`` is the one that this basis was built on."""
         if model.fingerprint() != self.info.base_fingerprint:
             raise MismatchError(
                 f'"{model.label}" is not the model this basis was built on ({self.info.base_id}): '

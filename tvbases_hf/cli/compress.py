@@ -1,0 +1,100 @@
+"""``tvbases compress``: a basis directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ..errors import ParameterError
+from .app import app, console
+from .options import Base, Json, Quiet, Task, check_choice, check_json, parse_dtype, write_report
+
+
+@app.command(
+    epilog="Example: tvbases compress --base llama/ --task math=math/ --task code=code/ --num-bases 0.5 --out basis/"
+)
+def compress(
+    base: Base,
+    task: Task,
+    out: Annotated[Path, typer.Option("--out", help="The basis directory to write.", metavar="DIR")],
+    num_bases: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--num-bases", "-m", help="How many bases; a number below 1 is a fraction of the tasks (0.5)."),
+    ] = None,
+    method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--method",
+            help="ae, pca, rand_select, tsv (truncated task vectors), joint (adapters: shared factors). "
+            "Left out: ae; for adapters whatever loses least.",
+        ),
+    ] = None,
+    balance: Annotated[
+        bool,
+        typer.Option(help="ae: every task weighs the same in the sum of the bases (--no-balance: as in the paper)."),
+    ] = True,
+    solver: Annotated[str, typer.Option(help="ae: varpro (the optimum) or adam (the paper's recipe).")] = "varpro",
+    seed: Annotated[int, typer.Option(help="ae, rand_select: which of equally good bases; which tasks.")] = 0,
+    rank: Annotated[
+        str | None,
+        typer.Option(help="tsv: 16, 0.25, energy:0.95, gavish-donoho; left out: 1/T. ae of adapters: of each atom."),
+    ] = None,
+    budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="tsv, and any method for adapters (0.5): share of the task vectors' bytes to keep."),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(help="adapters: the basis loads in PEFT as base + alpha * sum of the bases.")
+    ] = 1.0,
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="Stored as: auto (the base's or adapters' own), float32, bfloat16 or float16."),
+    ] = "auto",
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Replace T fine-tuned models by M vectors and a small decoder: a basis directory.
+
+    Of adapters, the directory is itself a LoRA that PEFT loads: the merged multi-task adapter.
+    """
+    from ..adapter_basis import Request
+    from ..bases.ae import SOLVERS
+    from ..bases.weights import resolve_num_bases
+    from ..basis import METHODS, Basis
+    from ..gram import gram_matrix
+    from ..info import is_basis_directory
+    from ..output import check_output
+    from ..report import compression, print_compression, warn
+    from ..taskvector import TaskVectors, parse_tasks
+
+    # Whatever can be wrong is found before the long reading, not after it.
+    check_json(json)
+    check_output(out, is_basis_directory)
+    check_choice("--method", method or "ae", (*METHODS, "tsv", "joint"))
+    check_choice("--solver", solver, SOLVERS)
+    stored = parse_dtype(dtype)
+    tasks = parse_tasks(task)
+    resolve_num_bases(0.5 if num_bases is None else num_bases, len(tasks))
+    vectors = TaskVectors.open(base, tasks)
+    options = {"balance": balance, "solver": solver, "seed": seed}
+    request = Request(method, budget, num_bases, rank, alpha, options)
+    request = request.resolved(len(tasks)) if vectors.are_adapters else request
+    if not vectors.are_adapters and (method == "joint" or alpha != 1):
+        raise ParameterError("--method joint and --alpha are for adapters; these are full checkpoints")
+    gram = gram_matrix(vectors, quiet=quiet)
+    warn([*vectors.coverage.notes(), *gram.warnings()])
+    how: dict[str, Any] = {"dtype": stored, "gram": gram, "quiet": quiet}
+    if vectors.are_adapters:
+        built = Basis.of_adapters(vectors, request, **how)
+    elif method == "tsv":
+        built = Basis.truncate(vectors, rank, budget=budget, **how)
+    else:
+        used = {"ae": options, "rand_select": {"seed": seed}}.get(method or "ae", {})
+        built = Basis.build(vectors, 0.5 if num_bases is None else num_bases, method=method or "ae", **how, **used)
+    built.save_pretrained(out, quiet=quiet)
+    found = compression(Basis.from_pretrained(out), vectors, gram, out)
+    if not quiet:
+        print_compression(found, console)
+    write_report(json, found)

@@ -1,0 +1,39 @@
+"""``tvbases doctor`` and ``tvbases demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..errors import MissingExtraError
+from .app import app, console
+from .options import Json, Quiet, check_json, write_report
+
+
+@app.command(epilog="Example: tvbases doctor")
+def doctor(json: Json = None) -> None:
+    """Versions of everything that matters, which extras are here, whether the hook is installed, free disk."""
+    from ..doctor import examine, print_findings
+
+    check_json(json)
+    found = examine()
+    print_findings(found, console)
+    write_report(json, found)
+
+
+@app.command(epilog="Example: tvbases demo --json demo.json")
+def demo(
+    workdir: Annotated[Optional[Path], typer.Option(help="Where models are kept for the next run.")] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="Where to put the picture.", metavar="PNG")] = None,  # noqa: UP045
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """The main job on real weights: fine-tune a small model on eight tasks, compress, merge with mergekit, compare."""
+    try:
+        from ..demo import run_demo
+    except ImportError as error:
+        raise MissingExtraError(f'the demo needs more packages ({error}); pip install "tvbases-hf[demo]"') from error
+
+    run_demo(workdir, json_file=json, plot=plot, quiet=quiet)
