@@ -17,7 +17,7 @@ from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging import task_arithmetic
 
 from .layerwise import LayerwiseMerge
-from .methods import BasisMerge, merge_vectors
+from .methods import BasisMerge, is_plain_sum, merge_vectors
 from .preflight import check_basis_parameters
 from .sources import GroupGram
 
@@ -83,7 +83,7 @@ def merged(method: MergeMethod, deltas: Sequence[Delta], settings: Settings, wei
             known = list(deltas) if len(weight.shape) == 2 else [_unflattened(delta, weight.shape) for delta in deltas]
             parts = method.change(known, list(settings["weight"]), settings, weight.name)
             return scale(add([part for _, part in parts], [factor for factor, _ in parts]), settings["lambda"])
-        case GeneralizedTaskArithmeticMerge(consensus_method=None, sparsification_method=None):
+        case _ if is_plain_sum(method):
             weights, alpha = settings["weight"], settings["lambda"]
             return task_arithmetic(deltas, weights, normalize=settings["normalize"], alpha=alpha)
         case _:

@@ -20,12 +20,15 @@ from mergekit.merge_methods.base import (
     TensorEntry,
     TensorGroup,
 )
+from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from torch import Tensor
 
 from tvbases_hf.bases import BasisWeights, ae_bases, pca_bases
 from tvbases_hf.bases.ae import SOLVERS
 from tvbases_hf.bases.weights import resolve_num_bases
+from tvbases_hf.delta import BLOCK_NUMBERS
 from tvbases_hf.errors import ParameterError, did_you_mean
+from tvbases_hf.merging.addition import normalized
 
 from .sources import GroupGram, gram_of
 
@@ -118,6 +121,9 @@ class BasisMerge(GroupMergeMethod):
             return base
         gram: GroupGram = parameters.pop("gram")
         inner, mixing, passed = self.prepare(gram, gram.columns(group), parameters)
+        if is_plain_sum(inner):
+            weights = mixing @ mixing.new_tensor(normalized(passed["weight"], passed.get("normalize", False)))
+            return _weighted_sum(base, [entry.tensor for entry in group.non_base], weights, parameters["lambda"])
         change = merge_vectors(inner, base, _combine(group, mixing), passed)
         return (base.to(change.dtype) + parameters["lambda"] * change).to(base.dtype)
 
@@ -166,21 +172,46 @@ def _choose(name: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
+def is_plain_sum(inner: MergeMethod) -> bool:
+    """Whether a method adds up its vectors and does nothing else, so that the vectors need not be made."""
+    return (
+        isinstance(inner, GeneralizedTaskArithmeticMerge)
+        and inner.consensus_method is None
+        and inner.sparsification_method is None
+    )
+
+
+def _weighted_sum(base: Tensor, models: Sequence[Tensor], weights: Tensor, alpha: float) -> Tensor:
+    """base + alpha * sum_i w_i (model_i - base) in the base's dtype, summed in float32 at least, block by block.
+
+    Beside what it is given and the result, only one block of every model is in memory.
+    """
+    work = torch.promote_types(base.dtype, torch.float32)
+    out = torch.empty_like(base, memory_format=torch.contiguous_format)
+    flat, flats = base.reshape(-1), [model.reshape(-1) for model in models]
+    for start in range(0, len(flat), BLOCK_NUMBERS):
+        part = slice(start, start + BLOCK_NUMBERS)
+        own = flat[part].to(work)
+        total = torch.zeros_like(own)
+        for model, weight in zip(flats, weights.tolist(), strict=True):
+            if weight != 0:
+                total.add_(model[part].to(work) - own, alpha=weight)
+        out.view(-1)[part] = own + alpha * total
+    return out
+
+
 def _combine(group: TensorGroup, mixing: Tensor) -> list[Tensor]:
     """The merged vectors of this tensor: sums of deltas, float32 at least, one delta in memory at a time."""
     assert group.base is not None
-    base = group.base.tensor
-    work = torch.promote_types(base.dtype, torch.float32)
-    base = base.to(work)
-    vectors: list[Tensor | None] = [None] * mixing.shape[1]
+    work = torch.promote_types(group.base.tensor.dtype, torch.float32)
+    base = group.base.tensor.to(work)
+    vectors = [torch.zeros_like(base) for _ in range(mixing.shape[1])]
     for entry, shares in zip(group.non_base, mixing.tolist(), strict=True):
-        delta = entry.tensor.to(work) - base
-        for index, share in enumerate(shares):
+        delta = entry.tensor.to(work, copy=True).sub_(base)
+        for vector, share in zip(vectors, shares, strict=True):
             if share != 0:
-                scaled = delta if share == 1 else delta * share
-                current = vectors[index]
-                vectors[index] = scaled if current is None else current + scaled
-    return [torch.zeros_like(base) if vector is None else vector for vector in vectors]
+                vector.add_(delta, alpha=share)
+    return vectors
 
 
 def merge_vectors(inner: MergeMethod, base: Tensor, vectors: Sequence[Tensor], parameters: Mapping[str, Any]) -> Tensor:
@@ -189,11 +220,17 @@ def merge_vectors(inner: MergeMethod, base: Tensor, vectors: Sequence[Tensor], p
     Methods for any number of models work on the differences from the base: they get a base of zeros, so that nothing
     is lost by adding and subtracting it. Those for exactly two models (slerp, nearswap) compare the weights as such.
     """
-    origin = torch.zeros_like(vectors[0]) if inner.spec.contract.max_inputs is None else base.to(vectors[0].dtype)
-    entries = [TensorEntry(id="base", tensor=origin, is_base=True)]
-    entries += [TensorEntry(id=index, tensor=origin + vector) for index, vector in enumerate(vectors)]
+    if inner.spec.contract.max_inputs is None:
+        return _called(inner, vectors[0].new_zeros(()).expand_as(vectors[0]), vectors, parameters)
+    origin = base.to(vectors[0].dtype)
+    return _called(inner, origin, [origin + vector for vector in vectors], parameters) - origin
+
+
+def _called(inner: MergeMethod, base: Tensor, models: Sequence[Tensor], parameters: Mapping[str, Any]) -> Tensor:
+    entries = [TensorEntry(id="base", tensor=base, is_base=True)]
+    entries += [TensorEntry(id=index, tensor=model) for index, model in enumerate(models)]
     (merged,) = inner((TensorGroup(tuple(entries)),), parameters=parameters)
-    return merged - origin
+    return merged
 
 
 def _inner_method(name: str, own: str) -> MergeMethod:

@@ -19,9 +19,14 @@ def task_arithmetic(
     deltas: Sequence[Delta], weights: Sequence[float], *, normalize: bool = False, alpha: float = 1.0
 ) -> Delta:
     """alpha * sum_i w_i delta_i, the weights divided by their sum when ``normalize`` (unless they cancel)."""
+    return add(deltas, [alpha * weight for weight in normalized(weights, normalize)])
+
+
+def normalized(weights: Sequence[float], normalize: bool = True) -> list[float]:
+    """The weights divided by their sum, unless they cancel or ``normalize`` is false."""
     total = sum(weights)
     divisor = total if normalize and abs(total) >= NO_SUM else 1.0
-    return add(deltas, [alpha * weight / divisor for weight in weights])
+    return [weight / divisor for weight in weights]
 
 
 def base_share(weights: Sequence[float], normalize: bool) -> float:
