@@ -82,7 +82,11 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
                  "transformer.x.alpha": torch.tensor(1.0)},
         "1 of 2 modules have an alpha",
     ),
-    "NaN": (lambda: {"transformer.x.lora_A.weight": torch.full((2, 4), float("nan"))}, "NaN"),
+    "NaN": (
+        lambda: {"transformer.x.lora_A.weight": torch.full((2, 4), float("nan")),
+                 "transformer.x.lora_B.weight": torch.ones(4, 2)},
+        "NaN",
+    ),
 }  # fmt: skip
 
 

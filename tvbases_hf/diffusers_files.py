@@ -6,26 +6,22 @@ some alphas: what comes out is therefore weighed against what went in, and a fil
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from .adapter import dora_change
-from .adapter_config import LoraOptions
 from .checkpoint import Checkpoint
-from .delta import Delta, Dense, LowRank, square_norm
-from .errors import CheckpointError, MismatchError, MissingExtraError
+from .delta import Delta, LowRank, square_norm
+from .errors import CheckpointError, MissingExtraError
+from .lora_layers import LoraLayers, read_checked
+from .lora_source import COMPONENTS, Source, open_source
 
-COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 PREFIXES = tuple(f"{component}." for component in COMPONENTS)
-METADATA = "lora_adapter_metadata"
 # One of two factors, in any of the formats.
 FACTOR = re.compile(
     r"^(?P<module>.+?)(?P<join>[._])(?P<part>lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up|down|up)\.weight$"
@@ -57,40 +53,42 @@ Alphas = dict[str, float]
 
 
 def read_lora_file(path: str | Path, *, bases: Mapping[str, Checkpoint] | None = None) -> dict[str, dict[str, Delta]]:
-    """The changes of a LoRA file: by component (transformer, unet, text_encoder, ...) and module.
+    """The changes of a LoRA file: by component (transformer, unet, text_encoder, ...) and module; see open_lora."""
+    return {component: dict(layers) for component, layers in open_lora(path, bases=bases).items()}
 
-    A module's entry is the LowRank change of its weight, alpha / rank inside and counted once, convolutions flattened
-    to [out, in * kernel]; ``<module>.bias`` is the Dense change of its bias. Factors are read into float32.
+
+def open_lora(
+    source: Source, *, label: str | None = None, bases: Mapping[str, Checkpoint] | None = None
+) -> dict[str, LoraLayers]:
+    """The layers of a LoRA by component; files in diffusers' own format are read one layer at a time.
 
     Args:
-        path: a .safetensors file, or one of PyTorch, which is read without running code.
+        source: a .safetensors file, one of PyTorch (read without running code), a directory or Hub id with one file or
+            a PEFT adapter in it, or a state dict in any of the formats.
+        label: what messages call it; by default the source.
         bases: checkpoints of components, needed for DoRA (magnitudes) only, whose changes are Dora.
 
     Raises:
         MissingExtraError: diffusers is not installed.
         CheckpointError: damaged, not a LoRA file, of another method, or with tensors that no reading accounts for.
-        MismatchError: DoRA without the base of its component.
+        MismatchError: DoRA without the base of its component, when that layer is read.
     """
     _require_diffusers()
-    label, file = str(path), Path(path).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f'"{label}": no such file')
-    stored = Checkpoint.open(file, label=label)
-    state = {name: _checked(stored, name) for name in stored.tensors}
-    options = _options(file, label)
-    tensors, alphas = _split(state, label)
-    if not all(name.startswith(PREFIXES) for name in tensors):
-        before = _weight(tensors, alphas, label)
-        tensors, alphas = _translated(state, label)
-        _check_conserved(before, _weight(tensors, alphas, label), label)
-    found: dict[str, dict[str, Delta]] = {}
-    for component in dict.fromkeys(name.partition(".")[0] for name in tensors):
-        names = _peft_names(component, [name for name in tensors if name.startswith(f"{component}.")], label)
-        parts = _grouped(names, tensors, alphas, label)
-        reading = _Reading(f'"{label}": {component}', options.get(component), (bases or {}).get(component))
-        found[component] = {}
-        for module, own in parts.items():
-            found[component] |= reading.changes(module, own)
+    label = label or ("state dict" if isinstance(source, Mapping) else str(source))
+    stored, options = open_source(source, label)
+    for name in stored.tensors:
+        _refuse_unsupported(name, label)
+    names = [name for name in stored.tensors if not name.endswith(".alpha")]
+    if names and all(name.startswith(PREFIXES) for name in names):
+        alphas = _alphas({name: stored.read(name) for name in stored.tensors.keys() - names}, names, label)
+    else:
+        stored, alphas = _translated_file(stored)
+    found: dict[str, LoraLayers] = {}
+    for component in dict.fromkeys(name.partition(".")[0] for name in stored.tensors if name.startswith(PREFIXES)):
+        own = [n for n in stored.tensors if n.startswith(f"{component}.") and not n.endswith(".alpha")]
+        parts = _grouped(_peft_names(component, own, label), alphas, label)
+        place = f'"{label}": {component}'
+        found[component] = LoraLayers(place, stored, parts, options.get(component), (bases or {}).get(component))
     return found
 
 
@@ -104,45 +102,37 @@ def _require_diffusers() -> None:
         ) from error
 
 
-def _checked(stored: Checkpoint, name: str) -> Tensor:
-    """A tensor in float32; NaN, and tensors that belong to another method, are refused by name."""
+def _refuse_unsupported(name: str, label: str) -> None:
     for word, method in UNSUPPORTED.items():
         if word in name:
-            raise CheckpointError(f'"{stored.label}": {name} is of {method}; not supported, and never left out')
-    tensor = stored.read(name)
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f'"{stored.label}": {name} holds NaN or infinite numbers; use an earlier checkpoint')
-    return tensor.to(torch.float32)
-
-
-def _options(file: Path, label: str) -> dict[str, LoraOptions]:
-    """What diffusers writes into the file's header: PEFT's configuration of each component."""
-    if file.suffix != ".safetensors":
-        return {}
-    with safe_open(str(file), framework="pt") as handle:
-        text = (handle.metadata() or {}).get(METADATA)
-    if not text:
-        return {}
-    try:
-        words = json.loads(text)
-        parts = {c: {k.removeprefix(f"{c}."): v for k, v in words.items() if k.startswith(f"{c}.")} for c in COMPONENTS}
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f'"{label}": its {METADATA} is damaged: {error}') from error
-    return {c: LoraOptions.parse({"peft_type": "LORA"} | own, f"{label}: {c}") for c, own in parts.items() if own}
+            raise CheckpointError(f'"{label}": {name} is of {method}; not supported, and never left out')
 
 
 def _split(state: Mapping[str, Tensor], label: str) -> tuple[Tensors, Alphas]:
     """Tensors, and alphas by the name of the first factor that they scale."""
     tensors = {name: tensor for name, tensor in state.items() if not name.endswith(".alpha")}
+    return tensors, _alphas({name: state[name] for name in state.keys() - tensors.keys()}, tensors, label)
+
+
+def _alphas(found: Mapping[str, Tensor], names: Container[str], label: str) -> Alphas:
     alphas: Alphas = {}
-    for name in state.keys() - tensors.keys():
+    for name, value in found.items():
         module = name.removesuffix(".alpha")
         tails = ("", *(f".{part}.weight" for part in (*FIRST, "lora_linear_layer.down")))
-        first = next((module + tail for tail in tails if module + tail in tensors), None)
-        if first is None or state[name].numel() != 1:
+        first = next((module + tail for tail in tails if module + tail in names), None)
+        if first is None or value.numel() != 1 or not torch.isfinite(value).all():
             raise CheckpointError(f'"{label}": {name} scales no factors; the file is incomplete')
-        alphas[first] = float(state[name])
-    return tensors, alphas
+        alphas[first] = float(value)
+    return alphas
+
+
+def _translated_file(stored: Checkpoint) -> tuple[Checkpoint, Alphas]:
+    """A file of another format under diffusers' names; nothing may get lost on the way."""
+    state = {name: read_checked(stored, name) for name in stored.tensors}
+    before = _weight(*_split(state, stored.label), stored.label)
+    tensors, alphas = _translated(state, stored.label)
+    _check_conserved(before, _weight(tensors, alphas, stored.label), stored.label)
+    return Checkpoint.from_state_dict(tensors, stored.label), alphas
 
 
 def _translated(state: Mapping[str, Tensor], label: str) -> tuple[Tensors, Alphas]:
@@ -218,16 +208,14 @@ def _peft_names(component: str, names: list[str], label: str) -> dict[str, str]:
     return {own: name for name, own in short.items()}
 
 
-def _grouped(
-    names: Mapping[str, str], tensors: Tensors, alphas: Alphas, label: str
-) -> dict[str, dict[str, Tensor | float]]:
-    """The parts of each module, its alpha among them where the file gives one."""
-    parts: dict[str, dict[str, Tensor | float]] = {}
+def _grouped(names: Mapping[str, str], alphas: Alphas, label: str) -> dict[str, dict[str, str | float]]:
+    """The stored names of each module's parts, and its alpha where the file gives one."""
+    parts: dict[str, dict[str, str | float]] = {}
     for own, name in names.items():
         match = PART.match(name)
         if match is None:
             raise CheckpointError(f'"{label}": {own} is no part of a LoRA that is known here; not supported')
-        parts.setdefault(match["module"], {})[match["part"]] = tensors[own]
+        parts.setdefault(match["module"], {})[match["part"]] = own
         if own in alphas:
             parts[match["module"]]["alpha"] = alphas[own]
     given = _count(parts.values(), "alpha")
@@ -240,49 +228,3 @@ def _grouped(
 
 def _count(groups: Iterable[Mapping[str, Any]], part: str) -> int:
     return sum(part in group for group in groups)
-
-
-class _Reading:
-    """One component's rules: its options, if the file says them, and its base, if there is one."""
-
-    def __init__(self, label: str, options: LoraOptions | None, base: Checkpoint | None) -> None:
-        self.label, self.options, self.base = label, options, base
-
-    def changes(self, module: str, parts: Mapping[str, Any]) -> dict[str, Delta]:
-        """The change of a module's weight, and of its bias."""
-        missing = [part for part in ("lora_A.weight", "lora_B.weight") if part not in parts]
-        if missing:
-            raise CheckpointError(f"{self.label}: {module} has no {missing[0]}; the file is incomplete")
-        a, b = parts["lora_A.weight"], parts["lora_B.weight"]
-        if a.dim() < 2 or b.dim() < 2 or len(a) == 0 or b.shape[1:].numel() != len(a):
-            raise CheckpointError(f"{self.label}: the factors of {module} do not fit: {list(b.shape)}, {list(a.shape)}")
-        scale = self._scale(module, len(a), parts.get("alpha"))
-        low = LowRank(scale * b.reshape(len(b), -1), a.reshape(len(a), -1))
-        magnitude = parts.get("lora_magnitude_vector")
-        found: dict[str, Delta] = {module: low if magnitude is None else self._dora(module, low, magnitude)}
-        if "lora_B.bias" in parts:
-            found[f"{module}.bias"] = Dense(scale * parts["lora_B.bias"])
-        return found
-
-    def _scale(self, module: str, rank: int, alpha: float | None) -> float:
-        if self.options is None:
-            return 1.0 if alpha is None else alpha / rank
-        if alpha is not None:
-            raise CheckpointError(f"{self.label}: gives an alpha twice, as a tensor and as metadata")
-        if self.options.rank_of(module) != rank:
-            raise CheckpointError(
-                f"{self.label}: {module} has rank {rank} but the file's metadata says {self.options.rank_of(module)}"
-            )
-        return self.options.scaling(module, rank)
-
-    def _dora(self, module: str, low: LowRank, magnitude: Tensor) -> Delta:
-        name = f"{module}.weight"
-        if self.base is None or name not in self.base.tensors:
-            raise MismatchError(
-                f"{self.label}: {module} is DoRA, whose change depends on the base's {name}; give the base of this "
-                "component (bases=...)"
-            )
-        base = self.base.read(name)
-        if base.numel() != low.shape[0] * low.shape[1] or magnitude.numel() != low.shape[0]:
-            raise MismatchError(f"{self.label}: {module} does not fit the base's {name} {list(base.shape)}")
-        return dora_change(low, magnitude.reshape(-1), base)
