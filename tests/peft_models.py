@@ -69,7 +69,22 @@ def bert(**options: Any) -> nn.Module:
     return BertForSequenceClassification(BertConfig(**(sizes | options)))
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "vision": Vision}
+def vit(**options: Any) -> nn.Module:
+    """Its patches are a convolution."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_labels": 3}
+    sizes |= {"num_attention_heads": 2, "image_size": 9, "patch_size": 3, "num_channels": 4}
+    return ViTForImageClassification(ViTConfig(**(sizes | options)))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "llama": llama,
+    "gpt2": gpt2,
+    "bert": bert,
+    "vit": vit,
+    "vision": Vision,
+}
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,19 @@ def make_adapter(directory: Path, base: Path, case: Case, seed: int = 1, **save:
     return directory
 
 
+def make_converted(directory: Path, base: Path, case: Case) -> Path:
+    """An adapter whose initialisation (PiSSA, OLoRA) changed the base, converted by PEFT to one of the plain base."""
+    model, init = peft_model(base, case), case.config["init_lora_weights"]
+    config = model.peft_config["default"]
+    config.init_lora_weights = True
+    start = directory.with_name(f"{directory.name}-start")
+    model.save_pretrained(str(start))
+    config.init_lora_weights = init
+    perturb(model)
+    model.save_pretrained(str(directory), path_initial_model_for_weight_conversion=str(start))
+    return directory
+
+
 def peft_model(base: Path, case: Case) -> Any:
     """A PeftModel with a new adapter called default."""
     options: dict[str, Any] = {"r": 3, "lora_alpha": 5} | dict(case.config)
@@ -147,7 +175,8 @@ def outputs(model: nn.Module) -> Tensor:
     with torch.no_grad():
         if any(isinstance(module, Vision) for module in model.modules()):
             return model(IMAGES, IDS)
-        return model(IDS).logits
+        config: Any = getattr(model, "config", None)
+        return model(IMAGES if config.model_type == "vit" else IDS).logits
 
 
 def with_deltas(base: Path, case: Case, adapter: Adapter) -> nn.Module:

@@ -35,24 +35,6 @@ from tvbases_mergekit import native
 
 WEIGHTS = [0.7, -0.4, 1.1]
 ATTENTION = ["q_proj", "v_proj"]
-IDENTITIES: dict[str, Case] = {
-    "lora": Case("llama", {"target_modules": [*ATTENTION, "down_proj"]}),
-    "rslora": Case("llama", {"target_modules": ATTENTION, "use_rslora": True}),
-    "patterns": Case(
-        "llama",
-        {
-            "target_modules": ATTENTION,
-            "rank_pattern": {"layers.0.self_attn.q_proj": 5},
-            "alpha_pattern": {"v_proj": 11, "layers.1.self_attn.q_proj": 2},
-        },
-    ),
-    "lora_bias": Case("bert", {"target_modules": ["query", "value"], "lora_bias": True}),
-    "biases": Case("bert", {"target_modules": ["query"], "bias": "all"}),
-    "conv1d": Case("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "embedding": Case("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
-    "dora": Case("llama", {"target_modules": [*ATTENTION, "up_proj"], "use_dora": True}),
-    "saved": Case("llama", {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +45,6 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 def addition(base: Path, adapters: dict[Path, float]) -> dict[str, Any]:
     models = [{"model": f"{base}+{path}", "parameters": {"weight": weight}} for path, weight in adapters.items()]
     return {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
-
-
-@pytest.mark.parametrize("name", IDENTITIES)
-def test_one_adapter_of_weight_one_stays_the_same_model(name: str, tmp_path: Path) -> None:
-    case = IDENTITIES[name]
-    base = peft_models.make_base(tmp_path / "base", case)
-    adapter = peft_models.make_adapter(tmp_path / "adapter", base, case)
-    expected, plain = outputs(load_adapter(base, case, adapter)), outputs(load_base(base, case))
-    assert peft_models.relative(plain, expected) > 1e-2  # the adapter does something
-    config = addition(base, {adapter: 1.0})
-    run_native(config, tmp_path / "out", "--adapter")
-    run_native(config, tmp_path / "whole")
-    assert peft_models.relative(outputs(load_adapter(base, case, tmp_path / "out")), expected) < 1e-5
-    assert peft_models.relative(outputs(load_base(tmp_path / "whole", case)), expected) < 1e-5
 
 
 def dora_change(base: State, adapter: Path, scaling: float) -> State:

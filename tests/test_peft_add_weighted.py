@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from peft_models import Case, active, load_base, loaded, make_base, outputs, peft_model, perturb, relative
+from peft_models import Case, active, load_base, loaded, outputs, relative
 from torch import Tensor
 
 from tvbases_hf.delta import LowRank, dense
 from tvbases_hf.errors import CheckpointError, ParameterError
 from tvbases_peft import add_weighted_adapter, task_vectors
-from tvbases_peft.combine import _closest
 
 TOLERANCE = 1e-5
 Q = {"target_modules": ["q_proj", "k_proj"]}
@@ -73,7 +72,7 @@ def test_a_weighted_adapter_is_exactly_the_weighted_sum(name: str, tmp_path: Pat
     model = loaded(tmp_path, case, configs)
     before = {other: active(model, other) for other in model.peft_config}
     weights = dict(zip("abc", WEIGHTS[: len(configs)], strict=False))
-    assert add_weighted_adapter(model, list(weights), list(weights.values()), "sum") == 0.0
+    assert add_weighted_adapter(model, list(weights), list(weights.values()), "sum") <= 1e-7  # rounding of saved ones
     assert model.active_adapter != "sum"
     assert relative(active(model, "sum"), plain_sum(model, case, weights, tmp_path / "base")) <= TOLERANCE
     for other, expected in before.items():
@@ -86,20 +85,6 @@ def test_a_tied_matrix_is_added_per_use_as_peft_uses_it(tmp_path: Path) -> None:
     for name in "ab":
         add_weighted_adapter(model, [name], [1.0], f"{name}{name}")
         assert relative(active(model, f"{name}{name}"), active(model, name)) <= TOLERANCE
-
-
-@pytest.mark.parametrize("shape", [(9, 6, 20), (20, 5, 7), (8, 12, 30), (6, 4, 6)], ids=str)
-@pytest.mark.parametrize("rank", [1, 3])
-def test_the_closest_change_of_a_rank_is_that_of_the_dense_svd(shape: tuple[int, int, int], rank: int) -> None:
-    """Also where the factors have more columns than a side has rows."""
-    rows, inner, columns = shape
-    generator = torch.Generator().manual_seed(rank)
-    low = LowRank(torch.randn(rows, inner, generator=generator), torch.randn(inner, columns, generator=generator))
-    found, lost, whole = _closest(low, rank)
-    left, values, right = torch.linalg.svd(dense(low), full_matrices=False)
-    assert relative(dense(found), (left[:, :rank] * values[:rank]) @ right[:rank]) <= 1e-6
-    assert lost == pytest.approx(float(values[rank:].square().sum()), rel=1e-6)
-    assert whole == pytest.approx(float(values.square().sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -176,20 +161,6 @@ def test_pefts_own_sum_is_wrong_where_ours_is_right(variant: str, method: str, t
     assert relative(active(model, "ours"), active(model, "a")) <= TOLERANCE
 
 
-def test_pefts_own_sum_is_wrong_for_kasa_which_ours_refuses_by_name(tmp_path: Path) -> None:
-    from peft.tuners.lora.config import KasaConfig
-
-    base = make_base(tmp_path / "base", Case("llama", {}))
-    model: Any = peft_model(base, Case("llama", Q | {"kasa_config": KasaConfig()}))
-    perturb(model)
-    model.add_weighted_adapter(["default"], [1.0], "theirs", combination_type="linear")
-    assert relative(active(model, "theirs"), active(model, "default")) > 1e-2
-    names = set(model.peft_config)
-    with pytest.raises(CheckpointError, match="KasaLinearVariant"):
-        add_weighted_adapter(model, ["default"], [1.0], "ours")
-    assert set(model.peft_config) == names
-
-
 # Refusals leave the model alone
 
 
@@ -222,7 +193,6 @@ def test_nan_in_an_adapter_is_refused_and_changes_nothing(tmp_path: Path) -> Non
 def test_sums_that_no_adapter_holds_are_refused_and_change_nothing(tmp_path: Path) -> None:
     cases = [
         (Case("bert", {}), [BIAS, {"target_modules": ["query"], "use_dora": True}], "LoRA biases cannot be added"),
-        (Case("gpt2", {}), [{"target_modules": ["c_proj"], "use_dora": True}], "not low-rank"),
         (Case("vision", {}), [{"target_modules": ["wide"], "lora_bias": True}, {"target_modules": ["table"]}], "both"),
     ]
     for number, (case, configs, message) in enumerate(cases):

@@ -65,8 +65,7 @@ def svd(delta: Delta | Tensor, rank: str | float | RankRule | None = None, *, ro
         raise ParameterError(f"unknown route {route!r}; choose auto, exact or fast")
     rule = None if rank is None else RankRule.parse(rank)
     if isinstance(delta, LowRank):
-        found = factored_svd(delta)
-        return found.keep(_count(found.S, delta.shape, rule, found.S.dtype))
+        return factored_svd(delta, rule)
     if len(delta.shape) != 2:
         raise ParameterError(f"a singular value decomposition needs a matrix; got shape {list(delta.shape)}")
     matrix = delta if isinstance(delta, Tensor) else dense(delta, torch.float32)
@@ -177,14 +176,29 @@ def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
     return block
 
 
-def factored_svd(delta: LowRank) -> SVD:
-    """SVD of left @ right by two thin QRs and one small SVD in float64: O((n + m) r^2), never n x m."""
+def factored_svd(delta: LowRank, rank: RankRule | None = None) -> SVD:
+    """SVD of left @ right by two thin QRs and one small SVD in float64: O((n + m) r^2), never n x m.
+
+    left right = Q_l (R_l R_r^T) Q_r^T. The orthogonal factors stay Householder reflections and are applied only to the
+    singular vectors of the core that are kept: with few of them, a third of the cost of forming Q_l and Q_r.
+    """
     dtype = torch.promote_types(working_dtype(delta.left), working_dtype(delta.right))
-    left, left_core = torch.linalg.qr(delta.left.to(torch.float64))
-    right, right_core = torch.linalg.qr(delta.right.to(torch.float64).T)
-    core_left, values, core_right = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
-    found = SVD((left @ core_left).to(dtype), values.to(dtype), (right @ core_right.T).to(dtype))
-    return found.keep(_count(values, delta.shape, None, dtype))
+    reflected = [torch.geqrf(factor.to(torch.float64)) for factor in (delta.left, delta.right.T)]
+    cores = [packed[: min(packed.shape)].triu() for packed, _ in reflected]
+    left, values, right = torch.linalg.svd(cores[0] @ cores[1].T, full_matrices=False)
+    count = _count(values, delta.shape, rank, dtype)
+    U, V = (
+        _reflect(packed, scales, part[:, :count]).to(dtype)
+        for (packed, scales), part in zip(reflected, (left, right.T), strict=True)
+    )
+    return SVD(U, values[:count].to(dtype), V)
+
+
+def _reflect(packed: Tensor, scales: Tensor, part: Tensor) -> Tensor:
+    """Q [n, k] @ part, Q being the Householder reflections that geqrf returns."""
+    padded = part.new_zeros(packed.shape[0], part.shape[1])
+    padded[: len(part)] = part
+    return torch.ormqr(packed, scales, padded)
 
 
 def _count(values: Tensor, shape: Sequence[int], rule: RankRule | None, dtype: torch.dtype) -> int:

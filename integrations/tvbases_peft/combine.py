@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from tvbases_hf.adapter import Adapter
 from tvbases_hf.adapter_out import Template, adapter_tensors
-from tvbases_hf.delta import Delta, Dora, LowRank, add, square_norm
+from tvbases_hf.delta import Delta, add
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.taskvector import TaskVectors
+from tvbases_hf.merging.fit import Errors, Limits
+from tvbases_hf.rank import RankRule
 
 from .loaded import DenseAdapter, task_vectors
 
@@ -28,14 +28,15 @@ def add_weighted_adapter(
 
     PEFT's method of this name is exact for plain LoRA only (huggingface/peft issue 3761). This one is exact, at the
     sum of the ranks, for ranks, alphas, rsLoRA, targets, LoRA biases, saved modules and DoRA in any mixture. With DoRA
-    among them all modules of the sum are DoRA.
+    among them all modules of the sum are DoRA; a weight stored as [in, out] (Conv1D, embeddings), whose columns DoRA
+    scales, then takes factors of full rank.
 
     Args:
         weights: any finite numbers; negative ones subtract.
         rank: of every module of the sum, which is then the closest of that rank (the row scaling of DoRA aside).
 
     Returns:
-        |sum - adapter| / |sum| over all weights, 0.0 unless truncated.
+        |sum - adapter| / |sum| over all weights; unless truncated, what rounding costs at most.
 
     Raises:
         MissingExtraError: PEFT is not installed.
@@ -52,12 +53,19 @@ def add_weighted_adapter(
             raise ParameterError(
                 f'"{source.label}": {source.config["peft_type"]} adapter; only LoRA and DoRA are added'
             )
-    changes, error = _sum(vectors, list(total.values()), rank)
-    tensors, config = adapter_tensors(changes, Template.of(sources, sources[0].base_id), vectors.base)
+    template = Template.of(sources, sources[0].base_id)
+    limits, errors = Limits(None if rank is None else RankRule("absolute", rank)), Errors()
+    changes: dict[str, Delta] = {}
+    for name in vectors.names:
+        inputs = vectors.deltas(name)
+        change = add(inputs, list(total.values()))
+        changes[name] = limits.fit(name, change, inputs, vectors.base, template)
+        errors.add(name, change, changes[name])
+    tensors, config = adapter_tensors(changes, template, vectors.base)
     if config["bias"] != "none":
         raise ParameterError("LoRA biases cannot be added to DoRA in a loaded model: PEFT has no adapter with both")
     _insert(model, adapter_name, tensors, config)
-    return error
+    return errors.relative()["all"]
 
 
 def _checked(adapters: Sequence[str], weights: Sequence[float], rank: int | None) -> dict[str, float]:
@@ -73,50 +81,6 @@ def _checked(adapters: Sequence[str], weights: Sequence[float], rank: int | None
     for name, weight in zip(adapters, weights, strict=True):
         total[name] = total.get(name, 0.0) + float(weight)
     return total
-
-
-def _sum(vectors: TaskVectors, weights: Sequence[float], rank: int | None) -> tuple[dict[str, Delta], float]:
-    changes: dict[str, Delta] = {}
-    lost = whole = 0.0
-    for name in vectors.names:
-        change = add(vectors.deltas(name), weights)
-        changes[name] = change
-        if rank is not None:
-            changes[name], lost_here, whole_here = _truncated(change, rank)
-            lost, whole = lost + lost_here, whole + whole_here
-    return changes, math.sqrt(lost / whole) if lost else 0.0
-
-
-def _truncated(change: Delta, rank: int) -> tuple[Delta, float, float]:
-    """The change with a low-rank part of at most ``rank``; the squared norms of what that costs and of the change."""
-    match change:
-        case LowRank() if change.rank > rank:
-            return _closest(change, rank)
-        case Dora():
-            low, lost, _ = _truncated(change.low, rank)
-            assert isinstance(low, LowRank)
-            return Dora(change.scale, change.base, low), lost, square_norm(change)
-        case _:
-            return change, 0.0, square_norm(change)
-
-
-def _closest(delta: LowRank, rank: int) -> tuple[LowRank, float, float]:
-    """The closest change of a smaller rank, what it loses and the whole, as squared norms; float64, in factor space.
-
-    left right = Q_l (R_l R_r^T) Q_r^T: the small core is decomposed, and only the kept vectors are multiplied by the
-    orthogonal factors, which stay Householder reflections. O((n + m) r^2), about a third of a full factored SVD.
-    """
-    reflected = [torch.geqrf(factor.to(torch.float64)) for factor in (delta.left, delta.right.T)]
-    cores = [packed[: min(packed.shape)].triu() for packed, _ in reflected]
-    left, values, right = torch.linalg.svd(cores[0] @ cores[1].T, full_matrices=False)
-    kept = (left[:, :rank] * values[:rank], right[:rank].T)
-    vectors = []
-    for (packed, scales), part in zip(reflected, kept, strict=True):
-        padded = torch.zeros(packed.shape[0], part.shape[1], dtype=torch.float64)
-        padded[: part.shape[0]] = part
-        vectors.append(torch.ormqr(packed, scales, padded).to(delta.left.dtype))
-    squares = values.square()
-    return LowRank(vectors[0], vectors[1].T), float(squares[rank:].sum()), float(squares.sum())
 
 
 def _insert(model: Any, name: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..adapter_out import Template
 from ..checkpoint import Checkpoint
@@ -17,7 +18,10 @@ from ..svd import svd
 
 @dataclass(frozen=True)
 class Limits:
-    """``rank`` None: as many components as the inputs have together. ``dtype``: of the stored factors."""
+    """``rank`` None: as many components as the inputs have together, and all where one of them is dense.
+
+    ``dtype``: of the stored factors.
+    """
 
     rank: RankRule | None = None
     dtype: torch.dtype = torch.float32
@@ -42,7 +46,9 @@ class Limits:
                 assert isinstance(low, LowRank)
                 return Dora(change.scale, change.base, low)
             case _:
-                flat = Dense(dense(change, torch.float32).reshape(change.shape[0], -1))
+                flat = dense(change, torch.float32).reshape(change.shape[0], -1)
+                if self.rank is None and any(isinstance(delta, Dense) for delta in inputs):
+                    return _whole(flat)
                 return svd(flat, self.rank or RankRule("absolute", max(1, _rank_sum(inputs)))).low_rank()
 
     def _kept_without_loss(self, shape: tuple[int, ...]) -> int:
@@ -72,6 +78,12 @@ class Errors:
 
 def _ratio(lost: float, total: float) -> float:
     return (lost / total) ** 0.5 if total > 0 else 0.0
+
+
+def _whole(matrix: Tensor) -> LowRank:
+    """A matrix as factors of full rank, exact in any dtype: itself and an identity, whatever their order."""
+    rows, columns = matrix.shape
+    return LowRank(matrix, torch.eye(columns)) if columns <= rows else LowRank(torch.eye(rows), matrix)
 
 
 def _rank_sum(inputs: Sequence[Delta]) -> int:
