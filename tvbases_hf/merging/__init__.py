@@ -6,6 +6,17 @@ wherever the mathematics allows; what they become is written as a checkpoint, or
 
 from .addition import linear, task_arithmetic
 from .merge import Merge, is_merge
+from .methods import METHODS, find_method, merged
 from .write import write_adapter_merge, write_checkpoint_merge
 
-__all__ = ["Merge", "is_merge", "linear", "task_arithmetic", "write_adapter_merge", "write_checkpoint_merge"]
+__all__ = [
+    "METHODS",
+    "Merge",
+    "find_method",
+    "is_merge",
+    "linear",
+    "merged",
+    "task_arithmetic",
+    "write_adapter_merge",
+    "write_checkpoint_merge",
+]
