@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .adapter_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
 from .adapter_names import Naming, is_conv1d, is_shared, is_tied_away
+from .checkpoint import WEIGHT_FILES as CHECKPOINT_FILES
 from .checkpoint import Checkpoint, locate
 from .delta import Delta, Dense, Dora, LowRank, dense
 from .errors import CheckpointError, MismatchError, TvbasesError
@@ -316,9 +317,10 @@ class Adapter:
         )
 
 
-def is_adapter(source: str | Path) -> bool:
-    """Whether a local directory is a PEFT adapter."""
-    return (Path(source).expanduser() / CONFIG_FILE).is_file()
+def is_adapter(path: Path) -> bool:
+    """Whether a local directory holds an adapter, or one half of its two files, and not a whole model."""
+    files = {name for name in (CONFIG_FILE, *WEIGHT_FILES, *CHECKPOINT_FILES) if (path / name).is_file()}
+    return bool(files) and files.isdisjoint(CHECKPOINT_FILES)
 
 
 def dora_change(product: LowRank, magnitude: Tensor, base: Tensor) -> Dora:

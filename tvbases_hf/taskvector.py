@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from .adapter import Adapter, is_adapter
-from .checkpoint import WEIGHT_FILES as CHECKPOINT_FILES
 from .checkpoint import Checkpoint, locate
 from .delta import Delta, Dense, LowRank
 from .errors import MismatchError, ParameterError
@@ -108,7 +107,7 @@ class TaskVectors:
 def open_model(source: str | Path, base: Checkpoint, *, revision: str | None = None) -> Model:
     """A checkpoint or an adapter, whichever is there."""
     path = locate(str(source), revision)
-    if is_adapter(path) and not any((path / name).is_file() for name in CHECKPOINT_FILES):
+    if is_adapter(path):
         return Adapter.open(path, base, label=str(source))
     return Checkpoint.open(path, label=str(source))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.checkpoint import WEIGHT_FILES, Checkpoint, locate
+from tvbases_hf.adapter import Adapter, is_adapter
+from tvbases_hf.checkpoint import Checkpoint, locate
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.taskvector import Model, TaskVectors
 
@@ -53,7 +53,7 @@ def open_inputs(config: MergeConfiguration, out: Path) -> Inputs:
     listed = [item.model for item in config.models or []]
     reference = _base_reference(config, listed)
     base_path = locate(reference.model.path, reference.model.revision)
-    if _is_adapter(base_path):
+    if is_adapter(base_path):
         raise ParameterError(f'"{reference}" is an adapter where a base is needed; name the model below it base_model')
     base = Checkpoint.open(base_path, label=str(reference))
     models = [model for model in listed if model != reference]
@@ -90,13 +90,9 @@ def _locate(model: ModelReference, base: ModelReference, base_path: Path) -> Pat
 
 
 def _open(model: ModelReference, path: Path, base: Checkpoint) -> Model:
-    if model.lora is not None or _is_adapter(path):
+    if model.lora is not None or is_adapter(path):
         return Adapter.open(path, base, label=str(model))
     return Checkpoint.open(path, label=str(model))
-
-
-def _is_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file() and not any((path / name).is_file() for name in WEIGHT_FILES)
 
 
 def _check_changeable(vectors: TaskVectors) -> None:
