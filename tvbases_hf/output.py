@@ -56,6 +56,40 @@ def transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_bytes: 
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def file_transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield where to write a file that takes the place of ``out`` when the block ends, and vanishes if it fails.
+
+    Raises OutputError as ``transaction`` does.
+    """
+    check_output_file(out, is_ours)
+    out = Path(out).expanduser().resolve()
+    with writing(out, needed_bytes):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        _check_space(out.parent, needed_bytes)
+        scratch = out.parent / f".{out.name}.tvbases-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        scratch.mkdir()
+        try:
+            yield scratch / out.name
+            _sync_tree(scratch)
+            (scratch / out.name).replace(out)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_output_file(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
+    """Raise OutputError if ``out`` is a directory, or a file that this program did not write."""
+    out = Path(out).expanduser()
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise OutputError(f'"{out}" cannot be a file: "{above}" is a file itself')
+    if out.is_dir():
+        raise OutputError(f'"{out}" is a directory; give the name of a file')
+    if out.exists() and not is_ours(out):
+        raise OutputError(f'"{out}" exists and this command did not write it; choose another name, or remove it')
+
+
 def check_output(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
     """Raise OutputError if ``out`` holds anything that this program did not write."""
     out = Path(out).expanduser()
@@ -196,6 +230,7 @@ class TensorFiles:
         stem: str,
         tensors: Mapping[str, TensorInfo],
         max_shard_size: int | str | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         # Wider numbers first keeps every tensor aligned to its own size, as safetensors' writer does; then by name, so
         # that the same tensors make the same files.
@@ -208,7 +243,7 @@ class TensorFiles:
         )
         self._slots: dict[str, _Slot] = {}
         for file, names in split.filename_to_tensors.items():
-            self._slots |= _begin_file(directory / file, {name: tensors[name] for name in names})
+            self._slots |= _begin_file(directory / file, {name: tensors[name] for name in names}, metadata or {})
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -226,9 +261,9 @@ class TensorFiles:
                 stream.write(values.reshape(-1).contiguous().view(torch.uint8).numpy().data)
 
 
-def _begin_file(file: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, _Slot]:
+def _begin_file(file: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, _Slot]:
     """Write the header, reserve the bytes, and return where each tensor goes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for name, info in tensors.items():
         offsets = [position, position + info.nbytes]

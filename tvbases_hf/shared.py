@@ -27,15 +27,23 @@ CHANCE_TRIALS = 8
 CHANCE_SIDE = 256
 
 
+class WholeSpaceError(ParameterError):
+    """A change that spans all directions: everything would count as shared with it."""
+
+
 @dataclass(frozen=True)
 class Options:
-    """How to decompose; see the paper's section 3 and the module's functions. Raises ParameterError on bad values."""
+    """How to decompose; see the paper's section 3 and the module's functions. Raises ParameterError on bad values.
+
+    ``rank`` is the rank rule of dense changes, ``factored_rank`` that of low-rank ones (None: their numerical rank).
+    """
 
     threshold: float = THRESHOLD
     subspace: str = "chain"
     pool: str = "joint"
     side: str = "column"
     rank: str | float = DEFAULT_RANK
+    factored_rank: str | float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
@@ -48,6 +56,8 @@ class Options:
             if value not in known:
                 raise ParameterError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
         RankRule.parse(self.rank)
+        if self.factored_rank is not None:
+            RankRule.parse(self.factored_rank)
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def decompose(
 
 
 def _decompose_columns(deltas: Sequence[Delta], options: Options, targets: Sequence[int] | None) -> Decomposition:
-    spaces = [column_space(delta, options.rank) for delta in deltas]
+    spaces = [column_space(delta, options.rank, options.factored_rank) for delta in deltas]
     _check_not_whole(spaces, options.rank)
     if options.pool == "pairs":
         return _pairs(deltas, spaces, options)
@@ -115,9 +125,11 @@ def _decompose_columns(deltas: Sequence[Delta], options: Options, targets: Seque
     return Decomposition(shared, unique, weighted_mean(shared), _ranks(spaces), (common.shape[1],) * len(deltas))
 
 
-def column_space(delta: Delta, rank: str | float | RankRule) -> Tensor:
+def column_space(
+    delta: Delta, rank: str | float | RankRule, factored_rank: str | float | RankRule | None = None
+) -> Tensor:
     """[n, r] orthonormal basis of a change's column space: the numerical one if low-rank, else by the rank rule."""
-    return svd(delta).U if isinstance(delta, LowRank) else svd(delta, rank).U
+    return svd(delta, factored_rank if isinstance(delta, LowRank) else rank).U
 
 
 def shared_subspace(spaces: Sequence[Tensor], threshold: float, subspace: str = "chain") -> Tensor:
@@ -259,7 +271,7 @@ def _check_not_whole(spaces: Sequence[Tensor], rank: str | float) -> None:
     rows = spaces[0].shape[0]
     whole = [index for index, space in enumerate(spaces) if space.shape[1] >= rows]
     if whole:
-        raise ParameterError(
+        raise WholeSpaceError(
             f"{len(whole)} of {len(spaces)} tasks (first: number {whole[0]}) span all {rows} directions, so everything "
             f"would count as shared with them. Rank {rank} is for full fine-tunes: choose one that keeps fewer, for "
             f"example energy:0.9, fraction:0.25 or gavish-donoho. Adapters keep their own rank: where it is {rows} or "
