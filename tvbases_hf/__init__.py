@@ -8,9 +8,13 @@ if TYPE_CHECKING:
     from .bases import BasisWeights, ae_bases, pca_bases, rand_proj, rand_select
     from .basis import Basis
     from .checkpoint import Checkpoint
+    from .coefficients import coordinate_search, grid_search
+    from .curve import Curve, normalised_accuracy
     from .delta import Dense, Dora, LowRank, inner
     from .errors import TvbasesError
     from .gram import Gram, gram_matrix
+    from .inplace import InPlace
+    from .negation import Negation, negate
     from .shared import decompose
     from .singular import tsv_merge
     from .taskvector import TaskVectors
@@ -21,16 +25,23 @@ _HOME = {
     "Basis": "basis",
     "BasisWeights": "bases",
     "Checkpoint": "checkpoint",
+    "Curve": "curve",
     "Dense": "delta",
     "Dora": "delta",
     "Gram": "gram",
+    "InPlace": "inplace",
     "LowRank": "delta",
+    "Negation": "negation",
     "TaskVectors": "taskvector",
     "TvbasesError": "errors",
     "ae_bases": "bases",
+    "coordinate_search": "coefficients",
     "decompose": "shared",
     "gram_matrix": "gram",
+    "grid_search": "coefficients",
     "inner": "delta",
+    "negate": "negation",
+    "normalised_accuracy": "curve",
     "pca_bases": "bases",
     "rand_proj": "bases",
     "rand_select": "bases",
@@ -42,16 +53,23 @@ __all__ = [
     "Basis",
     "BasisWeights",
     "Checkpoint",
+    "Curve",
     "Dense",
     "Dora",
     "Gram",
+    "InPlace",
     "LowRank",
+    "Negation",
     "TaskVectors",
     "TvbasesError",
     "ae_bases",
+    "coordinate_search",
     "decompose",
     "gram_matrix",
+    "grid_search",
     "inner",
+    "negate",
+    "normalised_accuracy",
     "pca_bases",
     "rand_proj",
     "rand_select",

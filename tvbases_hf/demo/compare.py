@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..bases import BasisWeights, ae_bases, pca_bases, rand_select
+from ..coefficients import climb
 from ..taskvector import TaskVectors
 from .encoder import Examples, Problem, accuracies
 
@@ -124,15 +125,10 @@ class Merger:
         """The alpha of the best mean validation accuracy, by climbing the grid from a first guess."""
 
         def score(index: int) -> float:
-            if not 0 <= index < len(ALPHAS):
-                return float("-inf")
             return sum(self.accuracy(ALPHAS[index] * weights, "val", limit))
 
         guess = FIRST_GUESS * len(weights) / float(weights.abs().sum())
-        best = min(range(len(ALPHAS)), key=lambda i: abs(ALPHAS[i] - guess))
-        for step in (-1, 1):
-            while score(best + step) > score(best):
-                best += step
+        best = climb(score, len(ALPHAS), min(range(len(ALPHAS)), key=lambda i: abs(ALPHAS[i] - guess)))
         return ALPHAS[best]
 
 
