@@ -26,10 +26,11 @@ from adapter_families import (
 )
 from command_line import refused, tvbases
 from matrices import gaussian
-from peft_models import Case, load_adapter, load_base, make_base, outputs
+from peft_models import IDS, Case, load_adapter, load_base, make_base, outputs
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tvbases_hf.adapter import Adapter
 from tvbases_hf.adapter_basis import Request
 from tvbases_hf.adapter_info import verdict
 from tvbases_hf.basis import Basis
@@ -50,6 +51,9 @@ REQUESTS = {
     "ae_budget": Request("ae", num_bases=2, budget=0.4),
     "ae_rank": Request("ae", num_bases=3, rank=2),
     "rand_select": Request("rand_select", num_bases=2),
+    "cluster": Request("cluster"),
+    "cluster_budget": Request("cluster", budget=0.5),
+    "pca_positive": Request("pca_positive", num_bases=2),
     "best": Request(budget=0.6),
 }
 
@@ -96,8 +100,12 @@ def close(found: Tensor, expected: Tensor, tolerance: float = SAME) -> bool:
 
 LOADER = """
 import json, sys
-sys.modules["tvbases_hf"] = None  # any import of this package fails
-sys.modules["tvbases_peft"] = None
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("tvbases"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -106,17 +114,22 @@ base, basis, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), basis).double().eval()
 with torch.no_grad():
     print(json.dumps(model(torch.tensor(ids)).logits.tolist()))
+assert not [name for name in sys.modules if name.startswith("tvbases_hf")]
 """
+
+
+def stock_logits(base: Path, basis: Path, ids: Tensor) -> Tensor:
+    """What PEFT alone computes, in a process where no import of this package succeeds."""
+    arguments = [str(base), str(basis), json.dumps(ids.tolist())]
+    done = subprocess.run([sys.executable, "-c", LOADER, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return torch.tensor(json.loads(done.stdout.strip().splitlines()[-1]), dtype=torch.float64)
 
 
 def test_peft_loads_the_directory_where_this_package_cannot_be_imported(family: Adapters, tmp_path: Path) -> None:
     basis = build(family, Request("joint", budget=0.6, alpha=0.5))
     basis.save_pretrained(tmp_path / "basis")
-    ids = torch.arange(14).reshape(2, 7) * 5 % 40
-    arguments = [str(family.base), str(tmp_path / "basis"), json.dumps(ids.tolist())]
-    done = subprocess.run([sys.executable, "-c", LOADER, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = torch.tensor(json.loads(done.stdout.strip().splitlines()[-1]), dtype=torch.float64)
+    found = stock_logits(family.base, tmp_path / "basis", IDS)
     changes = {name: 0.5 * torch.stack([dense(part) for part in basis.parts(name)]).sum(0) for name in basis.names}
     assert close(found, merged(family, changes))
     assert not close(found, merged(family, {}), 100 * SAME)
@@ -145,19 +158,57 @@ def test_without_truncation_the_stock_adapter_is_task_arithmetic_over_all_tasks(
     assert close(outputs(load_adapter(family.base, family.case, tmp_path / "basis")), merged(family, changes))
 
 
-@pytest.mark.parametrize("request_", [REQUESTS["joint"], REQUESTS["ae"]], ids=["joint", "ae"])
-def test_a_merged_dora_is_exact_in_peft(request_: Request, dora: Adapters, tmp_path: Path) -> None:
-    """W + alpha (sum of diag(d) W + L R), as DoRA with magnitudes of its own."""
-    basis = saved(build(dora, replace(request_, alpha=0.5)), tmp_path / "basis")
-    vectors, base = dora.vectors(), Checkpoint.open(dora.base)
-    changes = {}
+def sum_of_doras(basis: Basis, dora: Adapters) -> dict[str, Tensor]:
+    """alpha * sum of diag(d) W + L R, float64."""
+    vectors, base, changes = dora.vectors(), Checkpoint.open(dora.base), {}
+    assert basis.info.adapters is not None
     for name in basis.names:
         low = torch.stack([dense(part) for part in basis.parts(name)]).sum(0)
         scales = [delta.scale.double() for delta in vectors.deltas(name)]  # type: ignore[union-attr]
         shares = torch.tensor(basis.info.effective_weights, dtype=torch.float64)
         scale = (shares[:, None] * torch.stack(scales)).sum(0)
-        changes[name] = 0.5 * (low + scale[:, None] * base.read(name).double())
-    assert close(outputs(load_adapter(dora.base, dora.case, tmp_path / "basis")), merged(dora, changes))
+        changes[name] = basis.info.adapters.alpha * (low + scale[:, None] * base.read(name).double())
+    return changes
+
+
+@pytest.mark.parametrize("request_", [REQUESTS["joint"], REQUESTS["ae"]], ids=["joint", "ae"])
+def test_a_merged_dora_is_exact_in_peft(request_: Request, dora: Adapters, tmp_path: Path) -> None:
+    """W + alpha (sum of diag(d) W + L R), as DoRA with magnitudes of its own."""
+    basis = saved(build(dora, replace(request_, alpha=0.5)), tmp_path / "basis")
+    found = outputs(load_adapter(dora.base, dora.case, tmp_path / "basis"))
+    assert close(found, merged(dora, sum_of_doras(basis, dora)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("alpha", [0.5, None], ids=["usual", "rows that vanish"])
+def test_the_error_of_the_stock_dora_is_measured_and_printed(
+    alpha: float | None, dtype: str, dora: Adapters, tmp_path: Path
+) -> None:
+    """None: the alpha at which a row of the base is scaled to zero, which DoRA cannot do."""
+    if alpha is None:
+        scales = [delta.scale for delta in dora.vectors().deltas(dora.vectors().names[0])]  # type: ignore[union-attr]
+        alpha = -1 / float(torch.stack(scales).sum(0)[0].double())
+    options: list[object] = ["--budget", 0.6, "--method", "tsv", "--alpha", alpha, "--dtype", dtype]
+    options += ["--out", tmp_path / "basis"]
+    printed = tvbases("compress", *dora.options(), *options)
+    assert printed.code == 0, printed.err
+    basis = Basis.from_pretrained(tmp_path / "basis")
+    assert basis.info.adapters is not None
+    expected = sum_of_doras(basis, dora)
+    stock = Adapter.open(tmp_path / "basis", Checkpoint.open(dora.base))
+    lost = sum(float((dense(stock.delta(n)) - t).square().sum()) for n, t in expected.items())  # type: ignore[arg-type]
+    error = (lost / sum(float(t.square().sum()) for t in expected.values())) ** 0.5
+    assert 0 < error < 1e-6
+    assert basis.info.adapters.stock_error == pytest.approx(error, rel=0.2)  # roundings of roundings
+    said = f"as DoRA (relative error {basis.info.adapters.stock_error:.1e})"
+    assert said in " ".join(printed.out.split())
+    assert said in (tmp_path / "basis" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_stock_lora_holds_the_very_same_numbers(family: Adapters) -> None:
+    info = build(family, REQUESTS["joint"]).info
+    assert info.adapters is not None and info.adapters.stock_error == 0.0
+    assert not any("as DoRA" in line for line in verdict(info))
 
 
 # The single tasks

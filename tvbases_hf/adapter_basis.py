@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_atoms import AdapterAtoms, assemble
+from .adapter_atoms import AdapterAtoms, assemble, stock_error
 from .adapter_encode import Encoded, encode
 from .adapter_info import AdapterInfo
 from .adapter_plan import Plan, Survey, choose, encoded_menus, survey, vector_shares
 from .adapter_pool import Pool, base_id
-from .bases import BasisWeights, ae_bases, rand_select
+from .bases import BasisWeights, ae_bases, cluster_bases, pca_positive, rand_select
 from .bases.weights import resolve_num_bases
 from .budget import Menu
 from .errors import ParameterError
@@ -24,7 +24,9 @@ from .rank import RankRule
 from .taskvector import TaskVectors
 from .version import library_version
 
-METHODS = ("ae", "joint", "tsv", "rand_select")
+METHODS = ("ae", "joint", "tsv", "rand_select", "cluster", "pca_positive")
+# Whose vectors are sums of tasks, each cut to a rank.
+OF_ATOMS = ("ae", "rand_select", "cluster", "pca_positive")
 DEFAULT_BUDGET, DEFAULT_BASES = 0.5, 0.5
 # Shares of T that are tried as the number of atoms where only a budget is given.
 TRIED_BASES = (0.25, 0.5, 0.75)
@@ -62,8 +64,9 @@ class Request:
             raise ParameterError(f"budget is a share of the adapters' bytes, between 0 and 1; got {budget}")
         if not self.alpha or not abs(self.alpha) < float("inf"):
             raise ParameterError(f"alpha is the weight of the merged adapter, a number other than 0; got {self.alpha}")
-        if method in ("ae", "rand_select"):
-            num_bases = DEFAULT_BASES if num_bases is None and budget is None else num_bases
+        if method in OF_ATOMS:
+            chosen = method == "cluster" or budget is not None  # by the similarities, or by what the budget holds
+            num_bases = DEFAULT_BASES if num_bases is None and not chosen else num_bases
         elif budget is None and self.rank is None:
             budget = DEFAULT_BUDGET
         if num_bases is not None:
@@ -105,7 +108,8 @@ def compress_adapters(
     if best.method != "tsv":
         alone = _truncated(pool, found, max(0, used - pool.fixed_bytes(request.alpha)))
         trivial = encode(pool, alone, request.alpha, quiet, keep=False)
-    return _describe(pool, encoded, trivial, request, candidates, found, gram), atoms
+    info = _describe(pool, encoded, trivial, request, candidates, found, gram, stock_error(atoms, vectors.base))
+    return info, atoms
 
 
 def _plans(pool: Pool, found: Survey, request: Request, normalize: bool, quiet: bool) -> list[Plan]:
@@ -126,7 +130,7 @@ def _plans(pool: Pool, found: Survey, request: Request, normalize: bool, quiet: 
         plans.append(_truncated(pool, found, available))
     if "joint" in wanted:
         plans.append(_tasks_plan(pool, found, "joint", found.joint, available))
-    if ("ae" in wanted or "rand_select" in wanted) and (len(pool) > 1 or request.method):
+    if set(OF_ATOMS) & set(wanted) and (len(pool) > 1 or request.method):
         plans.append(_atoms_plan(pool, found, request, normalize, available, quiet))
     return plans
 
@@ -146,7 +150,9 @@ def _atoms_plan(pool: Pool, found: Survey, request: Request, normalize: bool, av
     """Atoms at the budget; without a number of them, the one that promises the least error."""
     count = len(pool)
     tried = sorted({max(1, round(share * count)) for share in TRIED_BASES} - {count}) or [1]
-    numbers: Sequence[float] = tried if request.num_bases is None else [request.num_bases]
+    numbers: Sequence[float | None] = [request.num_bases]
+    if request.num_bases is None and request.method != "cluster":  # which finds its own number
+        numbers = tried
     options = [_weights(pool, found, request, normalize, number) for number in numbers]
     plans = []
     for weights, menus in zip(options, encoded_menus(pool, options, quiet), strict=True):
@@ -161,12 +167,18 @@ def _atoms_plan(pool: Pool, found: Survey, request: Request, normalize: bool, av
 def _weights(
     pool: Pool, found: Survey, request: Request, normalize: bool, num_bases: float | None = None
 ) -> BasisWeights:
-    number = (
-        num_bases if num_bases is not None else request.num_bases if request.num_bases is not None else DEFAULT_BASES
-    )
-    if request.method == "rand_select":
-        return rand_select(found.gram, number, seed=request.options.get("seed", 0))
-    return ae_bases(found.gram, number, **{"normalize": normalize, **request.options})
+    given, options = (request.num_bases if num_bases is None else num_bases), request.options
+    number = DEFAULT_BASES if given is None else given
+    match request.method:
+        case "rand_select":
+            return rand_select(found.gram, number, seed=options.get("seed", 0))
+        case "cluster":
+            own = {name: options[name] for name in ("inner", "split_below", "seed") if name in options}
+            return cluster_bases(found.gram, given, **own)
+        case "pca_positive":
+            return pca_positive(found.gram, number)
+        case _:
+            return ae_bases(found.gram, number, **{"normalize": normalize, **options})
 
 
 def _identity(count: int, method: str) -> BasisWeights:
@@ -209,6 +221,7 @@ def _describe(
     candidates: dict[str, float],
     found: Survey,
     gram: Gram,
+    stock: float,
 ) -> BasisInfo:
     weights, vectors = encoded.plan.weights, pool.vectors
     total = float((pool.square_norms * pool.weights).sum()) or 1.0
@@ -220,6 +233,7 @@ def _describe(
         error_before_rounding=_errors(encoded.before, pool),
         truncation_error=_errors(trivial.after, pool),
         candidates=candidates,
+        stock_error=stock,
         overlap=found.overlap,
         modules=encoded.specs,
         bias_modules=pool.template.bias_modules,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from .adapter_info import adapter_card
 from .adapter_task import TaskAdapter, task_adapter
 from .allocate import ranks_by_budget, ranks_by_rule, spectra
 from .atoms import AtomSource, EncodedAtoms, StoredAtoms, TruncatedAtoms, stored_dtype, stored_encoder
-from .bases import BasisWeights, ae_bases, pca_bases, rand_select
+from .bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_select
+from .bases.cluster import INNER
 from .checkpoint import Checkpoint, TensorInfo, locate
-from .delta import Delta, add, dense
+from .delta import Delta, add, dense, pieces
 from .errors import CheckpointError, MismatchError, ParameterError
 from .gram import Gram, gram_matrix
 from .info import CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
@@ -30,7 +30,13 @@ from .rank import RankRule
 from .reconstruction import Reconstruction
 from .taskvector import TaskVectors
 
-METHODS: dict[str, Callable[..., BasisWeights]] = {"ae": ae_bases, "pca": pca_bases, "rand_select": rand_select}
+METHODS: dict[str, Callable[..., BasisWeights]] = {
+    "ae": ae_bases,
+    "pca": pca_bases,
+    "rand_select": rand_select,
+    "pca_positive": pca_positive,
+    "cluster": cluster_bases,
+}
 
 
 class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "model-merging"]):
@@ -51,7 +57,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
     def build(
         cls,
         vectors: TaskVectors,
-        num_bases: float,
+        num_bases: float | None = None,
         *,
         method: str = "ae",
         dtype: torch.dtype | None = None,
@@ -63,11 +69,12 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
 
         Args:
             vectors: the task vectors; they must stay readable as long as the basis is.
-            num_bases: M, or a fraction of T when below 1.
-            method: ``ae``, ``pca`` or ``rand_select``.
+            num_bases: M, or a fraction of T when below 1; None only for ``cluster``, which then chooses.
+            method: ``ae``, ``pca``, ``pca_positive``, ``cluster`` or ``rand_select``.
             dtype: what the vectors are stored in; None for each base tensor's own.
             gram: from ``gram_matrix(vectors)``, if it has been computed already.
-            options: of the method, for example ``balance=False``; see ``ae_bases``.
+            options: of the method, for example ``balance=False``; see ``ae_bases``. ``inner`` of ``cluster`` may also
+                be a merging method that is not linear, followed by its options.
         """
         if vectors.are_adapters:
             request = Request(method, num_bases=num_bases, options=options)
@@ -75,6 +82,10 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         if method not in METHODS:
             raise ParameterError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}, or tsv")
         gram = gram or gram_matrix(vectors, quiet=quiet)
+        if method == "cluster" and options.get("inner", "mean") not in INNER:
+            from .clustered import cluster_atoms
+
+            return cls(*cluster_atoms(vectors, gram, num_bases, options, dtype, quiet))
         weights = METHODS[method](gram.matrix, num_bases, **options)
         info = describe(vectors, gram, weights, options)
         return cls(info, EncodedAtoms(vectors, stored_encoder(weights), dtype, weights.mean is not None))
@@ -198,16 +209,16 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         model = self._base(base)
         assert model is not None
         names = set(self.names)
-        terms = functools.lru_cache(maxsize=1)(lambda name: self.terms(task, name, model))  # its blocks come in a row
 
-        def change(name: str, start: int, stop: int) -> Tensor | None:
+        def changes(name: str) -> Iterable[Tensor] | None:
             if name not in names:
                 return None
-            parts = [share * part.block(start, stop) for share, part in terms(name)]
-            return alpha * sum(parts, torch.zeros(stop - start, dtype=torch.float64))
+            terms = self.terms(task, name, model) or [(0.0, self.parts(name)[0])]
+            parts = (pieces(delta, alpha * share) for share, delta in terms)
+            return (sum(rest, first) for first, *rest in zip(*parts, strict=True))
 
         note = f"{task} restored from a basis of {len(self.tasks)} tasks, alpha {alpha:g}"
-        return write_model(model, Path(out), change, note, quiet=quiet)
+        return write_model(model, Path(out), changes, note, quiet=quiet)
 
     def adapter(self, task: str, *, alpha: float = 1.0, base: str | Path | None = None) -> TaskAdapter:
         """alpha * tau_hat of one task as a LoRA of its own. ``base`` is read for DoRA and for saved modules only."""

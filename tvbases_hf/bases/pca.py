@@ -1,4 +1,4 @@
-"""Principal components of the task vectors: the optimal reconstruction, and the AE paper's baseline (section 3.1)."""
+"""Principal components of the task vectors: the optimal reconstruction, and the AE paper's baselines (section 3.1)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import fix_signs, symmetric
+from .ae import least_squares_decoder
 from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
 
 
@@ -18,9 +19,7 @@ def pca_bases(gram: Tensor, num_bases: float) -> BasisWeights:
     gram = check_gram(gram)
     num_tasks = len(gram)
     num_bases = resolve_num_bases(num_bases, num_tasks)
-    centring = torch.eye(num_tasks, dtype=torch.float64) - 1 / num_tasks
-    values, vectors = torch.linalg.eigh(symmetric(centring @ gram @ centring))
-    loadings = fix_signs(vectors[:, -num_bases:].flip(1))
+    centring, values, loadings = _components(gram, num_bases)
     encoder, decoder = centring @ loadings, loadings.T.contiguous()
     mean = torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64)
     return BasisWeights(
@@ -33,3 +32,36 @@ def pca_bases(gram: Tensor, num_bases: float) -> BasisWeights:
         spectral_bound=float(torch.linalg.eigvalsh(gram)[: num_tasks - num_bases].sum().clamp_min(0)),
         total=float(gram.trace()),
     )
+
+
+def pca_positive(gram: Tensor, num_bases: float) -> BasisWeights:
+    """PCA>=0 (AE paper, Table 13): of each component v_m the softmax over its strictly positive entries, 0 elsewhere.
+
+    Every basis is then a convex combination of tasks, as an autoencoder's is, so that methods which mix the tasks' data
+    by the encoder apply. No mean is stored; the decoder is the best for these bases. The sign of a component, which
+    has no meaning of its own, is the one that makes its entry of largest magnitude positive.
+    """
+    gram = check_gram(gram)
+    num_tasks = len(gram)
+    num_bases = resolve_num_bases(num_bases, num_tasks)
+    _, _, loadings = _components(gram, num_bases)
+    encoder = torch.softmax(loadings.masked_fill(loadings <= 0, float("-inf")), dim=0)
+    decoder = least_squares_decoder(gram, encoder)
+    spectral = float(torch.linalg.eigvalsh(gram)[: num_tasks - num_bases].sum().clamp_min(0))
+    return BasisWeights(
+        method="pca_positive",
+        encoder=encoder,
+        decoder=decoder,
+        loss=squared_error(gram, encoder @ decoder),
+        bound=spectral,
+        spectral_bound=spectral,
+        total=float(gram.trace()),
+    )
+
+
+def _components(gram: Tensor, num_bases: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The centring matrix, the eigenvalues of the double-centred Gram matrix, and its M leading eigenvectors [T, M]."""
+    num_tasks = len(gram)
+    centring = torch.eye(num_tasks, dtype=torch.float64) - 1 / num_tasks
+    values, vectors = torch.linalg.eigh(symmetric(centring @ gram @ centring))
+    return centring, values, fix_signs(vectors[:, -num_bases:].flip(1))

@@ -21,13 +21,18 @@ def compress(
     out: Annotated[Path, typer.Option("--out", help="The basis directory to write.", metavar="DIR")],
     num_bases: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--num-bases", "-m", help="How many bases; a number below 1 is a fraction of the tasks (0.5)."),
+        typer.Option(
+            "--num-bases",
+            "-m",
+            help="How many bases; a number below 1 is a fraction of the tasks. Left out: 0.5; cluster chooses.",
+        ),
     ] = None,
     method: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
             "--method",
-            help="ae, pca, rand_select, tsv (truncated task vectors), joint (adapters: shared factors). "
+            help="ae, pca, pca_positive, cluster, rand_select, tsv (truncated task vectors), joint (adapters: shared "
+            "factors). "
             "Left out: ae; for adapters whatever loses least.",
         ),
     ] = None,
@@ -36,7 +41,17 @@ def compress(
         typer.Option(help="ae: every task weighs the same in the sum of the bases (--no-balance: as in the paper)."),
     ] = True,
     solver: Annotated[str, typer.Option(help="ae: varpro (the optimum) or adam (the paper's recipe).")] = "varpro",
-    seed: Annotated[int, typer.Option(help="ae, rand_select: which of equally good bases; which tasks.")] = 0,
+    seed: Annotated[int, typer.Option(help="ae, cluster, rand_select: which of equally good bases; which tasks.")] = 0,
+    inner: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="cluster: what a cluster becomes: mean (default), sum; checkpoints: ties, top_k, magmax, tsv."
+        ),
+    ] = None,
+    split_below: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="cluster: split a cluster that holds a cosine below this (-0.3)."),
+    ] = None,
     rank: Annotated[
         str | None,
         typer.Option(help="tsv: 16, 0.25, energy:0.95, gavish-donoho; left out: 1/T. ae of adapters: of each atom."),
@@ -61,10 +76,12 @@ def compress(
     """
     from ..adapter_basis import Request
     from ..bases.ae import SOLVERS
+    from ..bases.cluster import INNER, SPLIT_BELOW, check_split
     from ..bases.weights import resolve_num_bases
     from ..basis import METHODS, Basis
     from ..gram import gram_matrix
     from ..info import is_basis_directory
+    from ..merging import find_method
     from ..output import check_output
     from ..report import compression, print_compression, warn
     from ..taskvector import TaskVectors, parse_tasks
@@ -74,11 +91,19 @@ def compress(
     check_output(out, is_basis_directory)
     check_choice("--method", method or "ae", (*METHODS, "tsv", "joint"))
     check_choice("--solver", solver, SOLVERS)
+    if method != "cluster" and (inner is not None or split_below is not None):
+        raise ParameterError("--inner and --split-below are of --method cluster; add it, or leave them out")
     stored = parse_dtype(dtype)
     tasks = parse_tasks(task)
     resolve_num_bases(0.5 if num_bases is None else num_bases, len(tasks))
     vectors = TaskVectors.open(base, tasks)
-    options = {"balance": balance, "solver": solver, "seed": seed}
+    options: dict[str, Any] = {"balance": balance, "solver": solver, "seed": seed}
+    if method == "cluster":
+        split_below = SPLIT_BELOW if split_below is None else split_below
+        options = {"inner": inner or "mean", "split_below": split_below, "seed": seed}
+        check_split(split_below)
+        if options["inner"] not in INNER:
+            find_method(options["inner"])
     request = Request(method, budget, num_bases, rank, alpha, options)
     request = request.resolved(len(tasks)) if vectors.are_adapters else request
     if not vectors.are_adapters and (method == "joint" or alpha != 1):
@@ -91,8 +116,10 @@ def compress(
     elif method == "tsv":
         built = Basis.truncate(vectors, rank, budget=budget, **how)
     else:
-        used = {"ae": options, "rand_select": {"seed": seed}}.get(method or "ae", {})
-        built = Basis.build(vectors, 0.5 if num_bases is None else num_bases, method=method or "ae", **how, **used)
+        chosen = method or "ae"
+        number = 0.5 if num_bases is None and chosen != "cluster" else num_bases
+        used = {"ae": options, "cluster": options, "rand_select": {"seed": seed}}.get(chosen, {})
+        built = Basis.build(vectors, number, method=chosen, **how, **used)
     built.save_pretrained(out, quiet=quiet)
     found = compression(Basis.from_pretrained(out), vectors, gram, out)
     if not quiet:
