@@ -20,12 +20,13 @@ from peft_models import (
 )
 from torch import Tensor
 
-from tvbases_hf.adapter import Adapter
+from tvbases_hf.adapter import Adapter, Layout
 from tvbases_hf.adapter_out import Template, adapter_tensors, write_adapter
 from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import Delta, Dense, Dora, LowRank, add, dense
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.gram import gram_matrix
+from tvbases_hf.merging.fit import Limits
 from tvbases_hf.taskvector import TaskVectors
 
 TOLERANCE = 1e-5
@@ -235,8 +236,6 @@ def test_patterns_of_ranks_do_not_reach_longer_names(tmp_path: Path) -> None:
 
     from peft import PeftModel
 
-    from tvbases_hf.adapter import Layout
-
     model: Any = Model()
     base = Checkpoint.from_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
     ranks = {"inner.out": 2, "out": 1, "last": 2}
@@ -247,3 +246,12 @@ def test_patterns_of_ranks_do_not_reach_longer_names(tmp_path: Path) -> None:
     for module in ranks:
         found = loaded.base_model.model.get_submodule(module).get_delta_weight("default")
         assert relative(found.double(), dense(changes[f"{module}.weight"])) <= 1e-6
+
+
+def test_a_dora_whose_rows_vanish_is_rounded_to_finite_numbers() -> None:
+    low = LowRank(torch.ones(4, 1), torch.ones(1, 6))
+    change = Dora(torch.tensor([-1.0, 0.0, 1.0, -2.0]), torch.ones(4, 6), low)
+    template = Template({"w.weight": Layout("w", "linear")}, {})
+    base = Checkpoint.from_state_dict({"w.weight": torch.ones(4, 6)})
+    fitted = Limits(dtype=torch.bfloat16).fit("w.weight", change, [change], base, template)
+    assert torch.equal(dense(fitted), dense(change))  # all of these numbers are short

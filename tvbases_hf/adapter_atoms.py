@@ -11,19 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapter import MAGNITUDE
+from .adapter import MAGNITUDE, Adapter
 from .adapter_codec import MIX, REST, Spec, Stored, restored, stock_factors
 from .adapter_config import WEIGHT_FILES, read_config
-from .adapter_out import Template, adapter_tensors, write_adapter
+from .adapter_out import Template, adapter_tensors, nonzero, write_adapter
 from .checkpoint import Checkpoint, TensorInfo
-from .delta import Delta, Dense, Dora, LowRank
+from .delta import Delta, Dense, Dora, LowRank, add, blocks
 from .errors import CheckpointError, ParameterError
 from .info import ATOMS_STEM, BasisInfo
 
 STOCK_FILE = WEIGHT_FILES[0]
 BESIDE_FILE = f"{ATOMS_STEM}.safetensors"
 SCALE, OWN = ".scale", ".own"
-SMALLEST_FACTOR = 1e-7
 
 
 @dataclass(frozen=True)
@@ -140,15 +139,33 @@ class AdapterAtoms:
         return row_factor(scales, self.alpha, self.weights)
 
 
-def row_factor(scales: Tensor, alpha: float, weights: Tensor) -> Tensor:
-    """[n] float64 1 + alpha * sum_t weights[t] scales[t]: how the merged adapter scales the base's rows.
+def stock_error(atoms: AdapterAtoms, base: Checkpoint) -> float:
+    """How far the stock file is from alpha * (sum of the vectors), relative to that, in Frobenius norm.
 
-    DoRA cannot make a row vanish: a factor this small changes the row by less than the rounding of its sum.
+    A stock LoRA holds the very same numbers: 0. DoRA goes through magnitudes in float32 and rows that cannot vanish.
     """
-    factor = 1 + alpha * (weights @ scales.to(torch.float64))
-    return torch.where(
-        factor.abs() < SMALLEST_FACTOR, torch.full_like(factor, SMALLEST_FACTOR).copysign(factor), factor
-    )
+    if not atoms.scaled:
+        return 0.0
+    stock = Adapter("the basis", atoms.config, atoms.stock, base)
+    lost = total = 0.0
+    for name in atoms.specs:
+        found, parts = stock.delta(name), atoms.parts(name)
+        own = [
+            (share, delta) for task, share in enumerate(atoms.weights.tolist()) for delta in atoms.own(name, task, base)
+        ]
+        expected = add(
+            [*parts, *(delta for _, delta in own)],
+            [*(atoms.alpha for _ in parts), *(atoms.alpha * share for share, _ in own)],
+        )
+        for part in blocks([expected] if found is None else [expected, found]):
+            lost += float((part[0] - part[1:].sum(0)).square().sum())
+            total += float(part[0].square().sum())
+    return (lost / total) ** 0.5 if total else 0.0
+
+
+def row_factor(scales: Tensor, alpha: float, weights: Tensor) -> Tensor:
+    """[n] float64 1 + alpha * sum_t weights[t] scales[t]: how the merged adapter scales the base's rows."""
+    return nonzero(1 + alpha * (weights @ scales.to(torch.float64)))
 
 
 def assemble(

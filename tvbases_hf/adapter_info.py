@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 SAME_RATIO, SAME_ERROR = 1.02, 1e-6
 # An error at least this much smaller (as a ratio) than that of truncation is called a gain; less is "about the same".
 CLEAR_GAIN = 0.85
+# An error of the stock file below this is the rounding of its float32 magnitudes.
+STOCK_ROUNDING = 1e-5
 # Rounding to bfloat16 costs an error of about 0.2 %: above this, half of the digits are better spent on components.
 HALF_PRECISION = 0.01
 
@@ -35,6 +37,8 @@ class AdapterInfo:
     error_before_rounding: list[float]
     truncation_error: list[float]
     candidates: dict[str, float]
+    stock_error: float
+    """How far what PEFT loads is from alpha * (sum of the vectors), relative to that: 0 but for DoRA."""
     overlap: dict[str, float]
     """Mean share of two adapters' input and output directions that are common, and what chance gives."""
     modules: dict[str, Spec] = field(default_factory=dict)
@@ -86,10 +90,18 @@ def verdict(info: BasisInfo) -> list[str]:
         )
     else:
         line = f"{info.method}: an error of {found:.1%} where truncating each adapter alone gives {trivial:.1%}."
-    lines = [line, directions + _reason(shared)]
+    lines = [line, directions + _reason(shared), *_stock(info.adapters)]
     if info.adapters.dtype == "float32" and info.adapters.candidates and found > HALF_PRECISION:
         lines.append("Stored in bfloat16 (--dtype), twice as many components fit into the same bytes.")
     return lines
+
+
+def _stock(adapters: AdapterInfo) -> list[str]:
+    """How well PEFT's DoRA, which the stock file is then, holds the sum of the vectors."""
+    if not adapters.stock_error:
+        return []
+    exactly = "exactly up to rounding" if adapters.stock_error < STOCK_ROUNDING else "approximately"
+    return [f"PEFT alone loads their weighted sum {exactly}, as DoRA (relative error {adapters.stock_error:.1e})."]
 
 
 def _reason(shared: dict[str, float]) -> str:

@@ -21,7 +21,7 @@ from .errors import ParameterError
 from .output import contains_only, write_json
 
 OUR_FILES = (CONFIG_FILE, "adapter_model*", "README.md", ".gitattributes")
-# DoRA cannot make a row of the base vanish; a factor this small changes the row by less than its rounding.
+# A row of the base that is scaled by this share is as good as gone: less is left of it than its rounding.
 SMALLEST_FACTOR = torch.finfo(torch.float32).eps / 8
 
 
@@ -134,15 +134,19 @@ def _as_dora(delta: Delta, base: Tensor, layout: Layout) -> tuple[LowRank, Tenso
     [in, out] takes the norms of its columns; a change that scales its columns is Dense here, and refused.
     """
     if isinstance(delta, Dora):
-        factor = 1 + delta.scale
-        floor = torch.full_like(factor, SMALLEST_FACTOR).copysign(factor)
-        factor = torch.where(factor.abs() < SMALLEST_FACTOR, floor, factor)
+        factor = nonzero(1 + delta.scale)
         low = LowRank(delta.low.left / factor[:, None], delta.low.right)
     else:
         low = _low_rank(delta, f"{layout.module}.weight")
         factor = torch.ones(())
-    updated = base.reshape(low.shape).to(low.left.dtype) + low.left @ low.right
+    updated = base.reshape(low.shape) + dense(low, torch.promote_types(low.left.dtype, torch.float32))
     return low, factor * updated.norm(dim=0 if layout.kind in TRANSPOSED else 1)
+
+
+def nonzero(factor: Tensor) -> Tensor:
+    """``factor`` without zeros: DoRA divides by what it scales a row with, so it cannot make a row vanish."""
+    floor = torch.full_like(factor, SMALLEST_FACTOR).copysign(factor)
+    return torch.where(factor.abs() < SMALLEST_FACTOR, floor, factor)
 
 
 def _padded(delta: LowRank) -> LowRank:

@@ -121,6 +121,7 @@ def adapter_compression(adapters: AdapterInfo, info: BasisInfo) -> dict[str, Any
         "error_before_rounding": adapters.error_before_rounding,
         "truncation_error": adapters.truncation_error,
         "candidates": adapters.candidates,
+        "stock_error": adapters.stock_error,
         "overlap": adapters.overlap,
         "verdict": verdict(info),
     }

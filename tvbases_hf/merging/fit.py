@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..adapter_out import Template
+from ..adapter_out import Template, nonzero
 from ..checkpoint import Checkpoint
 from ..delta import Delta, Dense, Dora, LowRank, add, blocks, dense, square_norm
 from ..grouping import group_of, in_order
@@ -96,7 +96,7 @@ def _rounded(change: LowRank | Dora, dtype: torch.dtype) -> LowRank | Dora:
     if dtype == torch.float32:
         return change
     if isinstance(change, Dora):
-        factor = 1 + change.scale[:, None]
+        factor = nonzero(1 + change.scale)[:, None]
         low = _rounded(LowRank(change.low.left / factor, change.low.right), dtype)
         assert isinstance(low, LowRank)
         return Dora(change.scale, change.base, LowRank(low.left * factor, low.right))
