@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from trained_adapters import trained_adapters
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
 
@@ -56,3 +57,19 @@ def test_bench_of_memory_measures_processes_and_removes_its_models(
     assert "share of load" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="no such module"):
         bench.peak_memory([sys.executable, "-c", "raise SystemExit('no such module')"])
+
+
+@pytest.mark.parametrize("bench", ["adapter_basis"], indirect=True)
+def test_bench_of_adapter_bases_compares_the_methods_for_both_kinds_of_seeds(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = {
+        mode: trained_adapters(tmp_path / mode, one_seed=mode == "same", steps=10, hidden=32) for mode in bench.MODES
+    }
+    monkeypatch.setattr(bench, "train", lambda *given: (tmp_path / "same" / "base", adapters))
+    bench.main(["--quick", "--json", str(tmp_path / "x.json")])
+    report = json.loads((tmp_path / "x.json").read_text())
+    same, different = (report[mode]["errors"]["0.75"] for mode in bench.MODES)
+    assert same["chosen"] == "joint" and same["joint"] < 0.8 * same["tsv"]
+    assert different["chosen"] == "tsv" or different["joint"] > 0.8 * different["tsv"]
+    assert "same seed: " in capsys.readouterr().out
