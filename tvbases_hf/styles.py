@@ -149,9 +149,9 @@ def split(styles: Styles, recipe: Recipe) -> Iterator[Part]:
         yield Part(place, parts, styles.biases(place), zeros | squares, whole, fills)
 
 
-def combine(part: Part, scales: Mapping[str, float]) -> LowRank:
-    """The sum of the styles' parts of one weight, factors side by side; a style of scale 0 is left out."""
-    terms = [(part.changes[name], scales[name]) for name in part.changes if scales[name] != 0]
+def combine(part: Part, scales: Mapping[str, float], *, keep_zeros: bool = False) -> LowRank:
+    """The sum of the styles' parts of one weight, factors side by side; a style of scale 0 is left out, or kept."""
+    terms = [(part.changes[name], scales[name]) for name in part.changes if keep_zeros or scales[name] != 0]
     rows, columns = part.place.shape
     if not terms:
         return LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))

@@ -32,6 +32,7 @@ def write_mix(
     scales: Mapping[str, float],
     out: Path,
     *,
+    parts: Iterable[Part] | None = None,
     sources: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     pairs: bool = False,
@@ -39,7 +40,9 @@ def write_mix(
 ) -> dict[str, Any]:
     """Write the mix, scales inside, and the recipe in the header; return the report.
 
-    Memory is that of one weight, whatever the model. ``dtype`` None: the narrowest that holds the styles' own factors.
+    Memory is that of one weight, whatever the model, unless ``parts`` are at hand. ``dtype`` None: the narrowest that
+    holds the styles' own factors.
+
     Raises OutputError for a file that is not ours, and ParameterError if nothing would be mixed; nothing is written.
     """
     stored = dtype or (torch.float32 if styles.dtype == torch.float64 else styles.dtype)
@@ -51,9 +54,9 @@ def write_mix(
     header = {RECIPE: json.dumps(recipe_header(recipe, scales, sources)), METADATA: json.dumps(lora_metadata(ranks))}
     with file_transaction(out, is_mix, sum(info.nbytes for info in infos.values())) as file:
         files = TensorFiles(file.parent, file.stem, infos, ONE_FILE, header)
-        parts = split(styles, recipe)
+        stream = iter(split(styles, recipe) if parts is None else parts)
         for place in track(styles.places, "Mixing", quiet, lambda place: place.nbytes):
-            part = next(parts)
+            part = next(stream)
             counted.add(part)
             for name, tensor in factors(place, combine(part, scales), stored).items():
                 files.write(name, tensor)
@@ -87,9 +90,15 @@ def lora_metadata(ranks: Mapping[Place, int]) -> dict[str, Any]:
     """PEFT's configuration of each component, as diffusers keeps it: alpha = rank everywhere, so that scales are 1."""
     words: dict[str, Any] = {}
     for component in dict.fromkeys(place.component for place in ranks):
-        own = {place.module: rank for place, rank in ranks.items() if place.component == component}
+        # transformers 5 has no "text_model." in front of a text encoder's names, 4 has; both know the ends.
+        text = component.startswith("text_encoder")
+        own = {
+            place.module.removeprefix("text_model.") if text else place.module: rank
+            for place, rank in ranks.items()
+            if place.component == component
+        }
         common = Counter(own.values()).most_common(1)[0][0]
-        pattern = {f"^{module}": rank for module, rank in own.items() if rank != common}
+        pattern = {module if text else f"^{module}": rank for module, rank in own.items() if rank != common}
         config = {
             "r": common,
             "lora_alpha": common,

@@ -1,0 +1,208 @@
+"""mix_styles: several style LoRAs as one adapter of a pipeline, with a scale for each that stays live."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
+from tvbases_hf.lora_source import Source
+from tvbases_hf.progress import track
+from tvbases_hf.shared import THRESHOLD, Options
+from tvbases_hf.styles import Part, Recipe, Styles, combine, parse_scales, split
+from tvbases_hf.styles_file import bias, factors, write_mix
+from tvbases_hf.styles_report import Tally
+
+from .pipeline import AdapterState, adapters, check_fits, layer_of, open_style, remove, require_loader
+from .schedule import Schedule, attach, detach
+
+ADAPTER = "styles"
+HANDLES = "_tvbases_styles"
+
+
+def mix_styles(
+    pipe: Any,
+    styles: Mapping[str, Source],
+    component: str = "unique",
+    *,
+    scales: Mapping[str, float] | None = None,
+    threshold: float = THRESHOLD,
+    subspace: str = "chain",
+    pool: str = "joint",
+    side: str = "column",
+    rank: str | float | None = None,
+    shared_weight: float = 0.0,
+    adapter_name: str = ADAPTER,
+    quiet: bool = True,
+) -> StyleMix:
+    """Mix style LoRAs into one adapter of the pipeline and make it the active one.
+
+    Args:
+        pipe: any diffusers pipeline with a LoRA loader.
+        styles: by name, a LoRA file in any of diffusers' formats, a directory, a Hub id, a state dict, or the name of
+            an adapter that is loaded (it stays loaded, and inactive).
+        component: ``unique`` leaves out what the styles share, ``shared`` takes only that, ``full`` is the plain sum.
+        scales: of each style; 1 where none is given. ``StyleMix.set_style_scales`` changes them later.
+        threshold, subspace, pool, side: see tvbases_hf.shared.Options.
+        rank: a rank rule for the directions of a style that count (``energy:0.9``, 4, ...); None for all.
+        shared_weight: with ``unique``, how much of one copy of what the styles share is added.
+
+    Raises:
+        MissingExtraError, ParameterError, CheckpointError, MismatchError: each with what to do; the pipeline is then
+        what it was.
+    """
+    require_loader(pipe)
+    recipe = Recipe(component, Options(threshold, subspace, pool, side, factored_rank=rank), shared_weight)
+    if adapter_name in adapters(pipe):
+        raise ParameterError(f'an adapter "{adapter_name}" is loaded already; unload it, or give adapter_name')
+    opened = Styles({name: open_style(pipe, name, source) for name, source in styles.items()})
+    numbers = parse_scales(opened.names, scales)
+    check_fits(pipe, opened)
+    counted, parts, stream = Tally(opened, recipe), [], split(opened, recipe)
+    for _ in track(opened.places, "Mixing", quiet, lambda place: place.nbytes):
+        part = next(stream)
+        counted.add(part)
+        parts.append(part)
+    report = counted.report()
+    sources = {name: source if isinstance(source, (str, Path)) else "state dict" for name, source in styles.items()}
+    mix = StyleMix(pipe, opened, recipe, parts, numbers, report, adapter_name, {n: str(s) for n, s in sources.items()})
+    vars(pipe).setdefault(HANDLES, {})[adapter_name] = mix
+    return mix
+
+
+def set_style_scales(pipe: Any, scales: Mapping[str, float], adapter_name: str = ADAPTER) -> None:
+    """Change the scales of styles that are mixed in the pipeline; the others keep theirs."""
+    _handle(pipe, adapter_name).set_style_scales(scales)
+
+
+def unload_styles(pipe: Any, adapter_name: str = ADAPTER) -> None:
+    """Take the mix out; the pipeline is then what it was before."""
+    _handle(pipe, adapter_name).unload()
+
+
+def _handle(pipe: Any, adapter_name: str) -> StyleMix:
+    found = vars(pipe).get(HANDLES, {})
+    if adapter_name not in found:
+        raise ParameterError(f'no styles are mixed as "{adapter_name}" in this pipeline; call mix_styles first')
+    return found[adapter_name]
+
+
+class StyleMix:
+    """Styles that are mixed in a pipeline. ``report`` says how much of each is shared; ``scales`` what holds now."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        styles: Styles,
+        recipe: Recipe,
+        parts: list[Part],
+        scales: dict[str, float],
+        report: dict[str, Any],
+        adapter_name: str,
+        sources: dict[str, str],
+    ) -> None:
+        """Load the adapter. Nothing is left of it where that fails."""
+        self.recipe, self.report, self.adapter_name, self.sources = recipe, report, adapter_name, sources
+        self._pipe, self._styles, self._parts = pipe, styles, parts
+        self._scales, self._written, self._schedule = dict(scales), dict(scales), None
+        self._before = AdapterState.of(pipe)
+        try:
+            pipe.load_lora_weights(self._state(), adapter_name=adapter_name)
+            self._check_loaded()
+            pipe.set_adapters(adapter_name)
+        except Exception:
+            remove(pipe, adapter_name, self._before)
+            raise
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._styles.names
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """What was given; a schedule may have other numbers at work."""
+        return dict(self._scales)
+
+    @property
+    def is_loaded(self) -> bool:
+        return vars(self._pipe).get(HANDLES, {}).get(self.adapter_name) is self
+
+    def set_style_scales(self, scales: Mapping[str, float]) -> None:
+        """Change the scales of some styles; nothing is decomposed again. Ends a schedule."""
+        self._require_loaded()
+        self._scales = parse_scales(self.names, {**self._scales, **scales})
+        self.schedule(None)
+
+    def schedule(self, scales: Mapping[str, Any] | None) -> None:
+        """Scales as functions of the denoising step, from the next image on; None ends it.
+
+        Args:
+            scales: by style, a number; a list, which is spread evenly over the steps; or a callable of the step's
+                number and the number of steps. Styles that are not named keep their scale.
+        """
+        self._require_loaded()
+        detach(self._pipe, self.adapter_name)
+        self._schedule = None if scales is None else Schedule.parse(self.names, scales)
+        if self._schedule is not None:
+            attach(self._pipe, self.adapter_name, self._schedule, lambda now: self._write({**self._scales, **now}))
+        self._write(self._scales)
+
+    def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Write the mix, at the scales given, as a LoRA file that diffusers loads, its recipe in the header."""
+        how: dict[str, Any] = {"parts": self._parts, "sources": self.sources, "dtype": dtype}
+        return write_mix(self._styles, self.recipe, self._scales, Path(path), **how)
+
+    def unload(self) -> None:
+        """Take the adapter out; adapters that were active before are active again. Twice is once."""
+        if self.is_loaded:
+            detach(self._pipe, self.adapter_name)
+            remove(self._pipe, self.adapter_name, self._before)
+            del vars(self._pipe)[HANDLES][self.adapter_name]
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        biased = {part.place.component for part in self._parts if part.place.has_bias}
+        state = {}
+        for part in self._parts:
+            state |= factors(part.place, combine(part, self._scales, keep_zeros=True), torch.float32)
+            if part.place.component in biased:
+                state[f"{part.place.component}.{part.place.module}.lora_B.bias"] = bias(part, self._scales)
+        return state
+
+    def _check_loaded(self) -> None:
+        """diffusers leaves out, with a line in the log, what it finds no place for."""
+        for part in self._parts:
+            layer, place = layer_of(self._pipe, part.place), part.place
+            rank = sum(place.ranks.values())
+            if self.adapter_name not in getattr(layer, "lora_B", {}) or layer.r[self.adapter_name] != rank:
+                raise MismatchError(f"{type(self._pipe).__name__} did not load {place.component}.{place.module}")
+            weight = layer.lora_B[self.adapter_name].weight
+            wanted = combine(part, self._scales, keep_zeros=True).left.reshape(weight.shape).to(weight)
+            if layer.scaling[self.adapter_name] != 1 or not torch.equal(weight, wanted):
+                raise CheckpointError(f"diffusers changed {place.component}.{place.module} while loading it")
+
+    def _write(self, scales: Mapping[str, float]) -> None:
+        """Put scales into the second factors, of the styles whose scale is another than before."""
+        changed = {name for name in self.names if scales[name] != self._written[name]}
+        for part in self._parts if changed else ():
+            second = layer_of(self._pipe, part.place).lora_B[self.adapter_name]
+            if second.weight.is_meta:
+                raise ParameterError(
+                    "the weights are offloaded to nowhere; set the scales before sequential offloading"
+                )
+            start = 0
+            for name, change in part.changes.items():
+                stop = start + change.rank
+                if name in changed:
+                    place = second.weight.data[:, start:stop]
+                    place.copy_((change.left * scales[name]).reshape(place.shape))
+                start = stop
+            if changed & part.biases.keys() and second.bias is not None:
+                second.bias.data.copy_(bias(part, scales))
+        self._written = dict(scales)
+
+    def _require_loaded(self) -> None:
+        if not self.is_loaded:
+            raise ParameterError(f'the mix "{self.adapter_name}" was unloaded; call mix_styles again')

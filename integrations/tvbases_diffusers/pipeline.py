@@ -1,0 +1,180 @@
+"""What a pipeline has and can take: its components, the adapters loaded in it, and their state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.diffusers_files import open_lora
+from tvbases_hf.errors import CheckpointError, MismatchError, MissingExtraError, ParameterError
+from tvbases_hf.lora_layers import ALPHA, BIAS, MAGNITUDE, A, B, LoraLayers
+from tvbases_hf.lora_source import Source
+from tvbases_hf.styles import Lora, Place, Styles
+
+TEXT_PREFIX = "text_model."
+
+
+def require_loader(pipe: Any) -> None:
+    """MissingExtraError without PEFT and diffusers; ParameterError for something that loads no LoRAs."""
+    try:
+        import diffusers  # noqa: F401
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f'diffusers and PEFT are needed ({error}); pip install "tvbases-hf[diffusers,peft]"'
+        ) from error
+    if not hasattr(pipe, "load_lora_weights") or not getattr(pipe, "_lora_loadable_modules", None):
+        raise ParameterError(f"{type(pipe).__name__} has no LoRA loader; give a diffusers pipeline that has one")
+
+
+def components(pipe: Any) -> dict[str, nn.Module]:
+    """The models that LoRAs can be loaded into."""
+    found = {name: getattr(pipe, name, None) for name in pipe._lora_loadable_modules}
+    return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+
+
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers that adapters are loaded in, by the base's name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def layer_of(pipe: Any, place: Place) -> Any:
+    """The layer that a weight belongs to. Files write text_model., which transformers 5 does without.
+
+    Raises AttributeError if there is none.
+    """
+    model = components(pipe)[place.component]
+    return model.get_submodule(place.module.removeprefix(_text_prefix(place.component, model)))
+
+
+def _text_prefix(component: str, model: nn.Module) -> str:
+    return TEXT_PREFIX if component.startswith("text_encoder") and not hasattr(model, "text_model") else ""
+
+
+def adapters(pipe: Any) -> set[str]:
+    """The names of all loaded adapters."""
+    return {name for model in components(pipe).values() for name in getattr(model, "peft_config", {})}
+
+
+def open_style(pipe: Any, name: str, source: Source) -> Lora:
+    """A style from a file, directory, Hub id or state dict, or the adapter of this name in the pipeline."""
+    if not isinstance(source, str) or source not in adapters(pipe):
+        return open_lora(source, label=source if isinstance(source, str) else name)
+    if Path(source).exists():
+        raise ParameterError(f'"{source}" is both a loaded adapter and a path; rename one, or give the full path')
+    return _loaded(pipe, source)
+
+
+def _loaded(pipe: Any, adapter: str) -> Lora:
+    """An adapter's own factors at alpha / rank, whatever weight set_adapters has given it."""
+    found: dict[str, LoraLayers] = {}
+    for component, model in components(pipe).items():
+        config = getattr(model, "peft_config", {}).get(adapter)
+        if config is None:
+            continue
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind != "LORA":
+            raise CheckpointError(f'"{adapter}": a loaded {kind} adapter; only LoRA is mixed')
+        state: dict[str, Any] = {}
+        parts: dict[str, dict[str, Any]] = {}
+        for module, layer in tuner_layers(model):
+            if adapter in getattr(layer, "lora_A", {}):
+                tensors = _tensors(layer, adapter)
+                module = _text_prefix(component, model) + module
+                state |= {f"{module}.{part}": tensor for part, tensor in tensors.items()}
+                root = math.sqrt(layer.r[adapter]) if config.use_rslora else 1.0
+                alpha = {ALPHA: float(layer.lora_alpha[adapter]) * root}
+                parts[module] = {part: f"{module}.{part}" for part in tensors} | alpha
+        label = f'"{adapter}": {component}'
+        found[component] = LoraLayers(label, Checkpoint.from_state_dict(state, adapter), parts)
+    return found
+
+
+def _tensors(layer: Any, adapter: str) -> dict[str, Any]:
+    found = {A: layer.lora_A[adapter].weight, B: layer.lora_B[adapter].weight}
+    if layer.lora_B[adapter].bias is not None:
+        found[BIAS] = layer.lora_B[adapter].bias
+    if adapter in getattr(layer, "lora_magnitude_vector", {}):
+        found[MAGNITUDE] = layer.lora_magnitude_vector[adapter].weight
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def check_fits(pipe: Any, styles: Styles) -> None:
+    """MismatchError for styles of another architecture: components, modules or shapes that the pipeline lacks."""
+    models = components(pipe)
+    unknown = [component for component in styles.components if component not in models]
+    if unknown:
+        owners = [name for name, lora in styles.loras.items() if unknown[0] in lora]
+        raise MismatchError(
+            f'"{owners[0]}" changes the {unknown[0]}, which {type(pipe).__name__} loads no LoRAs into (it takes '
+            f"{', '.join(models)}); it is for another model, or this part must be removed from the file first"
+        )
+    wrong = [(place, reason) for place in styles.places if (reason := _misfit(pipe, place))]
+    if wrong:
+        place, reason = wrong[0]
+        raise MismatchError(
+            f'"{next(iter(place.ranks))}": {len(wrong)} of {len(styles.places)} modules do not fit this '
+            f"{type(models[place.component]).__name__} (first: {place.module} {reason}); it is for another model"
+        )
+
+
+def _misfit(pipe: Any, place: Place) -> str | None:
+    try:
+        layer = layer_of(pipe, place)
+    except AttributeError:
+        return "is not in it"
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    if hasattr(layer, "in_features"):  # also of quantised layers, whose weights are packed
+        shape = (layer.out_features, layer.in_features)
+    elif hasattr(layer, "weight") and layer.weight.dim() > 1:
+        shape = (layer.weight.shape[0], layer.weight[0].numel())
+    else:
+        return f"is a {type(layer).__name__}"
+    return None if shape == place.shape else f"is {list(shape)} in it and {list(place.shape)} in the file"
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """Which adapters are active in which layer, and how strongly: what unloading gives back."""
+
+    layers: dict[tuple[str, str], tuple[list[str], dict[str, float], bool]]
+
+    @classmethod
+    def of(cls, pipe: Any) -> AdapterState:
+        return cls(
+            {
+                (component, name): (list(layer.active_adapters), dict(layer.scaling), layer.disable_adapters)
+                for component, model in components(pipe).items()
+                for name, layer in tuner_layers(model)
+            }
+        )
+
+    def give_back(self, pipe: Any) -> None:
+        """For the layers and adapters that are still there."""
+        for component, model in components(pipe).items():
+            for name, layer in tuner_layers(model):
+                if (component, name) not in self.layers:
+                    continue
+                active, scaling, disabled = self.layers[component, name]
+                layer.set_adapter([adapter for adapter in active if adapter in layer.scaling])
+                layer.scaling.update({a: scale for a, scale in scaling.items() if a in layer.scaling})
+                layer.enable_adapters(enabled=not disabled)
+
+
+def remove(pipe: Any, adapter: str, before: AdapterState) -> None:
+    """Take an adapter out, with PEFT's layers too if they hold nothing else."""
+    if adapters(pipe) == {adapter}:
+        pipe.unload_lora_weights()
+    elif adapter in adapters(pipe):
+        pipe.delete_adapters(adapter)
+    before.give_back(pipe)
