@@ -174,7 +174,8 @@ def stratified(labels: Sequence[Any], count: int, *, seed: int = 0) -> list[int]
 
 def _is_causal(model: Any) -> bool:
     """Whether a model of tokens predicts the next one; its class says so in transformers."""
-    names = [*(getattr(model.config, "architectures", None) or ()), type(model).__name__]
+    asked = type(getattr(model, "reparametrised", model))  # see inplace.Reparametrised
+    names = [*(getattr(model.config, "architectures", None) or ()), asked.__name__]
     if any(name.endswith(("ForTokenClassification", "ForMaskedLM")) for name in names):
         return False
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)

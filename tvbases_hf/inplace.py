@@ -61,13 +61,13 @@ class Reparametrised:
     """A model asked with other weights, differentiable in them; everything else is the model's own."""
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self._model, self._weights = model, dict(weights)
+        self.reparametrised, self._weights = model, dict(weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._model, self._weights, args, kwargs)
+        return functional_call(self.reparametrised, self._weights, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(self.reparametrised, name)
 
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
