@@ -1,4 +1,4 @@
-"""Merge methods for mergekit: ``ae_bases``, ``pca_bases``, ``tsv``, ``tsv_compress``, ``devec_unique``."""
+"""Merge methods for mergekit: bases (``ae_bases`` and others), ``tsv``, ``tsv_compress``, ``devec_unique``."""
 
 from __future__ import annotations
 

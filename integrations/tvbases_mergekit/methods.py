@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
@@ -23,41 +23,23 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from torch import Tensor
 
-from tvbases_hf.bases import BasisWeights, ae_bases, pca_bases
-from tvbases_hf.bases.ae import SOLVERS
-from tvbases_hf.bases.weights import resolve_num_bases
+from tvbases_hf.bases import BasisWeights
 from tvbases_hf.delta import BLOCK_NUMBERS
 from tvbases_hf.errors import ParameterError, did_you_mean
 from tvbases_hf.merging.addition import normalized
 
+from .constructions import CONSTRUCTIONS, Construction, choose
 from .sources import GroupGram, gram_of
 
 PAPER = "https://arxiv.org/abs/2502.01015"
 OVER = ("bases", "reconstructions")
 OWN = (
-    ParameterSpec("num_bases", float, ParameterScope.SHARED, default=0.5),
     ParameterSpec("merge", str, ParameterScope.SHARED, default="task_arithmetic"),
     ParameterSpec("over", str, ParameterScope.SHARED, default="bases"),
     ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0),
     # Absent unless the user gives it, which switches to the weighted sum of the reconstructions.
     ParameterSpec("weight", Optional[float], ParameterScope.NON_BASE, default=None),  # noqa: UP045 (for pydantic on 3.10)
 )
-AE_OPTIONS = (
-    ParameterSpec("solver", str, ParameterScope.SHARED, default="varpro"),
-    ParameterSpec("temperature", float, ParameterScope.SHARED, default=5.0),
-    ParameterSpec("balance", bool, ParameterScope.SHARED, default=True),
-    ParameterSpec("normalize_tasks", bool, ParameterScope.SHARED, default=False),
-    ParameterSpec("seed", int, ParameterScope.SHARED, default=0),
-)
-
-
-def _solve_ae(gram: Tensor, num_bases: float, options: Mapping[str, Any]) -> BasisWeights:
-    names = {"normalize_tasks": "normalize"}
-    return ae_bases(gram, num_bases, **{names.get(name, name): value for name, value in options.items()})
-
-
-def _solve_pca(gram: Tensor, num_bases: float, options: Mapping[str, Any]) -> BasisWeights:
-    return pca_bases(gram, num_bases)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +51,7 @@ class BasisMerge(GroupMergeMethod):
     """
 
     spec: MergeMethodSpec
-    solve: Callable[[Tensor, float, Mapping[str, Any]], BasisWeights]
-    options: tuple[str, ...]
+    bases: Construction
     passed_on: frozenset[str]
     planned: dict[str | None, tuple[Hashable, ...]] = field(default_factory=dict)
 
@@ -89,21 +70,20 @@ class BasisMerge(GroupMergeMethod):
 
     def check(self, parameters: Mapping[str, Any], num_tasks: int) -> None:
         """Raise ParameterError for the parameters of one tensor if its merge would fail or ignore some of them."""
-        num_bases = resolve_num_bases(parameters["num_bases"], num_tasks)
-        if "solver" in parameters:
-            _choose("solver", parameters["solver"], SOLVERS)
+        fewest, most = self.bases.counts(parameters["num_bases"], num_tasks)
+        self.bases.check(parameters)
         weighted = _is_weighted(parameters["weight"].values())
-        over_bases = _choose("over", parameters["over"], OVER) == "bases" and not weighted
+        over_bases = choose("over", parameters["over"], OVER) == "bases" and not weighted
         inner = self.inner(parameters)
         _check_inner(inner, [n for n in self.passed_on if _is_given(parameters[n])], weighted)
-        count = num_bases if over_bases else num_tasks
-        try:
-            inner.validate_inputs(["base", *range(count)], "base")
-        except ValueError as error:
-            raise ParameterError(
-                f"merge: {inner.spec.name} cannot take {count} vectors and the base ({error}); choose another "
-                f"{'num_bases' if over_bases else 'number of models'} or another merge"
-            ) from error
+        for count in sorted({fewest, most} if over_bases else {num_tasks}):
+            try:
+                inner.validate_inputs(["base", *range(count)], "base")
+            except ValueError as error:
+                raise ParameterError(
+                    f"merge: {inner.spec.name} cannot take {count} vectors and the base ({error}); choose another "
+                    f"{'num_bases' if over_bases else 'number of models'} or another merge"
+                ) from error
 
     def _execute(self, groups, parameters, options, *, input_dtypes, out_dtype=None):
         for group, bound in zip(groups, parameters, strict=True):
@@ -135,9 +115,8 @@ class BasisMerge(GroupMergeMethod):
         self, gram: GroupGram, columns: Sequence[int], parameters: Mapping[str, Any]
     ) -> tuple[MergeMethod, Tensor, dict[str, Any]]:
         """The inner method, [present tasks, vectors] float64 how its vectors are made, and its parameters."""
-        weights = gram.solve(
-            self.spec.name, self.solve, parameters["num_bases"], {n: parameters[n] for n in self.options}
-        )
+        options = {name: parameters[name] for name in self.bases.options}
+        weights = gram.solve(self.spec.name, self.bases.solve, parameters["num_bases"], options)
         inner = self.inner(parameters)
         mixing, task_weights = _mixing(weights, columns, parameters)
         ids, given = tuple(parameters["weight"]), {name: parameters[name] for name in self.passed_on}
@@ -164,12 +143,6 @@ def _is_weighted(weights: Iterable[float | None]) -> bool:
             "out), or for none to add up the bases"
         )
     return any(weighted)
-
-
-def _choose(name: str, value: str, known: Sequence[str]) -> str:
-    if value not in known:
-        raise ParameterError(f"{name}: {value!r} is unknown; choose {' or '.join(known)}")
-    return value
 
 
 def is_plain_sum(inner: MergeMethod) -> bool:
@@ -300,7 +273,7 @@ def _only_value(name: str, values: Iterable[Any]) -> Any:
 
 def build_methods(others: Sequence[MergeMethod]) -> list[BasisMerge]:
     """Our methods, declaring the parameters of every base-taking method in ``others``: undeclared ones are ignored."""
-    own = {spec.name for spec in (*OWN, *AE_OPTIONS)}
+    own = {spec.name for spec in (*OWN, *(spec for bases in CONSTRUCTIONS for spec in bases.parameters))}
     passed: dict[str, ParameterSpec] = {}
     for method in others:
         if not _takes_base(method) or isinstance(method, BasisMerge):
@@ -311,20 +284,18 @@ def build_methods(others: Sequence[MergeMethod]) -> list[BasisMerge]:
                 passed[spec.name] = replace(spec, value_type=Optional[spec.value_type], default=None)  # noqa: UP045
     contract = InputContract(base=BasePolicy.REQUIRED, min_inputs=1)
 
-    def describe(name: str, pretty: str, options: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
-        return MergeMethodSpec(
-            name=name,
-            parameters=(*OWN, *options, *passed.values()),
-            contract=contract,
-            pretty_name=pretty,
-            reference_url=PAPER,
-            optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
-        )
-
-    ae_names = tuple(option.name for option in AE_OPTIONS)
     return [
         BasisMerge(
-            describe("ae_bases", "Autoencoder task-vector bases", AE_OPTIONS), _solve_ae, ae_names, frozenset(passed)
-        ),
-        BasisMerge(describe("pca_bases", "PCA task-vector bases", ()), _solve_pca, (), frozenset(passed)),
+            MergeMethodSpec(
+                name=bases.name,
+                parameters=(*OWN, *bases.parameters, *passed.values()),
+                contract=contract,
+                pretty_name=bases.title,
+                reference_url=PAPER,
+                optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+            ),
+            bases,
+            frozenset(passed),
+        )
+        for bases in CONSTRUCTIONS
     ]

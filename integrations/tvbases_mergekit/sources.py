@@ -39,8 +39,8 @@ class GroupGram:
     def solve(
         self,
         name: str,
-        method: Callable[[Tensor, float, Mapping[str, Any]], BasisWeights],
-        num_bases: float,
+        method: Callable[[Tensor, Any, Mapping[str, Any]], BasisWeights],
+        num_bases: float | None,
         options: Mapping[str, Any],
     ) -> BasisWeights:
         """Encoder and decoder, once per set of options (parameters may differ between tensors)."""

@@ -141,13 +141,14 @@ def _spectral(similarity: Tensor, count: int, seed: int) -> list[list[int]]:
         return [list(range(size))]
     if count >= size:
         return [[index] for index in range(size)]
-    model = _sklearn().SpectralClustering(count, affinity="precomputed", random_state=seed)
+    model = scikit_learn().SpectralClustering(count, affinity="precomputed", random_state=seed)
     labels = model.fit_predict(similarity.clamp_min(FLOOR).numpy()).tolist()
     groups = [[index for index, label in enumerate(labels) if label == group] for group in range(count)]
     return [group for group in groups if group]
 
 
-def _sklearn() -> Any:
+def scikit_learn() -> Any:
+    """Its clustering; MissingExtraError where it is not installed."""
     try:
         import sklearn.cluster
     except ImportError as error:
