@@ -62,7 +62,8 @@ def unet_pipeline() -> Any:
         sample_size=8,
     )
     parts: dict[str, Any] = {"tokenizer": None, "safety_checker": None, "feature_extractor": None}
-    pipe = StableDiffusionPipeline(vae(), text_encoder(), unet=unet, scheduler=DDIMScheduler(), **parts)
+    parts["scheduler"] = DDIMScheduler(steps_offset=1, clip_sample=False)
+    pipe = StableDiffusionPipeline(vae(), text_encoder(), unet=unet, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
