@@ -103,6 +103,14 @@ def inner(a: Delta, b: Delta) -> Tensor:
             return sum((part[0] @ part[1] for part in blocks([a, b])), torch.zeros((), dtype=torch.float64))
 
 
+def pieces(delta: Delta, factor: float = 1.0) -> Iterator[Tensor]:
+    """``factor`` times the flattened change in consecutive float64 pieces, whole rows of a factored one."""
+    size, columns = math.prod(delta.shape), delta.shape[-1] if delta.shape else 1
+    step = BLOCK_NUMBERS if isinstance(delta, Dense) else max(1, BLOCK_NUMBERS // max(1, columns)) * columns
+    for start in range(0, size, max(1, step)):
+        yield factor * delta.block(start, min(start + step, size))
+
+
 def blocks(deltas: Sequence[Delta]) -> Iterator[Tensor]:
     """[T, k] float64 pieces of the flattened deltas, in order; k is bounded by BLOCK_NUMBERS / T."""
     size = math.prod(deltas[0].shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor
 from .checkpoint import Checkpoint, TensorInfo
 from .delta import BLOCK_NUMBERS
 from .output import TensorFiles, transaction, write_json
-from .progress import track
+from .parallel import each
+
+# Consecutive pieces of one flattened tensor's change, of any sizes; None for a tensor that stays.
+Changes = Callable[[str], Iterable[Tensor] | None]
 
 MARKER = "tvbases_edit.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -22,14 +25,14 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 def write_model(
     base: Checkpoint,
     out: Path,
-    change: Callable[[str, int, int], Tensor | None],
+    changes: Changes,
     note: str,
     *,
     quiet: bool = True,
 ) -> Path:
     """Write ``base`` plus a change as a directory of its own; see stream_model."""
     with transaction(out, is_edited_model, base.nbytes) as work:
-        stream_model(base, work, change, quiet=quiet)
+        stream_model(base, work, changes, quiet=quiet)
         files = sorted(file.name for file in work.iterdir())
         write_json(work / MARKER, {"base": base.label, "edit": note, "files": files})
     return out
@@ -38,29 +41,42 @@ def write_model(
 def stream_model(
     base: Checkpoint,
     directory: Path,
-    change: Callable[[str, int, int], Tensor | None],
+    changes: Changes,
     *,
     dtype: torch.dtype | None = None,
+    workers: int | None = None,
     quiet: bool = True,
 ) -> None:
-    """Put weights, configuration and tokenizer into an existing directory, a block of one weight in memory at a time.
+    """Put weights, configuration and tokenizer into an existing directory, on several threads (see parallel.each).
 
-    ``change(name, start, stop)`` gives elements start..stop of each flattened tensor's change in float64, None for a
-    tensor that stays. The sum is rounded once, to ``dtype``; None for each tensor's own. Integers stay as they are.
+    Each thread has a piece of one weight in memory, and what ``changes(name)`` holds. The sum is taken in the dtype of
+    the change, or in the base's if that is wider, and rounded once, to ``dtype``; None for each tensor's own. Integers
+    stay as they are.
     """
     tensors = {name: _converted(info, dtype) for name, info in base.tensors.items()}
     files = TensorFiles(directory, "model", tensors)
-    for name in track(list(tensors), "Writing", quiet, lambda n: tensors[n].nbytes):
-        tensor = base.read(name).reshape(-1)
-        for start in range(0, len(tensor), BLOCK_NUMBERS):
-            part = tensor[start : start + BLOCK_NUMBERS]
-            update = change(name, start, start + len(part))
-            edited = part if update is None else part.to(torch.float64) + update
-            files.write(name, edited.to(tensors[name].dtype), start)
+
+    def write(name: str) -> None:
+        tensor, start = base.read(name).reshape(-1), 0
+        for update in _unchanged(tensor) if (found := changes(name)) is None else found:
+            part = tensor[start : start + len(update)]
+            if found is not None:
+                part = part.to(torch.promote_types(part.dtype, update.dtype)) + update
+            files.write(name, part.to(tensors[name].dtype), start)
+            start += len(update)
+        if start != len(tensor):
+            raise RuntimeError(f"{name}: the change has {start} numbers, the tensor {len(tensor)}; this is a defect")
+
+    for _ in each(list(tensors), write, "Writing", quiet, lambda n: tensors[n].nbytes, workers=workers):
+        pass
     if base.path is not None and base.path.is_dir():
         copy_side_files(base.path, directory)
         if dtype is not None:
             _declare_dtype(directory / "config.json", dtype)
+
+
+def _unchanged(tensor: Tensor) -> Iterable[Tensor]:
+    return tensor.split(BLOCK_NUMBERS) if len(tensor) else ()
 
 
 def _converted(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:

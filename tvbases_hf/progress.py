@@ -10,10 +10,14 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
+def bar(title: str, quiet: bool, total: int) -> tqdm:
+    """A bar in bytes."""
+    return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=True if quiet else None, leave=False)
+
+
 def track(items: Sequence[Item], title: str, quiet: bool, weight: Callable[[Item], int]) -> Iterator[Item]:
     """Yield the items, advancing a bar in bytes by ``weight`` after each."""
-    total = sum(weight(item) for item in items)
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=True if quiet else None, leave=False) as bar:
+    with bar(title, quiet, sum(map(weight, items))) as shown:
         for item in items:
             yield item
-            bar.update(weight(item))
+            shown.update(weight(item))

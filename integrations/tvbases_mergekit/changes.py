@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mergekit.merge_methods.base import MergeMethod, ParameterScope
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from torch import Tensor
 
 from tvbases_hf.delta import Delta, Dense, LowRank, add, dense, mix, scale
 from tvbases_hf.errors import ParameterError
@@ -20,8 +22,10 @@ from .layerwise import LayerwiseMerge
 from .methods import BasisMerge, is_plain_sum, merge_vectors
 from .preflight import check_basis_parameters
 from .sources import GroupGram
+from .streamed import Vectors, can_stream, streamed
 
 Settings = Mapping[str, Any]
+_DRAWING = threading.Lock()
 LINEAR = "linear"
 
 
@@ -88,9 +92,24 @@ def merged(method: MergeMethod, deltas: Sequence[Delta], settings: Settings, wei
             return task_arithmetic(deltas, weights, normalize=settings["normalize"], alpha=alpha)
         case _:
             vectors = [dense(delta, _work_dtype(deltas)).reshape(weight.shape) for delta in deltas]
-            with torch.random.fork_rng(devices=[]):
+            # What is drawn comes from the one global generator.
+            with _DRAWING, torch.random.fork_rng(devices=[]):
                 torch.manual_seed(weight.own_seed)
                 return Dense(merge_vectors(method, vectors[0], vectors, settings))
+
+
+def streams(method: MergeMethod, parameters: Settings) -> bool:
+    """Whether the method, or the inner one of bases, can do with a piece of every model in memory."""
+    return can_stream(method.inner(parameters) if isinstance(method, BasisMerge) else method)
+
+
+def streamed_bases(
+    method: BasisMerge, deltas: Sequence[Dense], bound: Settings, gram: GroupGram, weight: Weight
+) -> Iterator[Tensor]:
+    """The same as merged_bases for an inner method that can be streamed, in pieces."""
+    inner, mixing, passed = method.prepare(gram, range(len(deltas)), bound)
+    settings = _complete(inner, passed, mixing.shape[1])
+    return streamed(inner, Vectors(deltas, mixing), settings, weight.own_seed, bound["lambda"])
 
 
 def _work_dtype(deltas: Sequence[Delta]) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,26 @@ from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod, ParameterScope
 from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameters
+from torch import Tensor
 
-from tvbases_hf.delta import Delta
+from tvbases_hf.delta import Delta, Dense
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.gram import gram_matrix
 from tvbases_hf.merging import Merge, is_merge, linear, write_adapter_merge, write_checkpoint_merge
 from tvbases_hf.merging.addition import base_share
 from tvbases_hf.merging.fit import Limits
+from tvbases_hf.merging.merge import Stream
 from tvbases_hf.output import check_output
 from tvbases_hf.rank import RankRule
 
-from .changes import LINEAR, Weight, check_native, merged, merged_bases, not_native
+from .changes import LINEAR, Weight, check_native, merged, merged_bases, not_native, streamed_bases, streams
 from .command import reported
 from .configuration import find_method, one_line, read_config
 from .inputs import Inputs, open_inputs
 from .methods import BasisMerge
 from .preflight import check_structure
 from .sources import GroupGram
+from .streamed import Vectors, streamed, streamed_linear
 
 LOG = logging.getLogger("tvbases_mergekit")
 
@@ -82,24 +85,31 @@ def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe
     bound = resolve(config, method, inputs, names)
     check_native(method, bound)
     weights = {name: Weight(name, tensors[name].shape, request.seed) for name in names}
-    if isinstance(method, BasisMerge):
-        combine = _over_bases(method, inputs, bound, weights, request.quiet)
-    elif is_linear:
-        combine = _linear(inputs, bound)
+    if is_linear:
+        combine, stream = _linear(inputs, bound), _linear_stream(inputs, bound)
         names = tuple(n for n in names if n in inputs.vectors.names or _base_share(bound[n]))
+    elif isinstance(method, BasisMerge):
+        combine, stream = _over_bases(method, bound, _gram(inputs, request.quiet), weights)
     else:
-        combine = _by_weight(method, bound, weights)
-    return Merge(inputs.vectors, combine, tuple(names), method.spec.name, recipe)
+        combine, stream = _by_weight(method, bound, weights)
+    stream = stream if is_linear or (names and streams(method, bound[names[0]])) else None
+    return Merge(inputs.vectors, combine, tuple(names), method.spec.name, recipe, stream)
 
 
 def _over_bases(
-    method: BasisMerge, inputs: Inputs, bound: Mapping[str, Bound], weights: Mapping[str, Weight], quiet: bool
-) -> Combine:
+    method: BasisMerge, bound: Mapping[str, Bound], gram: GroupGram, weights: Mapping[str, Weight]
+) -> tuple[Combine, Stream]:
+    return (
+        lambda name, deltas: merged_bases(method, deltas, bound[name], gram, weights[name]),
+        lambda name, deltas: streamed_bases(method, deltas, bound[name], gram, weights[name]),
+    )
+
+
+def _gram(inputs: Inputs, quiet: bool) -> GroupGram:
     found = gram_matrix(inputs.vectors, quiet=quiet)
     for line in found.warnings():
         LOG.warning("%s", line)
-    gram = GroupGram(found, inputs.models)
-    return lambda name, deltas: merged_bases(method, deltas, bound[name], gram, weights[name])
+    return GroupGram(found, inputs.models)
 
 
 def _linear(inputs: Inputs, bound: Mapping[str, Bound]) -> Combine:
@@ -112,14 +122,32 @@ def _linear(inputs: Inputs, bound: Mapping[str, Bound]) -> Combine:
     return combine
 
 
-def _by_weight(method: MergeMethod, bound: Mapping[str, Bound], weights: Mapping[str, Weight]) -> Combine:
+def _linear_stream(inputs: Inputs, bound: Mapping[str, Bound]) -> Stream:
+    def stream(name: str, deltas: Sequence[Dense]) -> Iterator[Tensor]:
+        weights, normalize = dict(bound[name]["weight"]), bound[name]["normalize"]
+        own = weights.pop(inputs.base, 0.0)
+        return streamed_linear(deltas, list(weights.values()), own, normalize, inputs.vectors.base.read(name))
+
+    return stream
+
+
+def _by_weight(
+    method: MergeMethod, bound: Mapping[str, Bound], weights: Mapping[str, Weight]
+) -> tuple[Combine, Stream]:
+    settings = _in_order(method, bound)
+    return (
+        lambda name, deltas: merged(method, deltas, settings[name], weights[name]),
+        lambda name, deltas: streamed(method, Vectors(deltas), settings[name], weights[name].own_seed),
+    )
+
+
+def _in_order(method: MergeMethod, bound: Mapping[str, Bound]) -> dict[str, Bound]:
+    """By tensor: one value, or a list of one per model in their order."""
     per_model = {parameter.name for parameter in method.spec.input_parameters}
-
-    def combine(name: str, deltas: Sequence[Delta]) -> Delta:
-        settings = {key: list(v.values()) if key in per_model else v for key, v in bound[name].items()}
-        return merged(method, deltas, settings, weights[name])
-
-    return combine
+    return {
+        name: {key: list(value.values()) if key in per_model else value for key, value in parameters.items()}
+        for name, parameters in bound.items()
+    }
 
 
 def resolve(

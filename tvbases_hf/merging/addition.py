@@ -58,9 +58,15 @@ def linear(
     The sum of low-rank changes is low-rank. Weights that leave a share of the base (see base_share) scale it, which is
     dense; only then ``base``, which is theta_0, is needed.
     """
-    everyone = [*weights, base_weight]
-    share = base_share(everyone, normalize)
-    if share == 0:
-        return task_arithmetic(deltas, [w / sum(everyone) for w in weights] if normalize else weights)
+    shares, rest = linear_shares(weights, base_weight, normalize)
+    if rest == 0:
+        return task_arithmetic(deltas, shares)
     assert base is not None
-    return add([*deltas, Dense(base)], [*weights, share])
+    return add([*deltas, Dense(base)], [*shares, rest])
+
+
+def linear_shares(weights: Sequence[float], base_weight: float, normalize: bool) -> tuple[list[float], float]:
+    """How much of every change, and how much of the base, ``linear`` adds to the base."""
+    everyone = [*weights, base_weight]
+    rest = base_share(everyone, normalize)
+    return [weight / sum(everyone) for weight in weights] if normalize else list(weights), rest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank
+from ..delta import Delta, Dense, LowRank, pieces
 from ..gram import not_finite
 from ..output import write_json
 from ..taskvector import TaskVectors
@@ -19,12 +19,17 @@ from ..taskvector import TaskVectors
 MARKER = "tvbases_merge.json"
 
 
+# The flattened merged change of one weight in consecutive pieces, from the models' changes in full.
+Stream = Callable[[str, Sequence[Dense]], Iterator[Tensor]]
+
+
 @dataclass(frozen=True)
 class Merge:
     """``combine(name, changes)`` is a merging method with the parameters that it has for the weight ``name``.
 
     ``names`` are the weights that it may change; all others stay as the base has them. ``method`` and ``recipe`` (the
-    text of a configuration) are for the reader.
+    text of a configuration) are for the reader. ``stream`` is the same method for full checkpoints, where it can do
+    with a piece of every model in memory.
     """
 
     vectors: TaskVectors
@@ -32,6 +37,7 @@ class Merge:
     names: tuple[str, ...]
     method: str
     recipe: str
+    stream: Stream | None = None
 
     def inputs(self, name: str) -> list[Delta]:
         """The models' changes of one weight. CheckpointError for NaN or infinity in one of them."""
@@ -40,9 +46,20 @@ class Merge:
             raise not_finite(self.vectors, name, deltas)
         return deltas
 
-    def change(self, name: str) -> Delta:
-        """What the merge adds to one weight of the base."""
-        return self.combine(name, self.inputs(name))
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """What the merge adds to one weight of the base, flattened, in consecutive pieces.
+
+        CheckpointError for NaN or infinity in the models, ParameterError for what overflows in the sum.
+        """
+        deltas = self.vectors.deltas(name)
+        whole = [delta for delta in deltas if isinstance(delta, Dense)]
+        if self.stream is None or len(whole) < len(deltas):
+            yield from pieces(self.combine(name, self.inputs(name)))
+            return
+        for part in self.stream(name, whole):
+            if not _is_finite(part):
+                raise not_finite(self.vectors, name, deltas)
+            yield part
 
     def report(self, kind: str, out: Path) -> dict[str, Any]:
         """What is known of every merge."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,21 +37,42 @@ def kept_entries(size: int, density: float) -> int:
     return max(1, int(density * size))
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Of one vector: entries above ``limit`` in magnitude (float32) are kept, and ``equal`` of those equal to it."""
+
+    limit: float
+    equal: int
+
+
+def cuts(passes: Callable[[], Iterable[Tensor]], density: float | Sequence[float]) -> list[Cut]:
+    """By vector, where its largest entries end: ``density`` is the share of them, one for all or one each.
+
+    ``passes()`` goes through all entries once, in pieces [K, k]; it is called twice. O(K d) time, 512 kB per vector.
+    Exact: the same as sorting all d float32 magnitudes. NaN counts as larger than any number.
+    """
+    upper = _count(passes(), None)
+    size = int(upper[0].sum()) if len(upper) else 0
+    if size == 0:
+        return [Cut(0.0, 0)] * len(upper)
+    shares = [density] * len(upper) if isinstance(density, float | int) else list(density)
+    counts = [kept_entries(size, share) if share > 0 else 0 for share in shares]
+    high, left = _bin_of(upper, torch.tensor(counts))
+    low, equal = _bin_of(_count(passes(), high), left)
+    limits = ((high << HALF) | low).to(torch.int32).view(torch.float32).tolist()
+    return [
+        Cut(limit, ties) if count else Cut(math.inf, 0)
+        for limit, ties, count in zip(limits, equal.tolist(), counts, strict=True)
+    ]
+
+
 def thresholds(passes: Callable[[], Iterable[Sequence[Delta]]], density: float) -> list[float]:
     """By vector, the magnitude (rounded to float32) of the smallest entry to keep; equal ones are all kept.
 
-    ``passes()`` goes through all weights once, giving the K changes of each; it is called twice. O(K d) time, 512 kB
-    per vector. Exact: the same as sorting all d float32 magnitudes.
+    ``passes()`` goes through all weights once, giving the K changes of each; it is called twice.
     """
     check_density(density)
-    upper, size = _count(passes(), None)
-    if size == 0:
-        return [0.0] * len(upper)
-    wanted = kept_entries(size, density)
-    high, left = _bin_of(upper, torch.full((len(upper),), wanted))
-    lower, _ = _count(passes(), high)
-    low, _ = _bin_of(lower, left)
-    return ((high << HALF) | low).to(torch.int32).view(torch.float32).tolist()
+    return [cut.limit for cut in cuts(lambda: (part for deltas in passes() for part in blocks(deltas)), density)]
 
 
 def tensor_thresholds(deltas: Sequence[Delta], density: float) -> list[float]:
@@ -64,20 +86,18 @@ def trimmed(values: Tensor, limits: Sequence[float]) -> Tensor:
     return torch.where(values.to(torch.float32).abs() >= floor, values, torch.zeros_like(values))
 
 
-def _count(weights: Iterable[Sequence[Delta]], high: Tensor | None) -> tuple[Tensor, int]:
+def _count(parts: Iterable[Tensor], high: Tensor | None) -> Tensor:
     """[K, BINS] how many entries have each upper half, or each lower half where the upper one is ``high`` [K]."""
-    counts, size = torch.zeros(0, BINS, dtype=torch.int64), 0
-    for deltas in weights:
+    counts = torch.zeros(0, BINS, dtype=torch.int64)
+    for part in parts:
         if not len(counts):
-            counts = torch.zeros(len(deltas), BINS, dtype=torch.int64)
-        size += math.prod(deltas[0].shape)
-        for part in blocks(deltas):
-            bits = part.to(torch.float32).abs().view(torch.int32)
-            for row, pattern in enumerate(bits):
-                upper = pattern >> HALF
-                found = upper if high is None else pattern[upper == high[row]] & (BINS - 1)
-                counts[row] += torch.bincount(found, minlength=BINS)
-    return counts, size
+            counts = torch.zeros(len(part), BINS, dtype=torch.int64)
+        bits = part.to(torch.float32).abs().view(torch.int32)
+        for row, pattern in enumerate(bits):
+            upper = pattern >> HALF
+            found = upper if high is None else pattern[upper == high[row]] & (BINS - 1)
+            counts[row] += torch.bincount(found, minlength=BINS)
+    return counts
 
 
 def _bin_of(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..adapter import Adapter
 from ..adapter_out import Template, adapter_tensors, write_adapter
@@ -24,7 +23,7 @@ RECIPE_FILE = "mergekit_config.yml"
 
 
 def write_checkpoint_merge(
-    merge: Merge, out: Path, *, dtype: torch.dtype | None = None, quiet: bool = True
+    merge: Merge, out: Path, *, dtype: torch.dtype | None = None, workers: int | None = None, quiet: bool = True
 ) -> dict[str, Any]:
     """Write the base plus the merged change, rounded once to ``dtype`` (None: each tensor's own), and report.
 
@@ -33,19 +32,10 @@ def write_checkpoint_merge(
         TvbasesError: whatever the merging method or an input has against a weight. Nothing is written then.
     """
     base, names = merge.vectors.base, set(merge.names)
-    latest: dict[str, Delta] = {}
-
-    def change(name: str, start: int, stop: int) -> Tensor | None:
-        if name not in names:
-            return None
-        if name not in latest:
-            latest.clear()  # before the next is made: one weight in memory
-            latest[name] = merge.change(name)
-        return latest[name].block(start, stop)
-
     size = sum(info.numel * (dtype.itemsize if dtype else info.dtype.itemsize) for info in base.tensors.values())
     with transaction(out, is_merge, size) as work:
-        stream_model(base, work, change, dtype=dtype, quiet=quiet)
+        changes = lambda name: merge.pieces(name) if name in names else None  # noqa: E731
+        stream_model(base, work, changes, dtype=dtype, workers=workers, quiet=quiet)
         stored = dtype or next((base.tensors[name].dtype for name in merge.names), torch.float32)
         report = {**merge.report("checkpoint", out), "dtype": _name(stored)}
         return _finish(merge, work, report)

@@ -1,0 +1,108 @@
+"""Work on many weights at once: some threads, results in order, files read ahead.
+
+torch and the file system work without Python's lock, so threads are enough on one machine. Results come in the order of
+the items whatever finishes first: sums of them do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .progress import bar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MAX_WORKERS = 8
+MADV_WILLNEED = 3
+
+
+def default_workers() -> int:
+    """Threads that help: one per processor that this process may use, up to where the disk is the limit anyway."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_WORKERS, usable)
+
+
+def each(
+    items: Sequence[Item],
+    work: Callable[[Item], Result],
+    title: str,
+    quiet: bool,
+    weight: Callable[[Item], int],
+    *,
+    workers: int | None = None,
+) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, ``work(item)``) in order, with a bar in bytes by ``weight``.
+
+    At most ``workers`` items are worked on at a time. The first failure ends the rest and is raised in its turn.
+    """
+    count = max(1, min(workers or default_workers(), len(items)))
+    with bar(title, quiet, sum(map(weight, items))) as shown:
+        if count == 1:
+            for item in items:
+                yield item, work(item)
+                shown.update(weight(item))
+            return
+        pool = ThreadPoolExecutor(count, "tvbases", initializer=_alone)
+        waiting: deque[tuple[Item, Future[Result]]] = deque((item, pool.submit(work, item)) for item in items)
+        try:
+            while waiting:
+                item, future = waiting.popleft()
+                yield item, future.result()
+                shown.update(weight(item))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _alone() -> None:
+    """The threads share the processors between them: each computes alone."""
+    torch.set_num_threads(1)
+
+
+class Gate:
+    """Lets work through as long as what it needs fits a budget; one piece of work is always let through."""
+
+    def __init__(self, budget: int | None) -> None:
+        self.budget = budget
+        self._used = 0
+        self._changed = threading.Condition()
+
+    def enter(self, size: int) -> None:
+        with self._changed:
+            while self.budget is not None and self._used and self._used + size > self.budget:
+                self._changed.wait()
+            self._used += size
+
+    def leave(self, size: int) -> None:
+        with self._changed:
+            self._used -= size
+            self._changed.notify_all()
+
+
+def read_ahead(tensors: Iterable[Tensor]) -> None:
+    """Ask the system to read mapped tensors that will be needed soon; it does so while we compute. Costs no memory.
+
+    Nothing happens to tensors that are no maps, or where the system has no such call.
+    """
+    if sys.platform != "linux":
+        return
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.nbytes:
+            start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            length = tensor.data_ptr() + tensor.nbytes - start
+            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_WILLNEED)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
