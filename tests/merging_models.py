@@ -29,15 +29,21 @@ def unlabelled(model: Any, batch: tuple[Tensor, ...]) -> tuple[Tensor, None]:
 def random_states(model: nn.Module, count: int, size: float = 0.3, seed: int = 0) -> list[dict[str, Tensor]]:
     """State dicts of fine-tunes: every weight moved by normal numbers."""
     generator = torch.Generator().manual_seed(seed)
-    base = model.state_dict()
     return [
-        {n: t + size * torch.randn(t.shape, generator=generator, dtype=t.dtype) for n, t in base.items()}
+        {n: t + size * torch.randn(t.shape, generator=generator, dtype=t.dtype) for n, t in stored(model).items()}
         for _ in range(count)
     ]
 
 
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as a file holds it: tied weights once."""
+    found: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {n: t.detach() for n, t in state.items() if found.setdefault(id(t), n) == n}
+
+
 def vectors_of(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> TaskVectors:
-    base = Checkpoint.from_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    base = Checkpoint.from_state_dict({name: tensor.clone() for name, tensor in stored(model).items()})
     models = {name: Checkpoint.from_state_dict(dict(state)) for name, state in zip(NAMES, states, strict=False)}
     return TaskVectors(base, models)
 

@@ -193,7 +193,7 @@ def test_fisher_merging_is_the_weighted_mean_of_the_formula() -> None:
         per_basis = [sum(float(encoder[i, m]) * information[i][name] for i in range(3)) for m in range(2)]
         deltas = [dense(delta) for delta in vectors.deltas(name)]
         expected = sum(f * d for f, d in zip(per_basis, deltas, strict=True)) / sum(per_basis)  # type: ignore[operator]
-        assert torch.allclose(dense(found.change(name)), expected, rtol=1e2 * EPS, atol=1e2 * EPS)
+        assert torch.allclose(dense(found.change(name)), torch.as_tensor(expected), rtol=1e2 * EPS, atol=1e2 * EPS)
     shifted = changes(fisher(vectors, model, data, floor=1e-12))  # information at what the bases have of each task
     assert not torch.allclose(shifted["0.weight"], dense(found.change("0.weight")), rtol=1e-3)
 

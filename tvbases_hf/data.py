@@ -66,11 +66,11 @@ class TaskData:
     def loss(self, model: Any, batch: Any) -> Tensor:
         """Mean cross-entropy of one batch, nats."""
         logits, labels = self.labelled(model, batch)
-        return nn.functional.cross_entropy(logits.float(), labels)
+        return nn.functional.cross_entropy(_wide(logits), labels)
 
     def entropy(self, model: Any, batch: Any) -> Tensor:
         """Mean entropy of the model's answers to one batch, nats; no labels are needed."""
-        logs = self.logits(model, batch).float().log_softmax(dim=1)
+        logs = _wide(self.logits(model, batch)).log_softmax(dim=1)
         return -(logs.exp() * logs).sum(dim=1).mean()
 
     @torch.no_grad()
@@ -170,6 +170,11 @@ def stratified(labels: Sequence[Any], count: int, *, seed: int = 0) -> list[int]
             max((label for label in rows if taken[label] > least), key=lambda label: taken[label] - shares[label])
         ] -= 1
     return sorted(index for label, found in rows.items() for index in found[: taken[label]])
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _is_causal(model: Any) -> bool:

@@ -84,8 +84,9 @@ def paired(vectors: Vectors, data: Sequence[TaskData]) -> list[tuple[int, TaskDa
 def asking(vectors: Vectors, model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """The model's own weights theta_0 by name, not to be written to; until the end it is in evaluation mode.
 
-    Raises MismatchError if the model has not the weights of the base.
+    Raises MismatchError if the model has not the weights of the base, or two names for one that the base has twice.
     """
+    _check_tied(vectors, model)
     weights = {name: weight.detach() for name, weight in weights_of(model, vectors.names).items()}
     _check_base(vectors, weights)
     training = [module for module in model.modules() if module.training]
@@ -150,6 +151,16 @@ def mean_change(vectors: Vectors, name: str) -> Tensor:
 
 def _combined(vectors: Vectors, weights: list[float]) -> Change:
     return lambda name: add(vectors.deltas(name), weights)
+
+
+def _check_tied(vectors: Vectors, model: nn.Module) -> None:
+    first: dict[int, str] = {}
+    for name, weight in weights_of(model, vectors.names).items():
+        if first.setdefault(id(weight), name) != name:
+            raise MismatchError(
+                f"{first[id(weight)]} and {name} are one weight in the model and two in the base "
+                f"({vectors.base.label}); leave {name} out of the base's tensors, as save_pretrained does"
+            )
 
 
 def _check_base(vectors: Vectors, weights: Mapping[str, Tensor]) -> None:
