@@ -119,7 +119,7 @@ class Measured:
 
 
 def measure(command: Sequence[str]) -> Measured:
-    """Run a command to its end, watching its memory. Raises CalledProcessError if it fails."""
+    """Run a command to its end, watching its memory. Raises RuntimeError if it fails."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile() as log:
         started, peak = time.monotonic(), 0
@@ -134,7 +134,7 @@ def measure(command: Sequence[str]) -> Measured:
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, command, log.read())
+            raise RuntimeError(f"{' '.join(command)} failed:\n{log.read().decode()}")
     return Measured(seconds, usage.ru_utime + usage.ru_stime, peak / 1e3, usage.ru_maxrss / 1e3)
 
 
