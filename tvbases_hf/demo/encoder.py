@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data import TaskData, stratified
 from ..errors import MissingExtraError
 
 try:
@@ -133,6 +134,24 @@ def embed(model: nn.Module, ids: Ids, batch: int = 64) -> Tensor:
 def logits(embeddings: Tensor, head: Tensor, scale: float = 20.0) -> Tensor:
     """scale * cosine [n, labels]; the rows of both have length 1."""
     return scale * embeddings @ head.to(embeddings.device).T
+
+
+def problem_data(
+    name: str, problem: Problem, split: str = "val", *, count: int | None = None, batch: int = 16, seed: int = 0
+) -> TaskData:
+    """A split of a task for the methods that need data; of ``count`` examples, in which every label has its share.
+
+    A batch is (token ids, labels [n]).
+    """
+    examples: Examples = getattr(problem, split)
+    rows = range(len(examples)) if count is None else stratified(examples.labels.tolist(), count, seed=seed)
+    parts = [list(rows[k : k + batch]) for k in range(0, len(rows), batch)]
+
+    def readout(model: nn.Module, asked: tuple[Ids, Tensor]) -> tuple[Tensor, Tensor]:
+        scores = logits(forward(model, asked[0]), problem.head)
+        return scores, asked[1].to(scores.device)
+
+    return TaskData(name, [([examples.ids[i] for i in part], examples.labels[part]) for part in parts], readout)
 
 
 def accuracy(model: nn.Module, head: Tensor, examples: Examples) -> float:
