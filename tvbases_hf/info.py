@@ -97,7 +97,8 @@ class BasisInfo:
         for name, sizes in wanted.items():
             found = torch.tensor(getattr(self, name), dtype=torch.float64).shape
             fits = len(found) == len(sizes) and all(b in (None, a) for a, b in zip(found, sizes, strict=True))
-            if not fits and not (name == "decoder" and found == (0,)):
+            unknown = found == (0,) and (name == "decoder" or (name == "gram" and "online" in self.options))
+            if not fits and not unknown:
                 raise ValueError(f"{name} of shape {list(found)} for {count} tasks")
 
     @classmethod
@@ -176,9 +177,7 @@ tags: [task-arithmetic, model-merging]
 
 # {info.num_bases} bases of {len(info.tasks)} task vectors
 
-Method `{info.method}` over `{Path(info.base_id).name if Path(info.base_id).exists() else info.base_id}`. The bases
-leave {info.loss:.2%} of the task vectors' energy unexplained; the least possible under the method's constraint is
-{info.bound:.2%}.
+Method `{info.method}` over `{Path(info.base_id).name if Path(info.base_id).exists() else info.base_id}`. {_loss(info)}
 
 | task | weight in the sum of the bases | relative error of its reconstruction, as stored |
 |---|---|---|
@@ -193,3 +192,16 @@ basis.restore("{info.tasks[0]}", base="path/to/base", out="{info.tasks[0]}-resto
 
 The licences of the base model and of the fine-tuned models apply.
 """
+
+
+def _loss(info: BasisInfo) -> str:
+    if "online" in info.options:
+        weights = ", ".join(f"{weight:.4g}" for weight in info.options["online"]["weights"])
+        return (
+            "Tasks were added one by one, so errors are\nupper bounds. The merged vector is the sum of the bases with "
+            f"weights {weights}."
+        )
+    return (
+        f"The bases\nleave {info.loss:.2%} of the task vectors' energy unexplained; the least possible under the "
+        f"method's constraint is\n{info.bound:.2%}."
+    )
