@@ -1,0 +1,148 @@
+"""Forgetting with lm-eval's tasks as target and control: the largest alpha that the control allows, for every way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tvbases_hf.adapter import Adapter
+from tvbases_hf.adapter_out import Template, adapter_tensors
+from tvbases_hf.adapter_task import TaskAdapter
+from tvbases_hf.delta import scale
+from tvbases_hf.directions import COMPONENTS, Direction, direction
+from tvbases_hf.errors import ParameterError
+from tvbases_hf.gram import gram_matrix
+from tvbases_hf.inplace import InPlace
+from tvbases_hf.negation import ALPHAS, KEEP, Negation, negate, write_forgotten
+from tvbases_hf.shared import Options
+from tvbases_hf.taskvector import TaskVectors
+
+from .evaluate import Measured, measure, tasks_of
+from .plan import Plan
+from .toxicity import METRICS
+from .variants import Variant
+
+TARGET = "target"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is forgotten, and how; ``components`` are the ways whose curves are wanted."""
+
+    forget: str
+    components: tuple[str, ...] = COMPONENTS
+    options: Options = field(default_factory=lambda: Options(pool="iterative"))
+    num_bases: float = 0.5
+    keep: float = KEEP
+    alphas: Sequence[float] = ALPHAS
+    whole_curve: bool = True
+
+
+def directions(vectors: TaskVectors, request: Request, *, quiet: bool = True) -> dict[str, Direction]:
+    """The changes to negate, by component. Raises ParameterError as ``direction`` does."""
+    gram = gram_matrix(vectors, quiet=quiet) if "reconstructed" in request.components and len(vectors) > 1 else None
+    how = {"options": request.options, "num_bases": request.num_bases, "gram": gram, "quiet": quiet}
+    return {component: direction(vectors, request.forget, component, **how) for component in request.components}
+
+
+def curves(
+    vectors: TaskVectors, found: Mapping[str, Direction], variant: Variant, request: Request, plan: Plan, *, quiet: bool
+) -> dict[str, Negation]:
+    """Target and controls over alpha for every direction, and the alpha that the control rule chooses for each.
+
+    Raises ParameterError without a target or a control, and where a metric could not be measured.
+    """
+    check_plan(plan)
+    manager = tasks_of(plan)
+    place = InPlace(variant.model, vectors.names)
+    before: dict[str, float] = {}
+
+    def metrics_of_run() -> Callable[[Any], Mapping[str, float]]:
+        first = [True]
+
+        def metrics(model: Any) -> Mapping[str, float]:
+            if first.pop() if first else False:  # alpha 0 is the same model for every direction
+                if not before:
+                    before.update(worth(measure(model, variant.tokenizer, plan, manager=manager), plan))
+                return before
+            return worth(measure(model, variant.tokenizer, plan, manager=manager), plan)
+
+        return metrics
+
+    patience = None if request.whole_curve else 4
+    return {
+        component: negate(
+            place,
+            change,
+            metrics_of_run(),
+            TARGET,
+            keep=request.keep,
+            alphas=request.alphas,
+            patience=patience,
+            quiet=quiet,
+        )
+        for component, change in found.items()
+    }
+
+
+def check_plan(plan: Plan) -> None:
+    """ParameterError unless something should fall and something should stay."""
+    for role, names, example in (
+        ("target", plan.targets, "--target tvbases_toxigen_generate"),
+        ("control", plan.controls, "--control gsm8k"),
+    ):
+        if not names:
+            raise ParameterError(f"choosing alpha needs a {role}: {example}, or text:FILE; or give --alpha")
+
+
+def worth(measured: Measured, plan: Plan) -> dict[str, float]:
+    """One number per control, higher is better, and one for all targets, lower is better: what is left of them.
+
+    Of the metrics of a task the first counts for which higher is better; of a perplexity the inverse, so that 95 % kept
+    is a perplexity 5.3 % higher; of generated toxicity the toxic rate.
+    """
+    chosen: dict[str, float] = {}
+    for (task, metric), (value, _, better) in measured.items():
+        if task not in chosen and (metric == METRICS[0] or better or "perplexity" in metric):
+            chosen[task] = value if metric == METRICS[0] or better else 1 / value
+    targets = [chosen[task] for task in plan.targets if task in chosen]
+    lost = [task for task in (*plan.targets, *plan.controls) if task not in chosen and task in _plain(measured, plan)]
+    if not targets or lost or not all(map(math.isfinite, chosen.values())):
+        named = lost or [task for task in plan.targets if task not in chosen] or [t for t in chosen]
+        raise ParameterError(
+            f'"{named[0]}" gives no number to go by: all of its scores failed, or it has no metric for which higher is '
+            "better and no perplexity; look at it with tvbases evaluate"
+        )
+    controls = {task: value for task, value in chosen.items() if task not in plan.targets}
+    return {TARGET: sum(targets) / len(targets), **controls}
+
+
+def _plain(measured: Measured, plan: Plan) -> set[str]:
+    """The tasks that were measured under their own name; groups without a number are there as their parts."""
+    return {task for task, _ in measured} & set(plan.names)
+
+
+def write(
+    vectors: TaskVectors, change: Direction, alpha: float, out: Path, note: str, *, adapter: bool, quiet: bool = True
+) -> Path:
+    """theta_0 - alpha * change as a checkpoint, or as an adapter.
+
+    Raises:
+        ParameterError: an adapter is wanted of full checkpoints, or of a change that has no low rank (a DoRA's unique
+            component).
+        OutputError: ``out`` is not ours, or the disk is full.
+    """
+    if not adapter:
+        return write_forgotten(vectors.base, vectors.names, change, alpha, out, note, quiet=quiet)
+    models = [model for model in vectors.models.values() if isinstance(model, Adapter)]
+    if len(models) < len(vectors):
+        raise ParameterError(
+            "only adapters can be negated as an adapter, and a task here is a full checkpoint; leave --adapter out"
+        )
+    template = Template.of(models, models[0].base_id or vectors.base.label)
+    changes = {name: scale(change(name), -alpha) for name in vectors.names}
+    TaskAdapter(*adapter_tensors(changes, template, vectors.base)).save_pretrained(out)
+    return out

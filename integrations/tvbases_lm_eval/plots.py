@@ -1,0 +1,42 @@
+"""The paper's Figure 5: target and control over alpha, and one against the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tvbases_hf.errors import MissingExtraError
+from tvbases_hf.negation import Negation
+from tvbases_hf.output import writing
+
+
+def plot_negations(found: Mapping[str, Negation], forgotten: str, file: Path) -> None:
+    """One PNG; a line for every component, a star where the control rule stops it."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise MissingExtraError('--plot needs matplotlib; pip install "tvbases-hf[plot]"') from error
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
+    for component, negation in found.items():
+        alphas = negation.curve.alphas
+        target = [negation.target_at(alpha) for alpha in alphas]
+        kept = [negation.control_at(alpha) / negation.control_at(0.0) for alpha in alphas]
+        (line,) = axes[0].plot(alphas, target, "o-", label=component)
+        axes[1].plot(alphas, kept, "o-", color=line.get_color())
+        axes[2].plot(kept, target, "o-", color=line.get_color())
+        axes[0].plot(negation.alpha, negation.target_at(negation.alpha), "*", color=line.get_color(), markersize=16)
+        axes[2].plot(negation.kept, negation.target_at(negation.alpha), "*", color=line.get_color(), markersize=16)
+    keep = next(iter(found.values())).keep
+    axes[1].axhline(keep, color="0.6", linestyle="--")
+    axes[2].axvline(keep, color="0.6", linestyle="--")
+    axes[0].set(xlabel="alpha", ylabel=f"target: what is left of {forgotten}")
+    axes[1].set(xlabel="alpha", ylabel="share of the control that is kept")
+    axes[2].set(xlabel="share of the control that is kept", ylabel="target")
+    axes[2].invert_xaxis()
+    axes[0].legend()
+    with writing(file):
+        figure.savefig(file, dpi=120)
+    plt.close(figure)

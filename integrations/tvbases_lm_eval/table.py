@@ -1,0 +1,40 @@
+"""The before/after table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ARROWS = {True: "↑", False: "↓", None: ""}
+
+
+def print_table(found: Mapping[str, Any], console: Console) -> None:
+    """One row per task and metric, one column per model; what could not be measured is a dash."""
+    table = Table(title=_title(found), title_justify="left")
+    for name in ("", "task", "metric", *found["models"]):
+        table.add_column(name, overflow="fold")
+    latest = ("", "")
+    for row in found["rows"]:
+        head = (row["role"], row["task"])
+        cells = [_cell(row["values"].get(label)) for label in found["models"]]
+        role = row["role"] if row["role"] != latest[0] else ""
+        table.add_row(
+            role, row["task"] if head != latest else "", f"{row['metric']} {ARROWS[row['higher_is_better']]}", *cells
+        )
+        latest = head
+    console.print(table)
+
+
+def _title(found: Mapping[str, Any]) -> str:
+    limit = "" if found["limit"] is None else f", the first {found['limit']} documents of each task"
+    return f"scorer {found['scorer']}, seed {found['seed']}{limit}"
+
+
+def _cell(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return "-"
+    value = f"{measured['value']:.4g}"
+    return f"{value} ± {measured['stderr']:.2g}" if measured["stderr"] else value
