@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, PipelineState
+from diffusers import FluxTransformer2DModel
+from diffusers.modular_pipelines import ComponentSpec, InputParam, ModularPipelineBlocks, PipelineState
+from transformers import CLIPTextModel
 
 from tvbases_hf.errors import ParameterError
 
@@ -27,6 +29,11 @@ class MixStylesStep(ModularPipelineBlocks):
     @property
     def description(self) -> str:
         return "Mixes style LoRAs by what is unique to each of them"
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        """Flux's LoRA loader wants both to be there; the text encoder may be None."""
+        return [ComponentSpec("transformer", FluxTransformer2DModel), ComponentSpec("text_encoder", CLIPTextModel)]
 
     @property
     def inputs(self) -> list[InputParam]:
