@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapter import Adapter
-    from .bases import BasisWeights, ae_bases, pca_bases, rand_proj, rand_select
+    from .bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_proj, rand_select
     from .basis import Basis
     from .checkpoint import Checkpoint
     from .coefficients import coordinate_search, grid_search
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .gram import Gram, gram_matrix
     from .inplace import InPlace
     from .negation import Negation, negate
+    from .online import OnlineBasis
     from .shared import decompose
     from .singular import tsv_merge
     from .taskvector import TaskVectors
@@ -32,9 +33,11 @@ _HOME = {
     "InPlace": "inplace",
     "LowRank": "delta",
     "Negation": "negation",
+    "OnlineBasis": "online",
     "TaskVectors": "taskvector",
     "TvbasesError": "errors",
     "ae_bases": "bases",
+    "cluster_bases": "bases",
     "coordinate_search": "coefficients",
     "decompose": "shared",
     "gram_matrix": "gram",
@@ -43,6 +46,7 @@ _HOME = {
     "negate": "negation",
     "normalised_accuracy": "curve",
     "pca_bases": "bases",
+    "pca_positive": "bases",
     "rand_proj": "bases",
     "rand_select": "bases",
     "tsv_merge": "singular",
@@ -60,9 +64,11 @@ __all__ = [
     "InPlace",
     "LowRank",
     "Negation",
+    "OnlineBasis",
     "TaskVectors",
     "TvbasesError",
     "ae_bases",
+    "cluster_bases",
     "coordinate_search",
     "decompose",
     "gram_matrix",
@@ -71,6 +77,7 @@ __all__ = [
     "negate",
     "normalised_accuracy",
     "pca_bases",
+    "pca_positive",
     "rand_proj",
     "rand_select",
     "tsv_merge",

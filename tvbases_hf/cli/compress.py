@@ -9,16 +9,44 @@ import typer
 
 from ..errors import ParameterError
 from .app import app, console
-from .options import Base, Json, Quiet, Task, check_choice, check_json, parse_dtype, write_report
+from .options import (
+    Json,
+    OptionalBase,
+    OptionalTask,
+    Quiet,
+    check_choice,
+    check_json,
+    parse_dtype,
+    parse_targets,
+    required,
+    write_report,
+)
 
 
 @app.command(
     epilog="Example: tvbases compress --base llama/ --task math=math/ --task code=code/ --num-bases 0.5 --out basis/"
 )
 def compress(
-    base: Base,
-    task: Task,
-    out: Annotated[Path, typer.Option("--out", help="The basis directory to write.", metavar="DIR")],
+    context: typer.Context,
+    new: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="--online: fine-tunes to add, named by the last part of their path.", metavar="[NEW]..."),
+    ] = None,
+    base: OptionalBase = None,
+    task: OptionalTask = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", help="The basis directory to write.", metavar="DIR"),
+    ] = None,
+    online: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--online",
+            help="Instead of --out: add the tasks to this directory, which holds --num-bases vectors however many "
+            "come. Methods: ae, rand_select, and the running merges ta, magmax, ties, opcm.",
+            metavar="DIR",
+        ),
+    ] = None,
     num_bases: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
@@ -42,6 +70,12 @@ def compress(
     ] = True,
     solver: Annotated[str, typer.Option(help="ae: varpro (the optimum) or adam (the paper's recipe).")] = "varpro",
     seed: Annotated[int, typer.Option(help="ae, cluster, rand_select: which of equally good bases; which tasks.")] = 0,
+    target: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="ae: how much a task weighs in the sum of the bases, others 1; repeat.", metavar="NAME=NUMBER"
+        ),
+    ] = None,
     inner: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -72,8 +106,16 @@ def compress(
 ) -> None:
     """Replace T fine-tuned models by M vectors and a small decoder: a basis directory.
 
-    Of adapters, the directory is itself a LoRA that PEFT loads: the merged multi-task adapter.
+    Of adapters, the directory is itself a LoRA that PEFT loads: the merged multi-task adapter. With --online tasks come
+    one by one, and each is on disk when it is reported.
     """
+    if online is not None:
+        from .online import add_online
+
+        return add_online(context)
+    base, task, out = required("--base", base), required("--task", task), required("--out", out)
+    if new:
+        raise ParameterError(f"{new[0]}: plain paths go with --online; give --task NAME={new[0]}")
     from ..adapter_basis import Request
     from ..bases.ae import SOLVERS
     from ..bases.cluster import INNER, SPLIT_BELOW, check_split
@@ -96,8 +138,13 @@ def compress(
     stored = parse_dtype(dtype)
     tasks = parse_tasks(task)
     resolve_num_bases(0.5 if num_bases is None else num_bases, len(tasks))
+    targets = parse_targets(target or (), tasks)
     vectors = TaskVectors.open(base, tasks)
     options: dict[str, Any] = {"balance": balance, "solver": solver, "seed": seed}
+    if targets:
+        if (method or "ae") != "ae" or (vectors.are_adapters and method is None):
+            raise ParameterError("--target is of --method ae; add it, or leave --target out")
+        options["target_weights"] = targets
     if method == "cluster":
         split_below = SPLIT_BELOW if split_below is None else split_below
         options = {"inner": inner or "mean", "split_below": split_below, "seed": seed}

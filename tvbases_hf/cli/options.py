@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
 from ..errors import OutputError, ParameterError
 
-Base = Annotated[
-    str, typer.Option("--base", help="The pretrained model: a directory or a Hub id.", metavar="PATH_OR_ID")
-]
-Task = Annotated[
-    list[str], typer.Option("--task", help="A fine-tuned model; repeat for each.", metavar="NAME=PATH_OR_ID")
-]
+_BASE = typer.Option("--base", help="The pretrained model: a directory or a Hub id.", metavar="PATH_OR_ID")
+_TASK = typer.Option("--task", help="A fine-tuned model; repeat for each.", metavar="NAME=PATH_OR_ID")
+Base = Annotated[str, _BASE]
+Task = Annotated[list[str], _TASK]
+Value = TypeVar("Value")
+# Of commands that can do without in some of their uses; see ``required``.
+OptionalBase = Annotated[Optional[str], _BASE]  # noqa: UP045
+OptionalTask = Annotated[Optional[list[str]], _TASK]  # noqa: UP045
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no report.")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Write the report as JSON.", metavar="FILE")]  # noqa: UP045
 NumBases = Annotated[
     float, typer.Option("--num-bases", "-m", help="How many bases; a number below 1 is a fraction of the tasks.")
 ]
+
+
+def required(option: str, value: Value | None) -> Value:
+    """The value of an option that this use of a command needs; a usage message if it is missing."""
+    if not value:
+        raise typer.BadParameter("this option is missing", param_hint=f"'{option}'")
+    return value
+
+
+def parse_targets(items: Sequence[str], tasks: Iterable[str]) -> list[float] | None:
+    """``NAME=NUMBER`` arguments as one number per task, 1 where none is given; None without any."""
+    found = dict.fromkeys(tasks, 1.0)
+    for item in items:
+        name, _, number = item.partition("=")
+        try:
+            found[name] = float(number) if name in found else found[name]
+        except (KeyError, ValueError):
+            raise ParameterError(
+                f'--target "{item}" is not NAME=NUMBER of one of the tasks ({", ".join(found)})'
+            ) from None
+    return list(found.values()) if items else None
 
 
 def parse_dtype(name: str) -> Any:
