@@ -41,8 +41,8 @@ def fisher(
     that weights without information take the plain mean. (The authors' code raises the F to 1e-6, which depends on the
     scale of the loss.)
 
-    Holds three copies of the weights in float64 and two in the model's dtype, whatever T and K: both sums are linear in
-    F_i, so that they are taken task by task.
+    Holds three copies of the weights in float64 and three in the model's dtype, whatever T and K: both sums are linear
+    in F_i, so that they are taken task by task.
 
     Args:
         empirical: squared gradients at the data's labels instead of the expectation over the model's own.
@@ -103,12 +103,18 @@ def diagonal_fisher(
     total = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
     count = 0
     for batch in task.batches:
+        part: dict[str, Tensor] = {}  # of one batch, in the gradients' own dtype: the sum over batches is in float64
         for example in examples_of(batch, task.name):
             count += 1
             terms = list(_scores(asked, task, example, empirical, samples, generator))
             for position, (chance, score) in enumerate(terms):
                 for name, gradient in gradients(score, leaves, keep=position + 1 < len(terms)):
-                    total[name].add_(gradient.square(), alpha=chance)
+                    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                    if name not in part:
+                        part[name] = torch.zeros_like(wide)
+                    part[name].addcmul_(wide, wide, value=chance)
+        for name, squares in part.items():
+            total[name].add_(squares)
     if not count:
         raise ParameterError(f'the data of "{task.name}" is empty')
     return {name: part.div_(count) for name, part in total.items()}
