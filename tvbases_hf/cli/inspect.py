@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
+from ..errors import ParameterError
 from .app import app, console
 from .options import Base, Json, Quiet, Task, check_json, write_report
 
@@ -17,19 +18,47 @@ def inspect(
     task: Task,
     layers: Annotated[bool, typer.Option("--layers", help="Also interference and sharing by layer (slower).")] = False,
     plot: Annotated[Optional[Path], typer.Option(help="Draw everything; implies --layers.", metavar="PNG")] = None,  # noqa: UP045
+    bounds: Annotated[bool, typer.Option("--bounds", help="Also the error bounds, both sides; needs --data.")] = False,
+    data: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Data of a task: .jsonl, .json, .csv, or DATASET[:SPLIT]; repeat.", metavar="NAME=FILE_OR_ID"
+        ),
+    ] = None,
+    num_bases: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--num-bases", "-m", help="--bounds: how many bases; left out: as many as are suggested."),
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="--bounds: of the negation, 0 to 1.")] = 1.0,
+    text_column: Annotated[str, typer.Option(help="--data: the column of text.")] = "text",
+    label_column: Annotated[str, typer.Option(help="--data: the column of labels, for classifiers.")] = "label",
+    max_rows: Annotated[int, typer.Option(help="--data: rows to read of each task.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="--data: rows a batch.")] = 16,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
     """How long and how similar task vectors are, how many bases they need, and whether the base is theirs."""
+    from ..bases.weights import resolve_num_bases
     from ..gram import gram_matrix
     from ..layers import examine_layers
     from ..report import inspection, print_inspection, warn
     from ..taskvector import TaskVectors, parse_tasks
 
     check_json(json)
+    if bounds != bool(data):
+        raise ParameterError("--bounds and --data NAME=FILE go together: a bound is about the losses on data")
     vectors = TaskVectors.open(base, parse_tasks(task))
-    found = inspection(vectors, gram_matrix(vectors, quiet=quiet))
+    loaded, losses = _prepare(vectors.base, data or [], text_column, label_column, max_rows, batch_size)
+    gram = gram_matrix(vectors, quiet=quiet)
+    found = inspection(vectors, gram)
     warn(found["warnings"])
+    measured = None
+    if losses:
+        from ..bounds import measure_bounds
+
+        count = resolve_num_bases(found["suggested_num_bases"] if num_bases is None else num_bases, len(vectors))
+        measured = measure_bounds(loaded, vectors, losses, count, gram=gram, alpha=alpha, quiet=quiet)
+        found["bounds"] = measured.to_json()
     if layers or plot:
         found["layers"] = vars(examine_layers(vectors, quiet=quiet))
     if plot:
@@ -38,7 +67,24 @@ def inspect(
         plot_inspection(found, plot)
     if not quiet:
         print_inspection(found, console)
+        if measured:
+            from ..bounds_report import print_bounds
+
+            print_bounds(measured, console)
     write_report(json, found)
+
+
+def _prepare(base: Any, data: list[str], *columns: Any) -> tuple[Any, dict[str, Any]]:
+    """The base with its head, and the losses of the data that was given; nothing if none was."""
+    if not data:
+        return None, {}
+    from ..hessian import cross_entropy
+    from ..taskfiles import Columns, TaskModel
+    from ..taskvector import parse_tasks
+
+    read, sources = Columns(*columns), parse_tasks(data)
+    loaded = TaskModel.load(base)
+    return loaded.model, {name: cross_entropy(loaded.data(name, source, read)) for name, source in sources.items()}
 
 
 @app.command(epilog="Example: tvbases decompose --base llama/ --task toxic=toxic/ --task chat=chat/ --out parts/")
