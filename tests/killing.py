@@ -55,7 +55,7 @@ def count_steps(root: str, deadly: int | None) -> Callable[[], int]:
 
 
 def die_in_piece(number: int) -> None:
-    from tvbases_hf.output import TensorFiles
+    from tvbases_hf.tensor_files import TensorFiles
 
     write, pieces = TensorFiles.write, 0
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from tvbases_hf import Checkpoint, output
 from tvbases_hf.checkpoint import TensorInfo
 from tvbases_hf.errors import OutputError
-from tvbases_hf.output import TensorFiles, check_output, contains_only, transaction, write_json
+from tvbases_hf.output import check_output, contains_only, transaction, write_json
+from tvbases_hf.tensor_files import TensorFiles
 
 OURS = "ours.json"
 OLD, NEW = {OURS: "old", "a": "old a"}, {OURS: "new", "b": "new b", "sub/c": "new c"}

@@ -18,6 +18,7 @@ from tvbases_hf.delta import Dense
 from tvbases_hf.errors import CheckpointError
 from tvbases_hf.merging.merge import Merge
 from tvbases_hf.merging.write import write_checkpoint_merge
+from tvbases_hf.run import Run, using
 from tvbases_hf.taskvector import TaskVectors
 from tvbases_mergekit import streamed as module
 from tvbases_mergekit.methods import merge_vectors
@@ -163,7 +164,8 @@ def written(tmp_path: Path, workers: int, tuned: list[Tensor] | None = None) -> 
 
     merge = Merge(vectors, lambda name, deltas: deltas[0], vectors.names, "ties", "", stream)
     out = tmp_path / f"out{workers}"
-    write_checkpoint_merge(merge, out, workers=workers)
+    with using(Run(workers=workers)):
+        write_checkpoint_merge(merge, out)
     return load_file(out / "model.safetensors")
 
 

@@ -20,10 +20,11 @@ from .delta import Delta, Dense, LowRank, blocks, dense
 from .errors import CheckpointError, ParameterError
 from .info import ATOMS_STEM, BasisInfo
 from .linalg import GRAM_CUTOFF, solve_psd
-from .output import TensorFiles
+from .parallel import written
 from .progress import track
 from .svd import svd
 from .taskvector import TaskVectors
+from .tensor_files import TensorFiles
 
 LEFT, RIGHT = ".left", ".right"
 Ranks = Mapping[str, Sequence[int]]
@@ -86,22 +87,28 @@ class EncodedAtoms:
         return []
 
     def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
-        rows, count = self.encoder.shape[1], len(self.vectors)
-        inner = torch.zeros(rows, rows, dtype=torch.float64)
-        cross = torch.zeros(rows, count, dtype=torch.float64)
+        size, count = self.encoder.shape[1], len(self.vectors)
         base, tensors = self.vectors.base.tensors, self.tensors
         files = TensorFiles(directory, ATOMS_STEM, tensors)
-        for name in track(self.names, "Writing bases", quiet, lambda n: base[n].nbytes * (count + 1)):
+
+        def write(name: str) -> list[float]:
+            inner, cross = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, count, dtype=torch.float64)
             dtype, start = tensors[name].dtype, 0
             for part in blocks(self.vectors.deltas(name)):
                 stored = (self.encoder.T @ part).to(dtype)
                 rounded = stored.to(torch.float64)
                 _check_range(rounded, name, dtype)
-                for row in range(rows):
+                for row in range(size):
                     files.write(name, stored[row], row * base[name].numel + start)
                 inner += rounded @ rounded.T
                 cross += rounded @ part.T
                 start += part.shape[1]
+            return [*inner.flatten().tolist(), *cross.flatten().tolist()]
+
+        weight = lambda name: base[name].nbytes * (count + 1)  # noqa: E731
+        table = written(files, self.names, write, size * (size + count), "Writing bases", quiet, weight)
+        total = table.sum(dim=0)
+        inner, cross = total[: size * size].reshape(size, size), total[size * size :].reshape(size, count)
         return info.refitted(*refit(inner, cross, self.has_mean))
 
 

@@ -22,9 +22,9 @@ from .errors import MismatchError, ParameterError
 from .gram import Gram
 from .info import ATOMS_STEM, BasisInfo, describe
 from .merging import merged
-from .output import TensorFiles
 from .progress import track
 from .taskvector import TaskVectors
+from .tensor_files import TensorFiles
 from .vectors import Vectors
 
 # Cosines of unrelated fine-tunes stay below this (clustering paper, Figure 4; unrelated tasks are near 0.05).

@@ -12,10 +12,11 @@ from .checkpoint import Checkpoint
 from .delta import Delta, dense, square_norm
 from .grouping import group_of, in_order
 from .model import copy_side_files
-from .output import TensorFiles, transaction, write_json
+from .output import transaction, write_json
 from .progress import track
 from .shared import Decomposition, Options, decompose
 from .taskvector import TaskVectors
+from .tensor_files import TensorFiles
 
 MARKER = "tvbases_components.json"
 SHARED = "shared"

@@ -26,6 +26,10 @@ class OutputError(TvbasesError):
     """An output that cannot be written, or that would overwrite something that is not ours."""
 
 
+class TeamError(TvbasesError):
+    """Another process of the same run has stopped."""
+
+
 class MissingExtraError(TvbasesError, ImportError):
     """An optional dependency is absent; the message names the extra that brings it."""
 

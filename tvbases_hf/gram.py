@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .delta import BLOCK_NUMBERS, Delta, Dense, delta_gram, dense
 from .errors import CheckpointError
-from .parallel import each
+from .parallel import rows
 from .taskvector import TaskVectors
 
 # A fine-tune moves a model by well under a per cent to a few per cent (AE paper, Table 6); another base by about its
@@ -68,32 +68,28 @@ class Gram:
         return lines
 
 
-def gram_matrix(vectors: TaskVectors, *, workers: int | None = None, quiet: bool = True) -> Gram:
+def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
     """Inner products of all task vectors, in one pass over the base and the T models.
 
-    Each tensor is mapped, subtracted and multiplied in blocks: O(T^2 d) operations, memory for one block on each of
-    ``workers`` threads (None: one per processor). The result does not depend on their number.
+    Each tensor is mapped, subtracted and multiplied in blocks: O(T^2 d) operations, memory for one block per thread.
 
     Raises:
         CheckpointError: NaN or infinity in a tensor, which is named.
     """
     count = len(vectors)
-    gram = torch.zeros(count, count, dtype=torch.float64)
-    base_square = 0.0
 
-    def products(name: str) -> tuple[Tensor, float]:
+    def products(name: str) -> list[float]:
         deltas = vectors.deltas(name)
         part = delta_gram(deltas)
         square = 0.0 if vectors.are_adapters else _square_norm(vectors.base.read(name))
         if not (torch.isfinite(part).all() and math.isfinite(square)):
             raise not_finite(vectors, name, deltas)
-        return part, square
+        return [*part.flatten().tolist(), square]
 
     size = lambda name: vectors.base.tensors[name].nbytes * (count + 1)  # noqa: E731
-    for _, (part, square) in each(vectors.names, products, "Gram matrix", quiet, size, workers=workers):
-        gram += part
-        base_square += square
-    return Gram(vectors.tasks, gram, None if vectors.are_adapters else base_square**0.5)
+    total = rows(vectors.names, products, count * count + 1, "Gram matrix", quiet, size).sum(dim=0)
+    base_norm = None if vectors.are_adapters else float(total[-1]) ** 0.5
+    return Gram(vectors.tasks, total[:-1].reshape(count, count), base_norm)
 
 
 def _square_norm(tensor: Tensor) -> float:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, TensorInfo
 from .delta import BLOCK_NUMBERS
-from .output import TensorFiles, transaction, write_json
-from .parallel import each
+from .output import transaction, write_json
+from .parallel import written
+from .tensor_files import TensorFiles
 
 # Consecutive pieces of one flattened tensor's change, of any sizes; None for a tensor that stays.
 Changes = Callable[[str], Iterable[Tensor] | None]
@@ -44,7 +45,6 @@ def stream_model(
     changes: Changes,
     *,
     dtype: torch.dtype | None = None,
-    workers: int | None = None,
     quiet: bool = True,
 ) -> None:
     """Put weights, configuration and tokenizer into an existing directory, on several threads (see parallel.each).
@@ -56,7 +56,7 @@ def stream_model(
     tensors = {name: _converted(info, dtype) for name, info in base.tensors.items()}
     files = TensorFiles(directory, "model", tensors)
 
-    def write(name: str) -> None:
+    def write(name: str) -> tuple[float, ...]:
         tensor, start = base.read(name).reshape(-1), 0
         for update in _unchanged(tensor) if (found := changes(name)) is None else found:
             part = tensor[start : start + len(update)]
@@ -66,9 +66,9 @@ def stream_model(
             start += len(update)
         if start != len(tensor):
             raise RuntimeError(f"{name}: the change has {start} numbers, the tensor {len(tensor)}; this is a defect")
+        return ()
 
-    for _ in each(list(tensors), write, "Writing", quiet, lambda n: tensors[n].nbytes, workers=workers):
-        pass
+    written(files, list(tensors), write, 0, "Writing", quiet, lambda n: tensors[n].nbytes)
     if base.path is not None and base.path.is_dir():
         copy_side_files(base.path, directory)
         if dtype is not None:

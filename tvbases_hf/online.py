@@ -27,9 +27,10 @@ from .merging.elementwise import magmax
 from .merging.sparse import TIES_DENSITY
 from .merging.threshold import check_density, thresholds
 from .online_inputs import Changes, changes_of
-from .output import TensorFiles, check_output, transaction, write_json
+from .output import check_output, transaction, write_json
 from .progress import track
 from .taskvector import Model
+from .tensor_files import TensorFiles
 from .vectors import Vectors
 from .version import library_version
 

@@ -1,4 +1,4 @@
-"""Writing as a transaction: a directory appears whole or not at all; tensors are streamed into safetensors files."""
+"""Writing as a transaction: a directory appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,51 +9,87 @@ import json
 import os
 import shutil
 import socket
-import struct
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from torch import Tensor
+from .errors import OutputError, TeamError
+from .journal import Journal, is_of, job_key
+from .run import current, once
 
-from .checkpoint import DTYPES, TensorInfo
-from .errors import OutputError
-
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_SHARD_SIZE = "5GB"
 # What an old output is called while the new one takes its place, where the two cannot be exchanged in one step.
 ASIDE = "-old"
+# By the directory that is being written: what is finished in it.
+_JOURNALS: dict[Path, Journal] = {}
 
 
 @contextlib.contextmanager
-def transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_bytes: int = 0) -> Iterator[Path]:
+def transaction(
+    out: str | Path, is_ours: Callable[[Path], bool], needed_bytes: int = 0, job: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
     """Yield an empty directory beside ``out`` that takes its place when the block ends, and vanishes if it fails.
 
     ``out`` may be absent, empty, or something that ``is_ours`` recognises, which is then replaced whole. A process
-    killed at any time leaves the old ``out`` or the new one; what it had begun is removed by the next run.
+    killed at any time leaves the old ``out`` or the new one; what it had begun is removed by the next run, or, if that
+    run has the same ``job`` (whatever decides the output), found in the directory again: see TensorFiles.finished.
+    Of several processes (see run.Team) the first prepares and finishes; all get the same directory.
 
     Raises:
         OutputError: ``out`` is something else, cannot be written, or the disk is (or gets) full.
+        TeamError: another process has stopped.
     """
+    key, team, kept = None if job is None else job_key(job), current().team, False
     check_output(out, is_ours)
-    out = Path(out).expanduser().resolve()  # a link stays, and what it points to is replaced
-    with writing(out, needed_bytes):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)  # first, because what a killed run left takes space too
-        _check_space(out.parent, needed_bytes)
-        scratch = out.parent / f".{out.name}.tvbases-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        work = scratch / out.name  # programs that write there may put the directory's name into a file
-        work.mkdir(parents=True)
+    place = Path(out).expanduser().resolve()  # a link stays, and what it points to is replaced
+    with writing(place, needed_bytes):
+        scratch = once(lambda: _prepare(place, needed_bytes, key))
+        work = scratch / place.name  # programs that write there may put the directory's name into a file
+        _check_seen(work)
         try:
+            if key is not None:
+                _JOURNALS[work] = Journal(scratch, key, team.rank)
             yield work
             _sync_tree(work)
-            _take_place(work, out)
+            team.gather(None)  # all have come here
+            once(lambda: _take_place(work, place))
+        except (KeyboardInterrupt, TeamError):
+            kept = key is not None
+            raise
         finally:
+            _JOURNALS.pop(work, None)
+            if team.rank == 0 and not kept:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _prepare(out: Path, needed_bytes: int, key: str | None) -> Path:
+    """The scratch directory: a new one, or that of a killed run of the same job."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    left = _left_by_killed_runs(out)
+    wanted = key is not None and current().resume
+    same = [scratch for scratch in left if wanted and is_of(scratch, key or "") and (scratch / out.name).is_dir()]
+    for scratch in left:  # first, because what a killed run left takes space too
+        if scratch not in same[:1]:
+            _put_back(scratch / (out.name + ASIDE), out)
             shutil.rmtree(scratch, ignore_errors=True)
+    scratch = _scratch(out)
+    if same:
+        same[0].rename(scratch)
+    else:
+        _check_space(out.parent, needed_bytes)
+        (scratch / out.name).mkdir(parents=True)
+    return scratch
+
+
+def _check_seen(work: Path) -> None:
+    """OutputError unless all processes see the directory that the first one has made."""
+    seen = current().team.gather(work.is_dir())
+    if not all(seen):
+        raise OutputError(
+            f'process {seen.index(False)} of {len(seen)} does not see "{work.parent.parent}"; processes on several '
+            "machines need an output directory that all of them share"
+        )
 
 
 @contextlib.contextmanager
@@ -68,7 +104,7 @@ def file_transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_by
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
         _check_space(out.parent, needed_bytes)
-        scratch = out.parent / f".{out.name}.tvbases-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        scratch = _scratch(out)
         scratch.mkdir()
         try:
             yield scratch / out.name
@@ -76,6 +112,11 @@ def file_transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_by
             (scratch / out.name).replace(out)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def journal_of(work: Path) -> Journal | None:
+    """What is finished in the directory of a transaction that can be resumed."""
+    return _JOURNALS.get(work)
 
 
 def check_output_file(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
@@ -147,14 +188,24 @@ def _free_bytes(directory: Path) -> int:
     return shutil.disk_usage(directory).free
 
 
+def _scratch(out: Path) -> Path:
+    return out.parent / f".{out.name}.tvbases-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
 def _sweep(out: Path) -> None:
     """Remove what killed runs on this host left beside ``out``; a running process keeps its own."""
-    prefix = f".{out.name}.tvbases-{socket.gethostname()}-"
-    for left in list(out.parent.iterdir()):
+    for left in _left_by_killed_runs(out):
+        _put_back(left / (out.name + ASIDE), out)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _left_by_killed_runs(out: Path) -> list[Path]:
+    prefix, found = f".{out.name}.tvbases-{socket.gethostname()}-", []
+    for left in sorted(out.parent.iterdir()):
         pid, _, rest = left.name.removeprefix(prefix).partition("-")
         if left.name.startswith(prefix) and pid.isdigit() and "-" not in rest and not _is_alive(int(pid)):
-            _put_back(left / (out.name + ASIDE), out)
-            shutil.rmtree(left, ignore_errors=True)
+            found.append(left)
+    return found
 
 
 def _put_back(aside: Path, out: Path) -> None:
@@ -208,78 +259,6 @@ def _exchange(a: Path, b: Path) -> bool:
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     at_cwd, exchange = -100, 2
     return renameat2 is not None and renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
-
-
-@dataclass(frozen=True)
-class _Slot:
-    file: Path
-    offset: int
-    info: TensorInfo
-
-
-class TensorFiles:
-    """A set of safetensors files whose sizes are known beforehand and whose contents arrive in any order.
-
-    safetensors' own writer takes all tensors of a file at once; this one takes a piece of one tensor at a time, so
-    that memory does not grow with the file. The format is a length, a JSON header and the bytes.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        stem: str,
-        tensors: Mapping[str, TensorInfo],
-        max_shard_size: int | str | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        # Wider numbers first keeps every tensor aligned to its own size, as safetensors' writer does; then by name, so
-        # that the same tensors make the same files.
-        order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-        split = split_state_dict_into_shards_factory(
-            {name: tensors[name] for name in order},
-            get_storage_size=lambda info: info.nbytes,
-            filename_pattern=stem + "{suffix}.safetensors",
-            max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
-        )
-        self._slots: dict[str, _Slot] = {}
-        for file, names in split.filename_to_tensors.items():
-            self._slots |= _begin_file(directory / file, {name: tensors[name] for name in names}, metadata or {})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (directory / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
-
-    def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Put ``values`` (any shape, the tensor's dtype) at element ``start`` of the flattened tensor ``name``."""
-        slot = self._slots[name]
-        if values.dtype != slot.info.dtype or start + values.numel() > slot.info.numel:
-            raise ValueError(f"{name}: {values.numel()} {values.dtype} at {start} do not fit {slot.info}")
-        if values.numel():
-            with open(slot.file, "r+b") as stream:
-                stream.seek(slot.offset + start * slot.info.dtype.itemsize)
-                # Not numpy's tofile: its OSError for a full disk does not say that the disk is full.
-                stream.write(values.reshape(-1).contiguous().view(torch.uint8).numpy().data)
-
-
-def _begin_file(file: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, _Slot]:
-    """Write the header, reserve the bytes, and return where each tensor goes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    position = 0
-    for name, info in tensors.items():
-        offsets = [position, position + info.nbytes]
-        header[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
-        position += info.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + position)
-    start = 8 + len(text)
-    slots = {}
-    for name, info in tensors.items():
-        slots[name] = _Slot(file, start, info)
-        start += info.nbytes
-    return slots
 
 
 def write_json(file: Path, value: object) -> None:

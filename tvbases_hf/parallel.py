@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from .progress import bar
+from .run import current, share
+from .tensor_files import TensorFiles
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,14 +42,12 @@ def each(
     title: str,
     quiet: bool,
     weight: Callable[[Item], int],
-    *,
-    workers: int | None = None,
 ) -> Iterator[tuple[Item, Result]]:
     """Yield (item, ``work(item)``) in order, with a bar in bytes by ``weight``.
 
-    At most ``workers`` items are worked on at a time. The first failure ends the rest and is raised in its turn.
+    At most ``Run.workers`` items are worked on at a time. The first failure ends the rest and is raised in its turn.
     """
-    count = max(1, min(workers or default_workers(), len(items)))
+    count = max(1, min(current().workers or default_workers(), len(items)))
     with bar(title, quiet, sum(map(weight, items))) as shown:
         if count == 1:
             for item in items:
@@ -63,6 +63,47 @@ def each(
                 shown.update(weight(item))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def rows(
+    items: Sequence[Item],
+    work: Callable[[Item], Sequence[float]],
+    width: int,
+    title: str,
+    quiet: bool,
+    weight: Callable[[Item], int],
+) -> Tensor:
+    """[items, width] float64: a row of numbers for every item, each made by one process and known to all.
+
+    Sums over the rows do not depend on the number of processes or threads.
+    """
+    team = current().team
+    place = {item: index for index, item in enumerate(items)}
+    table = torch.zeros(len(items), width, dtype=torch.float64)
+    for item, row in each(share(items, weight), work, title, quiet or team.rank > 0, weight):
+        table[place[item]] = torch.tensor(row, dtype=torch.float64)
+    return team.sum(table)
+
+
+def written(
+    files: TensorFiles,
+    names: Sequence[str],
+    work: Callable[[str], Sequence[float]],
+    width: int,
+    title: str,
+    quiet: bool,
+    weight: Callable[[str], int],
+) -> Tensor:
+    """The same for ``work`` that writes a tensor, or several called ``name...``, to files; finished ones are left."""
+
+    def row(name: str) -> Sequence[float]:
+        known = files.finished(name)
+        if known is None:
+            known = work(name)
+            files.finish(name, known)
+        return known
+
+    return rows(names, row, width, title, quiet, weight)
 
 
 def _alone() -> None:

@@ -16,10 +16,11 @@ from .checkpoint import TensorInfo
 from .delta import LowRank
 from .lora_layers import BIAS, A, B
 from .lora_source import METADATA
-from .output import TensorFiles, file_transaction
+from .output import file_transaction
 from .progress import track
 from .styles import Part, Place, Recipe, Styles, combine, split
 from .styles_report import Tally, recipe_words
+from .tensor_files import TensorFiles
 from .version import library_version
 
 RECIPE = "tvbases_styles"

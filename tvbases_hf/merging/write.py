@@ -23,7 +23,7 @@ RECIPE_FILE = "mergekit_config.yml"
 
 
 def write_checkpoint_merge(
-    merge: Merge, out: Path, *, dtype: torch.dtype | None = None, workers: int | None = None, quiet: bool = True
+    merge: Merge, out: Path, *, dtype: torch.dtype | None = None, quiet: bool = True
 ) -> dict[str, Any]:
     """Write the base plus the merged change, rounded once to ``dtype`` (None: each tensor's own), and report.
 
@@ -35,7 +35,7 @@ def write_checkpoint_merge(
     size = sum(info.numel * (dtype.itemsize if dtype else info.dtype.itemsize) for info in base.tensors.values())
     with transaction(out, is_merge, size) as work:
         changes = lambda name: merge.pieces(name) if name in names else None  # noqa: E731
-        stream_model(base, work, changes, dtype=dtype, workers=workers, quiet=quiet)
+        stream_model(base, work, changes, dtype=dtype, quiet=quiet)
         stored = dtype or next((base.tensors[name].dtype for name in merge.names), torch.float32)
         report = {**merge.report("checkpoint", out), "dtype": _name(stored)}
         return _finish(merge, work, report)
