@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from test_demo import MINIATURE, small_base
 from trained_adapters import trained_adapters
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
@@ -73,3 +74,25 @@ def test_bench_of_adapter_bases_compares_the_methods_for_both_kinds_of_seeds(
     assert same["chosen"] == "joint" and same["joint"] < 0.8 * same["tsv"]
     assert different["chosen"] == "tsv" or different["joint"] > 0.8 * different["tsv"]
     assert "same seed: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bench", ["arithmetic"], indirect=True)
+def test_bench_of_arithmetic_fills_its_table_and_shows_what_must_hold(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_base(tmp_path / "demo" / "base")
+    monkeypatch.setattr(bench, "SETTINGS", MINIATURE)
+    short = {"localize": {"epochs": 1}, "atlas": {"epochs": 1}, "atlas_nonnegative": {"epochs": 1}}
+    monkeypatch.setattr(bench, "OPTIONS", short | {name: {"steps": 1} for name in ("adamerging", "adamerging_task")})
+    bench.main(["--quick", "--num-bases", "2", "--workdir", str(tmp_path / "demo"), "--json", str(tmp_path / "x.json"),
+                "--methods", *bench.ROWS])  # fmt: skip
+    report = json.loads((tmp_path / "x.json").read_text())
+    columns = report["columns"]
+    assert list(columns) == ["all vectors", "AE", "PCA", "RandSelect"]
+    for column in columns.values():
+        assert list(column) == list(columns["AE"]) and set(bench.ROWS) <= set(column)
+        assert {"fisher, scaled", "regmean, scaled", "localize, scaled"} <= set(column)
+        assert all(len(cell["accuracy"]) == 3 and cell["mean"] > 0 for cell in column.values())
+        assert 0 < column["localize"]["bytes"] < column["fisher"]["bytes"]
+    assert columns["AE"]["fisher"]["bytes"] == 2 * columns["all vectors"]["fisher"]["bytes"] // 3
+    assert "normalised accuracy" in capsys.readouterr().out

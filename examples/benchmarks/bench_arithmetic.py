@@ -10,7 +10,8 @@ Normalised accuracy is the mean over the tasks of accuracy(merged) / accuracy(it
 methods without data have one alpha, chosen on those validation sentences; the others are as published, except that the
 learned coefficients take fewer and longer steps, to fit a processor, and AdaMerging starts at 0.3 T / K, where K bases
 weigh as much as T vectors. Statistics of task i are measured at what the vectors kept have of it. Time is that of the
-method with its choice of alpha, on the clock and of the processor (the machine may be busy); bytes are what has to be stored to merge again: K float32 vectors, or sparse ones.
+method with its choice of alpha, on the clock and of the processor (the machine may be busy); bytes are what has to be
+stored to merge again: K float32 vectors, or sparse ones.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def kinds_of(vectors: TaskVectors, kept: int, seed: int) -> dict[str, Vectors]:
 
 def subsampled(problem: Problem, count: int) -> Problem:
     """With ``count`` validation sentences, in which every label has its share."""
-    rows = stratified(problem.val.labels.tolist(), count)
+    rows = stratified(problem.val.labels.tolist(), min(count, len(problem.val)))
     return replace(problem, val=Examples([problem.val.ids[i] for i in rows], problem.val.labels[rows]))
 
 
