@@ -28,7 +28,7 @@ from tvbases_hf.delta import dense
 from tvbases_hf.errors import MismatchError, ParameterError
 from tvbases_hf.inplace import InPlace, Reparametrised
 from tvbases_hf.merging import DATA_METHODS, write_checkpoint_merge
-from tvbases_hf.merging.learned import as_merge
+from tvbases_hf.merging.learned import Computed, as_merge, write_merged
 from tvbases_hf.vectors import Vectors
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -143,6 +143,19 @@ def test_the_merged_model_is_written_as_it_was_evaluated(method, tmp_path: Path)
     with InPlace(model, found.names).changed(found.change) as changed:
         assert all(torch.equal(written[name], value) for name, value in changed.state_dict().items())
     assert json.loads((tmp_path / "out" / "tvbases_merge.json").read_text())["method"] == report["method"] == "learned"
+    write_merged(found, task_vectors.base, tmp_path / "half", "half of it", alpha=0.5)
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    with InPlace(model, found.names).changed(found.change, 0.5) as changed:
+        assert all(torch.equal(half[name], value) for name, value in changed.state_dict().items())
+
+
+def test_a_recipe_names_the_change_so_that_another_one_cannot_go_on_with_its_files() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    task_vectors = vectors_of(model, random_states(model, 2))
+    one, same, other = (Computed({"weight": torch.full((2, 3), value)}) for value in (1.0, 1.0, 2.0))
+    recipes = [as_merge(found, task_vectors, "x", "a: 1\n").recipe for found in (one, same, other)]
+    assert recipes[0] == recipes[1] != recipes[2] and recipes[0].startswith("a: 1\n# change ")
 
 
 def test_data_that_does_not_fit_is_refused_by_name(method, request: pytest.FixtureRequest) -> None:

@@ -93,6 +93,21 @@ def test_entropy_falls_and_labels_are_not_needed() -> None:
         assert torch.equal(dense(found.change(name)), dense(add(vectors.deltas(name), row)))
 
 
+def test_low_rank_changes_stay_in_their_factors() -> None:
+    """And are what the same changes give when they are stored whole."""
+    model, data = network(), labelled_data(5, 3, dtype=torch.float64)
+    vectors = mixed_forms(model)
+    low = Vectors(vectors.base, vectors.tasks[:2], ("a", "b"), ("0.weight", "2.weight"), torch.eye(2).double(),
+                  lambda name: vectors.deltas(name)[1:])  # fmt: skip
+    whole = Vectors(low.base, low.tasks, low.labels, low.names, low.encoder,
+                    lambda name: [Dense(dense(d)) for d in low.deltas(name)])  # fmt: skip
+    found, expected = (adamerging(v, model, data[:2], steps=5, lr=0.1) for v in (low, whole))
+    assert torch.allclose(found.values, expected.values, rtol=0, atol=1e-9)
+    assert all(isinstance(found.change(name), LowRank) for name in found.names)
+    for name in low.names:
+        assert torch.allclose(dense(found.change(name)), dense(expected.change(name)), rtol=0, atol=1e-6)
+
+
 def quadratic() -> tuple[nn.Module, TaskVectors, list[TaskData]]:
     """Logistic regression along one vector: the loss is convex in its coefficient."""
     torch.manual_seed(0)

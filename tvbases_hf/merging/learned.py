@@ -7,17 +7,21 @@ any moment, whatever happens.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import Checkpoint
 from ..data import TaskData
-from ..delta import Delta, Dense, add, dense
+from ..delta import Delta, Dense, add, dense, pieces
 from ..errors import MismatchError, ParameterError
 from ..inplace import Change, weights_of
+from ..model import write_model
 from ..taskvector import TaskVectors
 from ..vectors import Vectors
 from .merge import Merge
@@ -51,8 +55,35 @@ class Computed:
 
 
 def as_merge(found: Changes, vectors: TaskVectors, method: str, recipe: str = "") -> Merge:
-    """What write_checkpoint_merge takes: ``found`` added to the base of ``vectors``, which it was made of."""
-    return Merge(vectors, lambda name, _: found.change(name), found.names, method, recipe)
+    """What write_checkpoint_merge takes: ``found`` added to the base of ``vectors``, which it was made of.
+
+    A digest of the change is added to the recipe (one pass over it): a killed merge goes on only if it is the same.
+    """
+    return Merge(
+        vectors, lambda name, _: found.change(name), found.names, method, f"{recipe}# change {digest(found)}\n"
+    )
+
+
+def write_merged(
+    found: Changes, base: Checkpoint, out: str | Path, note: str, *, alpha: float = 1.0, quiet: bool = True
+) -> Path:
+    """The checkpoint theta_0 + alpha * change, rounded once to the base's dtypes: where only bases are left.
+
+    Raises OutputError if ``out`` is not ours, or the disk is full.
+    """
+    names = set(found.names)
+    changes = lambda name: pieces(found.change(name), alpha) if name in names else None  # noqa: E731
+    return write_model(base, Path(out), changes, note, quiet=quiet)
+
+
+def digest(found: Changes) -> str:
+    """Of all numbers of the change."""
+    total = hashlib.sha256()
+    for name in found.names:
+        total.update(name.encode())
+        for part in pieces(found.change(name)):
+            total.update(part.contiguous().numpy().tobytes())
+    return total.hexdigest()[:32]
 
 
 def paired(vectors: Vectors, data: Sequence[TaskData]) -> list[tuple[int, TaskData]]:
