@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor
 from .adapter_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
 from .adapter_names import Naming, is_conv1d, is_shared, is_tied_away
 from .checkpoint import WEIGHT_FILES as CHECKPOINT_FILES
-from .checkpoint import Checkpoint, locate
+from .checkpoint import Checkpoint, TensorInfo, locate
 from .delta import Delta, Dense, Dora, LowRank, dense
 from .errors import CheckpointError, MismatchError, TvbasesError
 
@@ -76,6 +78,7 @@ class Adapter:
         parts, saved = _group(stored, label)
         for module, found in parts.items():
             self._check_parts(module, found)
+        self._head = {name: saved.pop(name) for name in self._find_head(saved)} if parts else {}
         self.naming = self._resolve([f"{module}.weight" for module in parts], list(saved))
         self._modules: dict[str, LoraModule] = {}
         self._biases: dict[str, LoraModule] = {}
@@ -116,6 +119,29 @@ class Adapter:
     def saved_names(self) -> tuple[str, ...]:
         """The base's tensors that the adapter carries whole: ``modules_to_save`` and trained biases."""
         return tuple(self._saved)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """What is stored, by stored name."""
+        return self._stored.tensors
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Tensors of saved modules that the base lacks, a classifier for example, by the adapter's name.
+
+        They are no change of the base, but an adapter that is made of this one keeps them.
+        """
+        return tuple(self._head)
+
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """The tensors of ``head_names``."""
+        return {name: self._read(stored) for name, stored in self._head.items()}
+
+    def fingerprint(self) -> str:
+        """Digest of the configuration, and of names, shapes, dtypes and first numbers of what is stored."""
+        config = json.dumps(self.config, sort_keys=True, default=str)
+        return hashlib.sha256(f"{config} {self._stored.fingerprint()}".encode()).hexdigest()[:32]
 
     def delta(self, name: str) -> Delta | None:
         """The change of the base's tensor ``name``; None where the adapter changes nothing.
@@ -218,6 +244,18 @@ class Adapter:
             raise MismatchError(
                 f'"{self.label}": {error}; give the base that the adapter was trained on{trained_on}, with its head'
             ) from error
+
+    def _find_head(self, saved: Iterable[str]) -> list[str]:
+        """Names of tensors in ``modules_to_save`` of which the base has none, behind any prefix."""
+        modules = self.config.get("modules_to_save") or []
+        trunk = [f".{own}" for own in self._base.tensors]
+        return [
+            name
+            for name in saved
+            if any(f".{module}." in f".{name}" for module in modules)
+            and not is_tied_away(name, self._base, self.config)
+            and not any(own.endswith(f".{name}") or f".{name}".endswith(own) for own in trunk)
+        ]
 
     def _name(self, name: str) -> str:
         own = self.naming.to_base(name)

@@ -28,6 +28,7 @@ from .model import write_model
 from .output import transaction, write_json
 from .rank import RankRule
 from .reconstruction import Reconstruction
+from .run import once
 from .taskvector import TaskVectors
 
 METHODS: dict[str, Callable[..., BasisWeights]] = {
@@ -86,7 +87,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
             from .clustered import cluster_atoms
 
             return cls(*cluster_atoms(vectors, gram, num_bases, options, dtype, quiet))
-        weights = METHODS[method](gram.matrix, num_bases, **options)
+        weights = once(lambda: METHODS[method](gram.matrix, num_bases, **options))
         info = describe(vectors, gram, weights, options)
         return cls(info, EncodedAtoms(vectors, stored_encoder(weights), dtype, weights.mean is not None))
 
@@ -215,7 +216,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
                 return None
             terms = self.terms(task, name, model) or [(0.0, self.parts(name)[0])]
             parts = (pieces(delta, alpha * share) for share, delta in terms)
-            return (sum(rest, first) for first, *rest in zip(*parts, strict=True))
+            return (torch.stack(found).sum(dim=0) for found in zip(*parts, strict=True))
 
         note = f"{task} restored from a basis of {len(self.tasks)} tasks, alpha {alpha:g}"
         return write_model(model, Path(out), changes, note, quiet=quiet)
@@ -251,7 +252,9 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         """Write the basis directory as a transaction; ``push_to_hub`` and the rest as in ModelHubMixin."""
         needed = sum(info.nbytes for info in self.tensors.values())
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-        with transaction(save_directory, is_basis_directory, needed) as work:
+        stored = {name: [str(info.dtype), *info.shape] for name, info in self.tensors.items()}
+        job = {"info": self.info.to_json(), "tensors": stored}  # the Gram matrix in it tells the models apart
+        with transaction(save_directory, is_basis_directory, needed, job) as work:
             self._quiet = quiet
             super().save_pretrained(work)
         if push:

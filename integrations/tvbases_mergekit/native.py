@@ -93,12 +93,15 @@ def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe
     else:
         combine, stream = _by_weight(method, bound, weights)
     stream = stream if is_linear or (names and streams(method, bound[names[0]])) else None
-    return Merge(inputs.vectors, combine, tuple(names), method.spec.name, recipe, stream)
+    return Merge(inputs.vectors, combine, tuple(names), method.spec.name, recipe, stream, request.seed)
 
 
 def _over_bases(
     method: BasisMerge, bound: Mapping[str, Bound], gram: GroupGram, weights: Mapping[str, Weight]
 ) -> tuple[Combine, Stream]:
+    for parameters in bound.values():
+        method.prepare(gram, range(len(gram.ids)), parameters)
+    gram.share()
     return (
         lambda name, deltas: merged_bases(method, deltas, bound[name], gram, weights[name]),
         lambda name, deltas: streamed_bases(method, deltas, bound[name], gram, weights[name]),

@@ -18,6 +18,7 @@ from torch import Tensor
 from tvbases_hf.bases import BasisWeights
 from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.gram import Gram, gram_matrix
+from tvbases_hf.run import current
 from tvbases_hf.taskvector import TaskVectors
 
 LOG = logging.getLogger("tvbases_mergekit")
@@ -50,6 +51,10 @@ class GroupGram:
                 self._solved[key] = weights = method(self.gram.matrix, num_bases, options)
                 LOG.info("%s", _summary(name, self.gram.tasks, weights))
             return self._solved[key]
+
+    def share(self) -> None:
+        """Of several processes all use what the first has solved: other processors round otherwise."""
+        self._solved.update(current().team.same(self._solved))
 
 
 def _summary(name: str, tasks: Sequence[str], weights: BasisWeights) -> str:

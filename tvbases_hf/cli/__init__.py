@@ -7,6 +7,7 @@ import sys
 from ..errors import TvbasesError
 from . import compress, evaluate, inspect, merge, negate, styles, system  # noqa: F401  they register their commands
 from .app import app
+from .processes import team
 
 __all__ = ["app", "main"]
 
@@ -14,7 +15,8 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Entry point. Only TvbasesError becomes a message; anything else is a defect of ours and shows its traceback."""
     try:
-        app()
+        with team():
+            app()
     except TvbasesError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

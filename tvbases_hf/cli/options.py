@@ -66,7 +66,8 @@ def check_json(file: Path | None) -> None:
 
 def write_report(file: Path | None, value: dict[str, Any]) -> None:
     from ..output import write_json, writing
+    from ..run import current
 
-    if file is not None:
+    if file is not None and current().team.rank == 0:
         with writing(file):
             write_json(file, value)

@@ -15,6 +15,7 @@ from ..delta import Delta, Dense, LowRank, pieces
 from ..gram import not_finite
 from ..output import write_json
 from ..taskvector import TaskVectors
+from ..version import library_version
 
 MARKER = "tvbases_merge.json"
 
@@ -38,6 +39,7 @@ class Merge:
     method: str
     recipe: str
     stream: Stream | None = None
+    seed: int = 0
 
     def inputs(self, name: str) -> list[Delta]:
         """The models' changes of one weight. CheckpointError for NaN or infinity in one of them."""
@@ -60,6 +62,18 @@ class Merge:
             if not _is_finite(part):
                 raise not_finite(self.vectors, name, deltas)
             yield part
+
+    def job(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """Whatever decides the output: the same job can go on where a killed one was."""
+        models = {task: model.fingerprint() for task, model in self.vectors.models.items()}
+        return {
+            "recipe": self.recipe,
+            "seed": self.seed,
+            "dtype": str(dtype),
+            "base": self.vectors.base.fingerprint(),
+            "models": models,
+            "version": library_version(),
+        }
 
     def report(self, kind: str, out: Path) -> dict[str, Any]:
         """What is known of every merge."""
