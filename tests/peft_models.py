@@ -69,6 +69,15 @@ def bert(**options: Any) -> nn.Module:
     return BertForSequenceClassification(BertConfig(**(sizes | options)))
 
 
+def roberta(**options: Any) -> nn.Module:
+    """Its classifier has layers of its own."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_labels": 3}
+    sizes |= {"num_attention_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 16}
+    return RobertaForSequenceClassification(RobertaConfig(**(sizes | options)))
+
+
 def vit(**options: Any) -> nn.Module:
     """Its patches are a convolution."""
     from transformers import ViTConfig, ViTForImageClassification
@@ -82,6 +91,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "llama": llama,
     "gpt2": gpt2,
     "bert": bert,
+    "roberta": roberta,
     "vit": vit,
     "vision": Vision,
 }

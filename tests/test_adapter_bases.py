@@ -113,11 +113,14 @@ def test_the_base_of_another_architecture_is_refused(lora: Path, base: Path, ber
     assert "4 of 4 tensors" in message and "k_proj" in message and str(base) in message
 
 
-def test_a_head_that_the_base_lacks_is_named(bert_base: Path, tmp_path: Path) -> None:
+def test_a_saved_module_that_the_base_lacks_and_that_is_not_called_one_is_named(
+    bert_base: Path, tmp_path: Path
+) -> None:
     case = Case("bert", {"target_modules": ["query"], "task_type": "SEQ_CLS"})
     model: Any = load_base(bert_base, case)
     model.bert.save_pretrained(tmp_path / "trunk")
-    message = refusal(make_adapter(tmp_path / "a", bert_base, case), tmp_path / "trunk", MismatchError)
+    adapter = edit_config(make_adapter(tmp_path / "a", bert_base, case), modules_to_save=None)
+    message = refusal(adapter, tmp_path / "trunk", MismatchError)
     assert "classifier" in message and "with its head" in message
 
 

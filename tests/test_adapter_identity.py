@@ -70,6 +70,7 @@ CASES = {
     "bias lora_only": Case("bert", {"target_modules": ["query"], "bias": "lora_only"}),
     "bias all lora_bias": Case("bert", {"target_modules": ["query"], "bias": "all", "lora_bias": True}),
     "classifier": Case("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+    "classifier of layers": Case("roberta", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "embeddings of an encoder": Case(
         "bert", {"target_modules": ["word_embeddings", "position_embeddings", "query"], "task_type": "SEQ_CLS"}
     ),

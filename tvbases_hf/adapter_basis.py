@@ -238,6 +238,7 @@ def _describe(
         modules=encoded.specs,
         bias_modules=pool.template.bias_modules,
         saved=sorted(pool.template.saved),
+        head=list(pool.template.head),
         naming=asdict(pool.template.naming),
         base_sample=pool.base_sample(),
     )

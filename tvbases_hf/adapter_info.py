@@ -44,8 +44,9 @@ class AdapterInfo:
     modules: dict[str, Spec] = field(default_factory=dict)
     bias_modules: dict[str, str] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
+    head: list[str] = field(default_factory=list)
     naming: dict[str, str] = field(default_factory=dict)
-    """How the adapters call the base's tensors; with ``bias_modules`` and ``saved`` as in adapter_out.Template."""
+    """How the adapters call the base's tensors; it and the three before as in adapter_out.Template."""
     base_sample: dict[str, list[float]] = field(default_factory=dict)
     """The first numbers of a few weights of the base, to tell another model when the basis is attached."""
 

@@ -30,7 +30,8 @@ class Template:
     """What a merged adapter takes over from its sources: where the factors go, and the configuration's words.
 
     ``layouts`` and ``bias_modules`` are by name of the base's tensors; the modules in them, and ``naming``, are named
-    as in the first source. ``saved`` are tensors that some source carries whole.
+    as in the first source (that has a head). ``saved`` are tensors that some source carries whole; ``head`` those of
+    them that the base lacks, by the adapter's name; ``saved_modules`` what the sources call modules that are saved.
     """
 
     layouts: dict[str, Layout]
@@ -38,11 +39,16 @@ class Template:
     config: dict[str, Any] = field(default_factory=dict)
     saved: frozenset[str] = frozenset()
     naming: Naming = field(default_factory=Naming)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    saved_modules: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter], base_id: str) -> Template:
-        """The union of the adapters' modules. A word on which they disagree (the task type) is left out."""
-        naming = adapters[0].naming
+        """The union of the adapters' modules. A word on which they disagree (the task type) is left out.
+
+        Raises ParameterError where they bring different heads.
+        """
+        naming = next((adapter for adapter in adapters if adapter.head_names), adapters[0]).naming
 
         def renamed(name: str) -> str:
             return naming.to_adapter(name).rpartition(".")[0]
@@ -56,7 +62,17 @@ class Template:
             if all(value == values[0] for value in values):
                 config[word] = values[0]
         saved = frozenset(name for adapter in adapters for name in adapter.saved_names)
-        return cls(layouts, biases, config, saved, naming)
+        modules = frozenset(module for adapter in adapters for module in adapter.config.get("modules_to_save") or ())
+        return cls(layouts, biases, config, saved, naming, _common_head(adapters), modules)
+
+    def module_to_save(self, name: str) -> str:
+        """The module by which PEFT saves a tensor: the outermost that a source names, else the tensor's own.
+
+        A task type makes PEFT save ``classifier``, and then ``classifier.dense`` within it must not be saved again.
+        """
+        owners = _owners(name)
+        named = (owner for owner in owners if any(f".{owner}".endswith(f".{module}") for module in self.saved_modules))
+        return next(named, owners[-1] if owners else "")
 
 
 def adapter_tensors(
@@ -104,6 +120,20 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Mappin
 def is_adapter_directory(directory: Path) -> bool:
     """Whether a directory holds an adapter and nothing else: what a merged adapter may replace."""
     return (directory / CONFIG_FILE).is_file() and contains_only(directory, OUR_FILES)
+
+
+def _common_head(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    found: dict[str, tuple[str, Tensor]] = {}
+    for adapter in adapters:
+        for name, tensor in adapter.head.items():
+            first, known = found.setdefault(name, (adapter.label, tensor))
+            if not torch.equal(known, tensor):
+                raise ParameterError(
+                    f'"{first}" and "{adapter.label}" each bring a head of their own ({name}), which the base does not '
+                    "have, and one adapter has room for one. Take adapters that share it, or a base that has one with "
+                    "which all were trained"
+                )
+    return {name: tensor for name, (_, tensor) in found.items()}
 
 
 def _is_factored(name: str, delta: Delta, template: Template) -> bool:
@@ -201,7 +231,8 @@ def _saved_tensors(
 ) -> dict[str, Any]:
     """Add whole tensors to ``tensors``, as biases or as saved modules; return the words for the configuration."""
     names = {name: template.naming.to_adapter(name) for name in base.tensors}
-    modules: set[str] = set()
+    modules = {template.module_to_save(name) for name in template.head}
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in template.head.items()}
     words: dict[str, Any] = {}
     for name, delta in trained.items():
         module, _, leaf = names[name].rpartition(".")
@@ -209,7 +240,7 @@ def _saved_tensors(
         if leaf == "bias" and f"{name.rpartition('.')[0]}.weight" not in trained:
             words["bias"] = "all"
         elif module and not inner:
-            modules.add(module)
+            modules.add(template.module_to_save(names[name]))
         else:
             raise ParameterError(f"PEFT cannot save {name} by itself; write a full checkpoint")
         tensors[f"{PREFIX}{module}{inner}.{leaf}"] = _sum(base, name, delta)
@@ -227,9 +258,13 @@ def _saved_tensors(
 
 def _is_saved(name: str, modules: set[str]) -> bool:
     """PEFT takes every module whose name ends like a saved one for a saved one, and wants all of its tensors."""
+    return any(owner.endswith(saved) for owner in _owners(name) for saved in modules)
+
+
+def _owners(name: str) -> list[str]:
+    """The modules that a tensor is in, the outermost first."""
     parts = name.split(".")
-    owners = [".".join(parts[:count]) for count in range(1, len(parts))]
-    return any(owner.endswith(saved) for owner in owners for saved in modules)
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _sum(base: Checkpoint, name: str, delta: Delta) -> Tensor:

@@ -109,7 +109,9 @@ class Pool:
         """What the basis takes however small its ranks are: scales, magnitudes and whole changes."""
         total = sum(tensor.nbytes for tensor in self.beside.values())
         own = {n.removesuffix(OWN): t for n, t in self.beside.items() if n.endswith(OWN)}
-        if own:
+        if not own:
+            total += sum(tensor.nbytes for tensor in self.template.head.values())
+        else:
             changes: dict[str, Delta] = {name: Dense(alpha * tensor[0].float()) for name, tensor in own.items()}
             tensors, _ = adapter_tensors(changes, self.template, self.vectors.base)
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -137,18 +139,15 @@ def base_id(vectors: TaskVectors) -> str:
     return ids.pop() if len(ids) == 1 and ids != {""} else vectors.base.label
 
 
-def _stored(adapter: Adapter) -> dict[str, TensorInfo]:
-    return adapter._stored.tensors
-
-
 def _factor_dtype(adapter: Adapter) -> torch.dtype:
-    dtypes = [info.dtype for name, info in _stored(adapter).items() if ".lora_" in name]
+    dtypes = [info.dtype for name, info in adapter.tensors.items() if ".lora_" in name]
     return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def _own_bytes(adapter: Adapter, base: dict[str, TensorInfo]) -> int:
-    factors = sum(info.nbytes for name, info in _stored(adapter).items() if ".lora_" in name)
-    return factors + sum(base[name].nbytes for name in adapter.saved_names)
+    factors = sum(info.nbytes for name, info in adapter.tensors.items() if ".lora_" in name)
+    head = sum(tensor.nbytes for tensor in adapter.head.values())
+    return factors + head + sum(base[name].nbytes for name in adapter.saved_names)
 
 
 def _check_whole(name: str, template: Template, vectors: TaskVectors, deltas: list[Delta]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .adapter import PREFIX
 from .adapter_atoms import AdapterAtoms
 from .adapter_codec import Spec
 from .adapter_info import AdapterInfo
@@ -64,7 +65,11 @@ def template(info: AdapterInfo, atoms: AdapterAtoms) -> Template:
     layouts = {name: layout(spec) for name, spec in info.modules.items()}
     words = ("base_model_name_or_path", "task_type", "auto_mapping")
     config = {word: atoms.config[word] for word in words if word in atoms.config}
-    return Template(layouts, dict(info.bias_modules), config, frozenset(info.saved), Naming(**info.naming))
+    head = {name: atoms.stock.read(f"{PREFIX}{name}") for name in info.head}
+    modules = frozenset(atoms.config.get("modules_to_save") or ())
+    return Template(
+        layouts, dict(info.bias_modules), config, frozenset(info.saved), Naming(**info.naming), head, modules
+    )
 
 
 def layout(spec: Spec) -> Layout:

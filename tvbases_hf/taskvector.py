@@ -19,11 +19,15 @@ Model = Checkpoint | Adapter
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the task vectors leave out: tensors that a fine-tune lacks, that the base lacks, or of another shape."""
+    """What the task vectors leave out: tensors that a fine-tune lacks, that the base lacks, or of another shape.
+
+    ``heads`` are those of adapters that the base lacks; see Adapter.head_names.
+    """
 
     missing: dict[str, tuple[str, ...]]
     extra: dict[str, tuple[str, ...]]
     skipped: tuple[str, ...]
+    heads: dict[str, tuple[str, ...]]
 
     def notes(self) -> list[str]:
         """One line per finding, for the user."""
@@ -34,6 +38,11 @@ class Coverage:
             )
         for task, names in self.extra.items():
             lines.append(f'"{task}": {len(names)} tensors are not in the base (first: {names[0]}); left out')
+        for task, names in self.heads.items():
+            lines.append(
+                f'"{task}": {len(names)} tensors are not in the base (first: {names[0]}); an adapter keeps them as '
+                "they are, a checkpoint leaves them out"
+            )
         if self.skipped:
             lines.append(f"{len(self.skipped)} tensors differ in shape (first: {self.skipped[0]}); left out")
         return lines
@@ -213,4 +222,5 @@ def _coverage(
         missing={task: found for task, found in missing.items() if found},
         extra={task: found for task, found in extra.items() if found},
         skipped=skipped,
+        heads={task: adapter.head_names for task, adapter in adapters.items() if adapter.head_names},
     )

@@ -199,34 +199,30 @@ def _state(atoms: AdapterAtoms, info: BasisInfo, name: str, spec: Spec, selectio
 def _check_model(host: Any, info: BasisInfo) -> None:
     """MismatchError unless the model has the modules of the basis, in their shapes and with the base's numbers."""
     assert info.adapters is not None
-    missing = []
-    for name, spec in info.adapters.modules.items():
-        try:
-            module = host.get_submodule(spec.module)
-        except AttributeError:
-            missing.append(spec.module)
-            continue
-        weight = _weight(module)
-        if weight is None:
-            continue
-        shape = [len(weight), weight.numel() // max(1, len(weight))]
+    specs = info.adapters.modules
+    found = dict(host.named_modules())
+    missing = [spec.module for spec in specs.values() if spec.module not in found]
+    if missing:
+        raise MismatchError(
+            f"the model lacks {len(missing)} of the {len(specs)} modules of the basis (first: {missing[0]}), which was "
+            f"built on {info.base_id}; load that, with the class the adapters were made for"
+        )
+    weights = {name: weight for name, spec in specs.items() if (weight := _weight(found[spec.module])) is not None}
+    for name, weight in weights.items():
+        shape, spec = [len(weight), weight.numel() // max(1, len(weight))], specs[name]
         if shape != spec.shape:
             raise MismatchError(
                 f"{spec.module} is {shape} in this model and {spec.shape} in the basis, which was built on "
                 f"{info.base_id}; attach it to that model"
             )
-        sample = torch.tensor(info.adapters.base_sample.get(name, []))
-        own = weight.detach().reshape(-1)[: len(sample)].float().cpu()
-        if len(sample) and (own - sample).norm() > SAME_BASE * sample.norm():
+    for name, numbers in info.adapters.base_sample.items():
+        sample = torch.tensor(numbers)
+        own = weights[name].detach().reshape(-1)[: len(sample)].float().cpu() if name in weights else sample
+        if (own - sample).norm() > SAME_BASE * sample.norm():
             raise MismatchError(
-                f"the weights of {spec.module} are not those of {info.base_id}, on which the basis was built; "
+                f"the weights of {specs[name].module} are not those of {info.base_id}, on which the basis was built; "
                 "attach it to that model"
             )
-    if missing:
-        raise MismatchError(
-            f"the model lacks {len(missing)} of the {len(info.adapters.modules)} modules of the basis (first: "
-            f"{missing[0]}), which was built on {info.base_id}; load that, with the class the adapters were made for"
-        )
 
 
 def _weight(module: nn.Module) -> Tensor | None:

@@ -83,7 +83,7 @@ class DenseAdapter(Adapter):
     ) -> None:
         self.label, self.config, self.naming = label, dict(config), Naming()
         self._base, self._changes = base, dict(changes)
-        self._modules, self._biases, self._saved = {}, {}, {}
+        self._modules, self._biases, self._saved, self._head = {}, {}, {}, {}
         self.names = tuple(changes)
 
     def delta(self, name: str) -> Delta | None:
