@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter
     from .bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_proj, rand_select
     from .basis import Basis
+    from .bounds import measure_bounds
     from .checkpoint import Checkpoint
     from .coefficients import coordinate_search, grid_search
     from .curve import Curve, normalised_accuracy
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from .online import OnlineBasis
     from .shared import decompose
     from .singular import tsv_merge
+    from .tangent import Linearised
     from .taskvector import TaskVectors
+    from .training import fine_tune
 
 # Names are loaded when they are first used: `tvbases --help` and the start-up hook must not wait for torch.
 _HOME = {
@@ -31,6 +34,7 @@ _HOME = {
     "Dora": "delta",
     "Gram": "gram",
     "InPlace": "inplace",
+    "Linearised": "tangent",
     "LowRank": "delta",
     "Negation": "negation",
     "OnlineBasis": "online",
@@ -40,9 +44,11 @@ _HOME = {
     "cluster_bases": "bases",
     "coordinate_search": "coefficients",
     "decompose": "shared",
+    "fine_tune": "training",
     "gram_matrix": "gram",
     "grid_search": "coefficients",
     "inner": "delta",
+    "measure_bounds": "bounds",
     "negate": "negation",
     "normalised_accuracy": "curve",
     "pca_bases": "bases",
@@ -62,6 +68,7 @@ __all__ = [
     "Dora",
     "Gram",
     "InPlace",
+    "Linearised",
     "LowRank",
     "Negation",
     "OnlineBasis",
@@ -71,9 +78,11 @@ __all__ = [
     "cluster_bases",
     "coordinate_search",
     "decompose",
+    "fine_tune",
     "gram_matrix",
     "grid_search",
     "inner",
+    "measure_bounds",
     "negate",
     "normalised_accuracy",
     "pca_bases",
