@@ -96,3 +96,23 @@ def test_bench_of_arithmetic_fills_its_table_and_shows_what_must_hold(
         assert 0 < column["localize"]["bytes"] < column["fisher"]["bytes"]
     assert columns["AE"]["fisher"]["bytes"] == 2 * columns["all vectors"]["fisher"]["bytes"] // 3
     assert "normalised accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("bench", ["online"], indirect=True)
+def test_bench_of_online_bases_measures_every_addition_and_removes_its_models(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "TASKS", 20)
+    monkeypatch.setattr(bench, "METHODS", ("ae", "ta"))
+    monkeypatch.setattr(bench, "measure", bench.measured)
+    write = bench.write_models
+    monkeypatch.setattr(bench, "write_models", lambda directory, *_: write(directory, 1, 16))
+    rows = bench.main(["--quick", "--workdir", str(tmp_path)])
+    assert [row["method"] for row in rows] == ["ae", "ta"]
+    for row in rows:
+        assert len(row["steps"]) == 20
+        assert row["steps"][4]["vectors"] == row["steps"][-1]["vectors"]
+        assert row["cosine with the sum"] > 0.999
+    assert list(tmp_path.iterdir()) == []
+    assert "s a task" in capsys.readouterr().out
