@@ -83,7 +83,8 @@ def test_bench_of_arithmetic_fills_its_table_and_shows_what_must_hold(
     small_base(tmp_path / "demo" / "base")
     monkeypatch.setattr(bench, "SETTINGS", MINIATURE)
     short = {"localize": {"epochs": 1}, "atlas": {"epochs": 1}, "atlas_nonnegative": {"epochs": 1}}
-    monkeypatch.setattr(bench, "OPTIONS", short | {name: {"steps": 1} for name in ("adamerging", "adamerging_task")})
+    short |= {name: {"steps": 1} for name in ("adamerging", "adamerging_task")}
+    monkeypatch.setattr(bench, "QUICK_OPTIONS", short)
     bench.main(["--quick", "--num-bases", "2", "--workdir", str(tmp_path / "demo"), "--json", str(tmp_path / "x.json"),
                 "--methods", *bench.ROWS])  # fmt: skip
     report = json.loads((tmp_path / "x.json").read_text())

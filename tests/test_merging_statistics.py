@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from merging_models import NAMES, answers, changes, labelled_data, random_states
 from torch import Tensor, nn
 
 from tvbases_hf.data import TaskData
-from tvbases_hf.delta import dense
+from tvbases_hf.delta import Dense, dense
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fisher import diagonal_fisher, examples_of, fisher
+from tvbases_hf.merging.learned import combined, held
 from tvbases_hf.merging.regmean import regmean
 from tvbases_hf.vectors import Vectors
 
@@ -235,3 +237,25 @@ def test_bad_options_are_refused() -> None:
             method(vectors, model, data, at=vectors.selected([0]))
         with pytest.raises(ParameterError, match='data of "math" is empty'):
             method(vectors, model, [TaskData("math", [], answers), *data[1:]])
+
+
+def test_held_vectors_are_read_once_and_stay_what_they_are() -> None:
+    model = network()
+    plain, count = Vectors.of_tasks(vectors_of(model, random_states(model, 3))), []
+
+    def read(name: str) -> list:
+        count.append(name)
+        return plain.deltas(name)
+
+    vectors = held(replace(plain, read=read))
+    for _ in range(2):
+        for name in plain.names:
+            pairs = zip(vectors.deltas(name), plain.deltas(name), strict=True)
+            assert all(torch.equal(dense(a), dense(b)) for a, b in pairs)
+    assert count == list(plain.names)
+
+
+def test_vectors_without_weight_are_left_out_of_a_sum() -> None:
+    deltas = [Dense(torch.full((2,), float("nan"))), Dense(torch.ones(2)), Dense(torch.full((2,), 3.0))]
+    assert dense(combined(deltas, [0.0, 0.5, 0.25])).tolist() == [1.25, 1.25]
+    assert dense(combined(deltas[1:], [0.0, 0.0])).tolist() == [0.0, 0.0]

@@ -40,6 +40,7 @@ from tvbases_hf.demo.encoder import Examples, Problem
 from tvbases_hf.demo.run import DEFAULT_WORKDIR, Settings, fine_tunes
 from tvbases_hf.inplace import Change, InPlace
 from tvbases_hf.merging import DATA_METHODS, METHODS, merged
+from tvbases_hf.merging.learned import held
 from tvbases_hf.merging.localize import Stitched
 from tvbases_hf.output import readable_size, write_json
 from tvbases_hf.vectors import Vectors
@@ -57,7 +58,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "atlas": {"epochs": 15},
     "atlas_nonnegative": {"epochs": 15},
 }
-QUICK = ("task_arithmetic", "regmean", "adamerging_task")
+QUICK = ("task_arithmetic", "regmean", "adamerging", "atlas", "fisher", "localize")
+QUICK_OPTIONS: dict[str, dict[str, Any]] = {
+    "localize": {"epochs": 3},
+    "adamerging": {"lr": 2e-2, "steps": 12},
+    "adamerging_task": {"lr": 2e-2, "steps": 12},
+    "atlas": {"epochs": 12},
+    "atlas_nonnegative": {"epochs": 12},
+}
 
 
 Clock = tuple[float, float]
@@ -128,9 +136,9 @@ def kinds_of(vectors: TaskVectors, kept: int, seed: int) -> dict[str, Vectors]:
     pca = Vectors.mixed(vectors, pca_bases(gram, kept))
     return {
         "all vectors": Vectors.of_tasks(vectors),
-        "AE": Vectors.mixed(vectors, ae_bases(gram, kept)),
-        "PCA": replace(pca, encoder=torch.full_like(pca.encoder, 1 / len(vectors))),
-        "RandSelect": Vectors.mixed(vectors, rand_select(gram, kept, seed=seed)),
+        "AE": held(Vectors.mixed(vectors, ae_bases(gram, kept))),
+        "PCA": held(replace(pca, encoder=torch.full_like(pca.encoder, 1 / len(vectors)))),
+        "RandSelect": held(Vectors.mixed(vectors, rand_select(gram, kept, seed=seed))),
     }
 
 
@@ -190,21 +198,21 @@ ROWS: dict[str, Callable[[str, Vectors, Bench, Mapping[str, Problem]], list[Cell
 }
 
 
-def run(bench: Bench, names: Sequence[str], kept: int, seed: int) -> dict[str, Any]:
-    """{column: {row: Cell}} and what they were made of."""
-    columns: dict[str, dict[str, Any]] = {}
+def run(bench: Bench, names: Sequence[str], kept: int, seed: int, save: Callable[[Any], object]) -> dict[str, Any]:
+    """{column: {row: Cell}} and what they were made of; ``save`` gets it whenever a row is complete."""
     kinds = kinds_of(bench.vectors, kept, seed)
-    total = len(kinds) * len(names)
-    with tqdm(total=total, disable=None, leave=False) as bar:
-        for kind, vectors in kinds.items():
-            count = max(1, round(bench.validation * len(vectors) / len(vectors.tasks)))
-            problems = {task: subsampled(problem, count) for task, problem in bench.problems.items()}
-            columns[kind] = {}
-            for name in names:
-                bar.set_description(f"{kind}: {name}")
+    columns: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+    found = {"tasks": list(bench.own), "own": bench.own, "columns": columns, "validation": bench.validation}
+    with tqdm(total=len(kinds) * len(names), disable=None, leave=False) as bar:
+        for name in names:
+            for kind, vectors in kinds.items():
+                bar.set_description(f"{name}, {kind}")
+                count = max(1, round(bench.validation * len(vectors) / len(vectors.tasks)))
+                problems = {task: subsampled(problem, count) for task, problem in bench.problems.items()}
                 columns[kind] |= {cell.row: asdict(cell) for cell in ROWS[name](name, vectors, bench, problems)}
                 bar.update()
-    return {"tasks": list(bench.own), "own": bench.own, "columns": columns, "validation": bench.validation}
+            save(found)
+    return found
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
@@ -223,7 +231,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three methods, fewer sentences")
+    parser.add_argument("--quick", action="store_true", help="six methods, fewer sentences and steps")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), help="these rows only")
     parser.add_argument("--num-bases", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0, help="of RandSelect")
@@ -231,12 +239,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(arguments)
     names = options.methods or (QUICK if options.quick else list(ROWS))
-    validation, test = (16, 25) if options.quick else (24, 100)
+    validation, test = (16, 50) if options.quick else (24, 100)
     bench = Bench.prepare(options.workdir.expanduser().absolute(), SETTINGS, validation, test)
-    found = run(bench, names, options.num_bases, options.seed)
+    save = functools.partial(write_json, options.json) if options.json else lambda found: None
+    if options.quick:
+        OPTIONS.update(QUICK_OPTIONS)
+    found = run(bench, names, options.num_bases, options.seed, save)
     show(found, Console(width=110))
-    if options.json:
-        write_json(options.json, found)
     return found
 
 

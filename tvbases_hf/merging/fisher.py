@@ -14,7 +14,7 @@ from ..delta import add, dense
 from ..errors import ParameterError
 from ..inplace import Reparametrised
 from ..vectors import Vectors
-from .learned import Computed, asking, gradients, moved, paired, task_changes
+from .learned import Computed, asking, combined, gradients, moved, paired, task_changes
 
 # Share of the mean information that every weight has at least: where the data says nothing, it is a plain mean.
 FLOOR = 1e-6
@@ -70,7 +70,7 @@ def fisher(
                         model, moved(weights, change), task, empirical=empirical, samples=samples, seed=seed
                     )
                     for name, information in found.items():
-                        mixed = dense(add(vectors.deltas(name), row.tolist())).to(information.device)
+                        mixed = dense(combined(vectors.deltas(name), row.tolist())).to(information.device)
                         above[name].addcmul_(information, mixed.reshape(information.shape))
                         below[name].add_(information, alpha=float(row.sum()))
                 bar.update()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -168,6 +168,21 @@ def task_changes(vectors: Vectors, at: Vectors | None) -> list[Change | None]:
     ]
 
 
+def combined(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
+    """sum_k w_k delta_k, for which a vector of weight 0 is not read."""
+    kept = [k for k, weight in enumerate(weights) if weight != 0] or [0]
+    return add([deltas[k] for k in kept], [weights[k] for k in kept])
+
+
+def held(vectors: Vectors) -> Vectors:
+    """The same vectors with their changes in memory: bases that are mixed from task vectors are mixed once.
+
+    K float32 copies of what is dense, factors of what is not; task vectors stay in their files.
+    """
+    known = {name: vectors.deltas(name) for name in vectors.names}
+    return replace(vectors, read=lambda name: list(known[name]))
+
+
 def gradients(loss: Tensor, leaves: Mapping[str, Tensor], keep: bool = False) -> Iterator[tuple[str, Tensor]]:
     """(name, gradient) of every weight that the loss depends on. ``keep`` the graph for another call."""
     found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=keep, allow_unused=True)
@@ -181,7 +196,7 @@ def mean_change(vectors: Vectors, name: str) -> Tensor:
 
 
 def _combined(vectors: Vectors, weights: list[float]) -> Change:
-    return lambda name: add(vectors.deltas(name), weights)
+    return lambda name: combined(vectors.deltas(name), weights)
 
 
 def _check_tied(vectors: Vectors, model: nn.Module) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import TaskData
-from ..delta import add, dense
+from ..delta import dense
 from ..errors import ParameterError
 from ..inplace import Reparametrised
 from ..linalg import solve_psd
 from ..vectors import Vectors
-from .learned import Computed, asking, mean_change, moved, paired, task_changes
+from .learned import Computed, asking, combined, mean_change, moved, paired, task_changes
 
 # What the authors multiply the entries of X^T X beside the diagonal by (their alpha, 0.9 for most models).
 SHRINK = 0.9
@@ -65,7 +65,7 @@ def regmean(
                     products = input_products(model, moved(weights, change), layers, task)
                     for name, product in products.items():
                         shrunk = shrink * product + (1 - shrink) * product.diag().diag()
-                        mixed = dense(add(vectors.deltas(name), row.tolist())).to(shrunk.device)
+                        mixed = dense(combined(vectors.deltas(name), row.tolist())).to(shrunk.device)
                         _accumulate(above, name, mixed @ shrunk)
                         _accumulate(below, name, float(row.sum()) * shrunk)
                 bar.update()
