@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import fine_tunes, make_llama, save_state
 from merging_models import NAMES, bits, changes, labelled_data, one_hot, random_states, unchanged, vectors_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tvbases_hf import TaskVectors
+from tvbases_hf import Basis, TaskVectors
 from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.data import TaskData
 from tvbases_hf.delta import dense
@@ -216,3 +217,27 @@ def test_stitched_masks_are_zero_outside(host) -> None:
     kept = sum(int((value != 0).sum()) for value in changes(found).values())
     total = sum(dense(d).numel() for name in task_vectors.names for d in task_vectors.deltas(name)[:1])
     assert 0.1 * total <= kept <= 3 * 0.1 * total + 3
+
+
+def test_directories_in_and_a_directory_out_that_transformers_loads(tmp_path: Path) -> None:
+    """As in the README: data sets of text, over the task vectors and over a basis directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = make_llama(tmp_path / "base")
+    tuned = fine_tunes(load_file(base / "model.safetensors"), 3, seed=0)
+    paths = {name: save_state(tmp_path / name, state, base) for name, state in zip(NAMES, tuned, strict=True)}
+    task_vectors = TaskVectors.open(base, paths)
+    Basis.build(task_vectors, 2).save_pretrained(tmp_path / "basis")
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    rows = {name: [{"text": f"word{i} word{i + 3} word{5 * i}"} for i in range(6)] for name in NAMES}
+    data = [TaskData.of_dataset(name, rows[name], tokenizer=tokenizer, batch_size=2) for name in NAMES]
+
+    found = DATA_METHODS["regmean"](Vectors.of_tasks(task_vectors), model, data)
+    write_checkpoint_merge(as_merge(found, task_vectors, "regmean"), tmp_path / "merged")
+    bases = Vectors.of_basis(Basis.from_pretrained(tmp_path / "basis"), base)
+    write_merged(DATA_METHODS["regmean"](bases, model, data), bases.base, tmp_path / "fewer", "regmean of 2 bases")
+    before = model.state_dict()
+    for out in ("merged", "fewer"):
+        state = AutoModelForCausalLM.from_pretrained(tmp_path / out).state_dict()
+        assert not any(torch.equal(state[name], before[name]) for name in found.names)

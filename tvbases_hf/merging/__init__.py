@@ -6,6 +6,7 @@ Methods that need data (``DATA_METHODS``) take all vectors and a model, and give
 """
 
 from .addition import linear, task_arithmetic
+from .learned import as_merge, write_merged
 from .merge import Merge, is_merge
 from .methods import METHODS, find_method, merged
 from .with_data import DATA_METHODS
@@ -15,6 +16,7 @@ __all__ = [
     "DATA_METHODS",
     "METHODS",
     "Merge",
+    "as_merge",
     "find_method",
     "is_merge",
     "linear",
@@ -22,4 +24,5 @@ __all__ = [
     "task_arithmetic",
     "write_adapter_merge",
     "write_checkpoint_merge",
+    "write_merged",
 ]
