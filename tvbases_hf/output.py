@@ -46,8 +46,8 @@ def transaction(
     with writing(place, needed_bytes):
         scratch = once(lambda: _prepare(place, needed_bytes, key))
         work = scratch / place.name  # programs that write there may put the directory's name into a file
-        _check_seen(work)
         try:
+            _check_seen(work)
             if key is not None:
                 _JOURNALS[work] = Journal(scratch, key, team.rank)
             yield work
