@@ -25,6 +25,7 @@ from adapter_families import (
     write_lora,
 )
 from command_line import refused, tvbases
+from fake_hub import FakeHub, file_bytes
 from matrices import gaussian
 from peft_models import IDS, Case, load_adapter, load_base, make_base, outputs
 from safetensors.torch import load_file
@@ -602,6 +603,31 @@ def test_the_command_compresses_and_reports_both_errors_beside_truncation(family
     assert report["bytes"] == stored_bytes(out)
     assert report["bytes_of_task_vectors"] == sum(stored_bytes(path) for path in family.tasks.values())
     assert "truncated alone, same bytes" in found.out and "one seed" in found.out.replace("\n", " ")
+
+
+def test_the_command_counts_the_modules_that_an_adapter_lacks(family: Adapters, tmp_path: Path) -> None:
+    factors = {"model.layers.0.self_attn.q_proj": (gaussian(1, 16, 2).float(), gaussian(2, 2, 16).float())}
+    write_lora(tmp_path / "small", factors, base_model_name_or_path="some/base")
+    adapters = replace(family, tasks={**family.tasks, "small": tmp_path / "small"})
+    found = tvbases("compress", *adapters.options(), "--out", tmp_path / "basis", "--quiet")
+    assert found.code == 0, found.err
+    assert '"small": 7 tensors of the base are absent' in found.err and "counted as unchanged" in found.err
+
+
+@pytest.mark.parametrize("state", ["built", "loaded"])
+def test_pushing_uploads_the_directory_that_saving_writes(
+    state: str, dora: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both files of the basis and both of the stock adapter."""
+    hub = FakeHub(monkeypatch)
+    basis = build(dora, REQUESTS["joint"])
+    basis.save_pretrained(tmp_path / "basis")
+    basis = basis if state == "built" else Basis.from_pretrained(tmp_path / "basis")
+    assert str(basis.push_to_hub("me/skills")) == "https://example.org/me/skills"
+    assert hub.files == file_bytes(tmp_path / "basis")
+    assert {"adapter_config.json", "adapter_model.safetensors", "basis_config.json", "basis.safetensors"} < set(
+        hub.files
+    )
 
 
 def test_the_command_says_where_truncation_is_as_good_and_uses_it(strangers: Adapters, tmp_path: Path) -> None:

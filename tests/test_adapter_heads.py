@@ -97,12 +97,14 @@ def test_a_basis_of_adapters_with_one_head_gives_every_task_back_with_it(family:
     basis = Basis.from_pretrained(tmp_path / "basis")
     torch.manual_seed(5)
     model = basis.attach(load_base(family.base, family.case))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     for task, path in family.tasks.items():
         expected = with_trunk(family.base, family.case, path)
         basis.adapter(task).save_pretrained(tmp_path / "one")
         assert relative(with_trunk(family.base, family.case, tmp_path / "one"), expected) <= TOLERANCE
         basis.select(model, task)
         assert relative(outputs(model), expected) <= TOLERANCE
+    assert relative(outputs(model.merge_and_unload()), expected) <= TOLERANCE  # of the last task
     ones = {task: 1.0 for task in family.tasks}
     run_native(addition(family, ones), tmp_path / "sum", "--adapter")
     expected = with_trunk(family.base, family.case, tmp_path / "sum")

@@ -84,6 +84,14 @@ def test_a_sum_of_adapters_is_the_sum_of_pefts_delta_weights(base: Path, tmp_pat
         total = add(vectors.deltas(name), WEIGHTS)
         assert isinstance(total, LowRank)
         assert float((dense(total) - expected[name]).norm() / expected[name].norm()) <= 1e-6
+    changes = {name: add(vectors.deltas(name), WEIGHTS) for name in vectors.names}
+    sources = [Adapter.open(path, vectors.base) for path in paths.values()]
+    (tmp_path / "out").mkdir()
+    write_adapter(tmp_path / "out", *adapter_tensors(changes, Template.of(sources, str(base)), vectors.base))
+    loaded: Any = load_adapter(base, Case("llama", {}), tmp_path / "out").double()
+    for name, change in expected.items():
+        found = loaded.base_model.model.get_submodule(name.removesuffix(".weight")).get_delta_weight("default")
+        assert float((found - change).norm() / change.norm()) <= 1e-6
 
 
 def test_gram_matrices_in_factor_space_are_those_of_the_dense_changes(vectors: TaskVectors) -> None:

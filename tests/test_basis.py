@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_hub import FakeHub, file_bytes
 from models import (
     CONFIG,
     SHAPES,
@@ -69,10 +70,6 @@ def stored_matrix(directory: Path) -> Tensor:
 
 def task_matrix(models: Models) -> Tensor:
     return dense_task_matrix(models.base_state, models.states)
-
-
-def file_bytes(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
 # --- saving and loading -----------------------------------------------------------------------------------------------
@@ -389,23 +386,6 @@ def test_the_model_card_of_a_hub_base_links_to_it(models: Models, tmp_path: Path
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------
-
-
-class FakeHub:
-    """Takes what would be uploaded."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from huggingface_hub import HfApi
-
-        self.files: dict[str, bytes] = {}
-        self.calls: list[dict[str, Any]] = []
-        monkeypatch.setattr(HfApi, "create_repo", lambda _, repo_id, **options: type("Url", (), {"repo_id": repo_id}))
-        monkeypatch.setattr(HfApi, "upload_folder", lambda _, **options: self.upload(**options))
-
-    def upload(self, **options: Any) -> str:
-        self.calls.append(options)
-        self.files = file_bytes(Path(options["folder_path"]))
-        return f"https://example.org/{options['repo_id']}"
 
 
 @pytest.mark.parametrize("way", ["push", "save"])

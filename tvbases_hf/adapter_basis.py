@@ -25,6 +25,8 @@ from .taskvector import TaskVectors
 from .version import library_version
 
 METHODS = ("ae", "joint", "tsv", "rand_select", "cluster", "pca_positive")
+# Compared where a budget is given and no method.
+COMPARED = ("tsv", "joint", "ae")
 # Whose vectors are sums of tasks, each cut to a rank.
 OF_ATOMS = ("ae", "rand_select", "cluster", "pca_positive")
 DEFAULT_BUDGET, DEFAULT_BASES = 0.5, 0.5
@@ -124,7 +126,7 @@ def _plans(pool: Pool, found: Survey, request: Request, normalize: bool, quiet: 
             f"budget {request.budget:g} is {request.budget * pool.adapters_bytes:.0f} bytes, less than what is kept as "
             f"it is ({pool.fixed_bytes(request.alpha)} bytes of row scales, biases and saved modules)"
         )
-    wanted = (request.method,) if request.method else METHODS[:3]
+    wanted = (request.method,) if request.method else COMPARED
     plans = []
     if "tsv" in wanted or "joint" in wanted:
         plans.append(_truncated(pool, found, available))

@@ -73,8 +73,8 @@ def attach(atoms: AdapterAtoms, info: BasisInfo, model: Any, task: str | None, a
     except ParameterError:
         attached.delete_adapter(adapter_name)
         raise
+    _freeze(attached, adapter_name)
     for layer, (name, spec) in zip(layers, specs.items(), strict=True):
-        _freeze(layer, adapter_name)
         layer.lora_variant[adapter_name] = _variant()(_state(atoms, info, name, spec, selection))
     return attached
 
@@ -172,11 +172,11 @@ def _insert(peft: Any, model: Any, atoms: AdapterAtoms, info: BasisInfo, changes
     return attached
 
 
-def _freeze(layer: Any, adapter_name: str) -> None:
+def _freeze(model: nn.Module, adapter_name: str) -> None:
     """PEFT makes the adapter that it activates trainable; training would change all tasks at once."""
-    for parameters in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
-        if adapter_name in parameters:
-            parameters[adapter_name].requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if adapter_name in name.split("."):
+            parameter.requires_grad_(False)
 
 
 def _state(atoms: AdapterAtoms, info: BasisInfo, name: str, spec: Spec, selection: Selection) -> LayerState:
