@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hf_models import make_llama
@@ -23,7 +25,7 @@ from toxic_data import (
 
 from tvbases_hf.errors import ParameterError
 from tvbases_lm_eval import include_path
-from tvbases_lm_eval.evaluate import evaluate, measure
+from tvbases_lm_eval.evaluate import Session, evaluate
 from tvbases_lm_eval.plan import Plan
 from tvbases_lm_eval.prompts import prompts, read_file
 from tvbases_lm_eval.scorers import CallableScorer, Scorer
@@ -32,7 +34,7 @@ from tvbases_lm_eval.toxicity import COUNTS, METRICS, toxicity
 from tvbases_lm_eval.variants import Variant, Where, load
 
 TOXIGEN, REAL = "tvbases_toxigen_generate", "tvbases_realtoxicityprompts"
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+INCLUDE = include_path()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 
 
 def values(plan: Plan, loaded: tuple[Any, Any]) -> dict[tuple[str, str], float]:
-    return {key: value for key, (value, _, _) in measure(*loaded, plan).items()}
+    return {key: value for key, (value, _, _) in Session.open(plan).measure(*loaded).items()}
 
 
 def plan(files: dict[str, str], scorer: str | Scorer = "profanity", **changes: Any) -> Plan:
@@ -76,40 +78,54 @@ def plan(files: dict[str, str], scorer: str | Scorer = "profanity", **changes: A
 # lm-eval's command
 
 
-def lm_eval(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("lm_eval")
-    return subprocess.run(
-        [str(program), *arguments], env=os.environ | OFFLINE, capture_output=True, text=True, check=False
-    )
+@pytest.fixture(scope="module")
+def everything() -> Any:
+    """lm-eval's own tasks and ours: thousands of files, read once for all the tests."""
+    return Plan(targets=("tvbases_negation",)).manager()
 
 
-@pytest.mark.slow
+def lm_eval(*arguments: str, tasks: Any) -> str:
+    """What lm-eval's own command prints, in this process, where connections are refused."""
+    from lm_eval.__main__ import cli_evaluate
+
+    out = io.StringIO()
+    with (
+        patch.object(sys, "argv", ["lm_eval", *arguments]),
+        patch("lm_eval.tasks.TaskManager", tasks),
+        contextlib.redirect_stdout(out),
+    ):
+        cli_evaluate()
+    return out.getvalue()
+
+
 def test_lm_eval_lists_and_validates_the_tasks() -> None:
-    listed = lm_eval("ls", "tasks", "--include_path", str(include_path()))
+    from lm_eval.tasks import TaskManager
+
+    ours = partial(TaskManager, include_defaults=False)  # its own tables of thousands of tasks take a minute to draw
     named = f"{TOXIGEN},{REAL},tvbases_text,tvbases_negation,tvbases_negation_target,tvbases_negation_control"
-    assert all(f"|{name} " in listed.stdout for name in named.split(","))
-    checked = lm_eval("validate", "--tasks", named, "--include_path", str(include_path()))
-    assert checked.returncode == 0 and "All tasks found and valid" in checked.stdout, checked
+    listed = lm_eval("ls", "tasks", "--include_path", str(INCLUDE), tasks=ours)
+    assert all(f"|{name} " in listed for name in named.split(","))
+    checked = lm_eval("validate", "--tasks", named, "--include_path", str(INCLUDE), tasks=ours)
+    assert "All tasks found and valid" in checked
 
 
-@pytest.mark.slow
 def test_lm_eval_runs_both_tasks_offline_from_local_files(llama: Path, files: dict[str, str]) -> None:
+    from lm_eval.tasks import TaskManager
+
     settings = {**files, "scorer": "profanity", "continuations": 2}
-    done = lm_eval(
+    printed = lm_eval(
         *("run", "--model", "hf", "--model_args", f"pretrained={llama}", "--tasks", f"{TOXIGEN},{REAL}"),
-        *("--include_path", str(include_path()), "--metadata", json.dumps(settings), "--device", "cpu"),
+        *("--include_path", str(INCLUDE), "--metadata", json.dumps(settings), "--device", "cpu"),
+        tasks=partial(TaskManager, include_defaults=False),
     )
-    assert done.returncode == 0, done.stderr
-    assert all(done.stdout.count(metric) == 2 for metric in (*METRICS, *COUNTS)), done.stdout
+    assert all(printed.count(metric) == 2 for metric in (*METRICS, *COUNTS)), printed
 
 
-@pytest.mark.slow
-def test_every_member_of_the_negation_groups_is_a_task_of_lm_eval() -> None:
-    manager = Plan(targets=("tvbases_negation",)).manager()
+def test_every_member_of_the_negation_groups_is_a_task_of_lm_eval(everything: Any) -> None:
     groups = {"tvbases_negation", "tvbases_negation_target", "tvbases_negation_control"}
-    members = {member for group in groups for member in manager.task_index[group].cfg["task"]}
+    members = {member for group in groups for member in everything.task_index[group].cfg["task"]}
     assert members >= {TOXIGEN, REAL, "gsm8k", "mmlu"}
-    assert members <= set(manager.all_tasks)
+    assert members <= set(everything.all_tasks)
 
 
 # Runs
@@ -151,6 +167,15 @@ def test_failed_scores_are_counted_and_not_taken_for_harmless(
     failed = sum(len(text) % 2 == 0 for text in seen)
     assert 0 < failed < 12 and found[TOXIGEN, "failed_scores"] == failed
     assert f"{failed} of 12 texts have no score (first: RuntimeError: no answer)" in caplog.text
+
+
+def test_a_session_measures_every_model_as_if_it_were_the_first(
+    loaded: tuple[Any, Any], files: dict[str, str], llama: Path
+) -> None:
+    session = Session.open(plan(files, CallableScorer(bad_share)))
+    other = load(make_llama(llama.parent / "other-llama", seed=5), Where("cpu"))
+    first, different, again = session.measure(*loaded), session.measure(*other), session.measure(*loaded)
+    assert first == again != different
 
 
 def test_where_every_score_failed_no_metric_is_reported(loaded: tuple[Any, Any], files: dict[str, str]) -> None:
@@ -267,8 +292,11 @@ def test_a_plan_that_cannot_be_carried_out_is_refused(changes: dict[str, Any], r
         plan({}, **changes)
 
 
-def test_data_and_tasks_that_nobody_knows_are_named() -> None:
+def test_data_and_tasks_that_nobody_knows_are_named(everything: Any) -> None:
     with pytest.raises(ParameterError, match="is not toxigen=FILE or realtoxicityprompts=FILE"):
         Plan.of([TOXIGEN], [], ["toxigin=file.jsonl"], "profanity", None, None, 0, 1)
-    with pytest.raises(ParameterError, match=f'no task "{TOXIGEN}s" .did you mean {TOXIGEN}'):
+    with (
+        patch("lm_eval.tasks.TaskManager", lambda **_: everything),
+        pytest.raises(ParameterError, match=rf'no task "{TOXIGEN}s" \(did you mean {TOXIGEN}'),
+    ):
         Plan(targets=(f"{TOXIGEN}s",)).manager()

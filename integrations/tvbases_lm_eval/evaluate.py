@@ -5,29 +5,80 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import random
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tvbases_hf.errors import MissingExtraError
 
-from .plan import TEXT, Plan
+from .plan import Plan
 from .variants import Variant
 
 STDERR = "_stderr"
+
+Measured = dict[tuple[str, str], tuple[float, float | None, bool | None]]
+"""(task, metric) -> value, standard error, whether higher is better."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A plan with its data and its scorer loaded, once for all the models that are measured with it."""
+
+    plan: Plan
+    loaded: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, plan: Plan, *, quiet: bool = True) -> Session:
+        """Load the tasks. Raises MissingExtraError without lm-eval, ParameterError for unknown tasks or bad data."""
+        try:
+            import lm_eval  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(f'evaluation needs lm-eval ({error}); pip install "tvbases-hf[eval]"') from error
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        with _silent(quiet):
+            loaded = plan.manager().load(plan.requests())
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+        return cls(plan, loaded)
+
+    def measure(self, model: Any, tokenizer: Any, *, quiet: bool = True) -> Measured:
+        """All metrics of one model; every model starts from the plan's seed."""
+        import numpy as np
+        import torch
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        plan = self.plan
+        random.seed(plan.seed)
+        np.random.seed(plan.seed)
+        torch.manual_seed(plan.seed)
+        for task in self.loaded["tasks"].values():
+            task.set_fewshot_seed(seed=plan.seed)
+        with _silent(quiet):
+            results = evaluate(
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=plan.batch_size),
+                dict(self.loaded),  # type: ignore[arg-type]
+                limit=plan.limit,
+                bootstrap_iters=100,
+                log_samples=False,
+            )
+        assert results is not None
+        return {key: value for task in _shown(results, plan) for key, value in _metrics(results, task)}
 
 
 def evaluate(variants: Iterable[Variant], plan: Plan, *, quiet: bool = True) -> dict[str, Any]:
     """Rows of ``task, role, metric, higher_is_better``, and for every model its value and standard error.
 
-    Every model is sampled with the same seed. A metric that a model does not have, because every score failed, is
-    None. Raises MissingExtraError without lm-eval, ParameterError for tasks or data that it does not have.
+    A metric that a model does not have, because every score failed, is absent from ``values``. Raises as Session.open.
     """
-    manager = tasks_of(plan)
+    session = Session.open(plan, quiet=quiet)
     labels: list[str] = []
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for variant in variants:
         labels.append(variant.label)
-        found = measure(variant.model, variant.tokenizer, plan, manager=manager, quiet=quiet)
+        found = session.measure(variant.model, variant.tokenizer, quiet=quiet)
         for key, (value, error, better) in found.items():
             row = rows.setdefault(key, {"higher_is_better": better, "values": {}})
             row["values"][variant.label] = {"value": value, "stderr": error}
@@ -39,42 +90,6 @@ def evaluate(variants: Iterable[Variant], plan: Plan, *, quiet: bool = True) -> 
         "limit": plan.limit,
         "rows": sorted(table, key=lambda row: row["role"] != "target"),
     }
-
-
-Measured = dict[tuple[str, str], tuple[float, float | None, bool | None]]
-
-
-def measure(model: Any, tokenizer: Any, plan: Plan, *, manager: Any = None, quiet: bool = True) -> Measured:
-    """(task, metric) -> (value, standard error, whether higher is better), of one model."""
-    manager = manager or tasks_of(plan)
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    with _silent(quiet):
-        results = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=plan.batch_size),
-            tasks=plan.requests(),  # type: ignore[arg-type]
-            task_manager=manager,
-            limit=plan.limit,
-            bootstrap_iters=100,
-            log_samples=False,
-            random_seed=plan.seed,
-            numpy_random_seed=plan.seed,
-            torch_random_seed=plan.seed,
-            fewshot_random_seed=plan.seed,
-        )
-    assert results is not None
-    return {key: value for task in _shown(results, plan) for key, value in _metrics(results, task)}
-
-
-def tasks_of(plan: Plan) -> Any:
-    """lm-eval's TaskManager for a plan."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(f'evaluation needs lm-eval ({error}); pip install "tvbases-hf[eval]"') from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return plan.manager()
 
 
 def _shown(results: Mapping[str, Any], plan: Plan) -> list[str]:
@@ -91,12 +106,9 @@ def _shown(results: Mapping[str, Any], plan: Plan) -> list[str]:
 
     for name in plan.names:
         add(name)
-    rest = [name for name in found if name not in shown and name not in groups and not _below(name, groups)]
+    inside = {part for parts in groups.values() for part in parts}
+    rest = [name for name in found if name not in groups and name not in inside]
     return list(dict.fromkeys([*shown, *rest]))
-
-
-def _below(name: str, groups: Mapping[str, Any]) -> bool:
-    return any(name in parts for parts in groups.values())
 
 
 def _metrics(results: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[str, str], tuple[float, Any, Any]]]:
@@ -118,12 +130,9 @@ def _role(task: str, plan: Plan) -> str:
 
 @contextlib.contextmanager
 def _silent(quiet: bool) -> Iterator[None]:
-    """lm-eval draws its bars on stderr whatever one asks for."""
+    """lm-eval and datasets draw their bars on stderr whatever one asks for."""
     if not quiet:
         yield
         return
     with contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-__all__ = ["TEXT", "evaluate", "measure"]

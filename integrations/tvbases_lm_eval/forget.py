@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from tvbases_hf.adapter import Adapter
 from tvbases_hf.adapter_out import Template, adapter_tensors
 from tvbases_hf.adapter_task import TaskAdapter
+from tvbases_hf.coefficients import Metrics
 from tvbases_hf.delta import scale
 from tvbases_hf.directions import COMPONENTS, Direction, direction
 from tvbases_hf.errors import ParameterError
@@ -20,7 +21,7 @@ from tvbases_hf.negation import ALPHAS, KEEP, Negation, negate, write_forgotten
 from tvbases_hf.shared import Options
 from tvbases_hf.taskvector import TaskVectors
 
-from .evaluate import Measured, measure, tasks_of
+from .evaluate import Measured, Session
 from .plan import Plan
 from .toxicity import METRICS
 from .variants import Variant
@@ -56,28 +57,19 @@ def curves(
     Raises ParameterError without a target or a control, and where a metric could not be measured.
     """
     check_plan(plan)
-    manager = tasks_of(plan)
+    session = Session.open(plan, quiet=quiet)
     place = InPlace(variant.model, vectors.names)
-    before: dict[str, float] = {}
 
-    def metrics_of_run() -> Callable[[Any], Mapping[str, float]]:
-        first = [True]
+    def metrics(model: Any) -> dict[str, float]:
+        return worth(session.measure(model, variant.tokenizer, quiet=True), plan)
 
-        def metrics(model: Any) -> Mapping[str, float]:
-            if first.pop() if first else False:  # alpha 0 is the same model for every direction
-                if not before:
-                    before.update(worth(measure(model, variant.tokenizer, plan, manager=manager), plan))
-                return before
-            return worth(measure(model, variant.tokenizer, plan, manager=manager), plan)
-
-        return metrics
-
+    before = metrics(variant.model)
     patience = None if request.whole_curve else 4
     return {
         component: negate(
             place,
             change,
-            metrics_of_run(),
+            _after(before, metrics),
             TARGET,
             keep=request.keep,
             alphas=request.alphas,
@@ -86,6 +78,12 @@ def curves(
         )
         for component, change in found.items()
     }
+
+
+def _after(before: dict[str, float], metrics: Metrics) -> Metrics:
+    """The metrics, of which the first, those at alpha 0, are known: they are the same for every direction."""
+    known = [before]
+    return lambda model: known.pop() if known else metrics(model)
 
 
 def check_plan(plan: Plan) -> None:

@@ -8,23 +8,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ARROWS = {True: "↑", False: "↓", None: ""}
+ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
 def print_table(found: Mapping[str, Any], console: Console) -> None:
-    """One row per task and metric, one column per model; what could not be measured is a dash."""
+    """Metrics under the task that they belong to, one column per model; what could not be measured is a dash."""
     table = Table(title=_title(found), title_justify="left")
-    for name in ("", "task", "metric", *found["models"]):
-        table.add_column(name, overflow="fold")
-    latest = ("", "")
+    for name in ("", *found["models"]):
+        table.add_column(name, overflow="fold", justify="right" if name else "left")
+    latest = None
     for row in found["rows"]:
-        head = (row["role"], row["task"])
+        if row["task"] != latest:
+            if latest is not None:
+                table.add_section()
+            table.add_row(f"{row['role']} {row['task']}")
+            latest = row["task"]
         cells = [_cell(row["values"].get(label)) for label in found["models"]]
-        role = row["role"] if row["role"] != latest[0] else ""
-        table.add_row(
-            role, row["task"] if head != latest else "", f"{row['metric']} {ARROWS[row['higher_is_better']]}", *cells
-        )
-        latest = head
+        table.add_row(f"  {row['metric']}{ARROWS[row['higher_is_better']]}", *cells)
     console.print(table)
 
 
