@@ -128,6 +128,16 @@ class OnlineBasis:
         return self.buffer.weights.tolist()
 
     @property
+    def estimated_errors(self) -> list[float]:
+        """[T] |tau_hat - tau| / |tau| if what was lost of a task at different steps is orthogonal.
+
+        Near the truth for fine-tunes, whose task vectors are nearly orthogonal; ``basis.info.task_error`` is what it
+        can be at most.
+        """
+        buffer = self.buffer
+        return torch.nan_to_num(buffer.estimates / buffer.norms).tolist()
+
+    @property
     def is_linear(self) -> bool:
         """Whether the vectors are the sums of task vectors that the encoder tells."""
         return self.settings.method in LINEAR
@@ -225,15 +235,15 @@ class OnlineBasis:
     def _describe(self, buffer: Buffer, tasks: tuple[str, ...]) -> BasisInfo:
         total = float(buffer.norms.square().sum()) or 1.0
         safe = torch.where(buffer.norms > 0, buffer.norms, torch.ones_like(buffer.norms))
-        state = {**asdict(self.settings), "weights": buffer.weights.tolist(), "gram": buffer.gram.tolist()}
+        small = {name: getattr(buffer, name).tolist() for name in ("weights", "gram", "norms", "estimates")}
         return BasisInfo(
             method=self.settings.method,
-            options={KEY: {**state, "norms": buffer.norms.tolist()}},
+            options={KEY: {**asdict(self.settings), **small}},
             tasks=tasks,
             encoder=buffer.encoder.tolist(),
             decoder=buffer.decoder.tolist(),
             mean=None,
-            loss=float(buffer.errors.square().sum()) / total,
+            loss=float(buffer.estimates.square().sum()) / total,
             bound=0.0,
             spectral_bound=0.0,
             task_error=(buffer.errors / safe).tolist(),
@@ -270,10 +280,9 @@ def _buffer(info: BasisInfo) -> Buffer:
     def matrix(value: Any) -> Tensor:
         return torch.tensor(value, dtype=torch.float64)
 
-    norms = matrix(state["norms"])
+    weights, gram, norms, estimates = (matrix(state[name]) for name in ("weights", "gram", "norms", "estimates"))
     errors = matrix(info.task_error) * torch.where(norms > 0, norms, torch.ones_like(norms))
-    encoder, decoder = matrix(info.encoder), matrix(info.decoder)
-    return Buffer(encoder, decoder, matrix(state["weights"]), matrix(state["gram"]), norms, errors)
+    return Buffer(matrix(info.encoder), matrix(info.decoder), weights, gram, norms, errors, estimates)
 
 
 def _settings(info: BasisInfo, label: str) -> Settings:

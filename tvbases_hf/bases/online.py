@@ -32,8 +32,8 @@ class Buffer:
 
     ``encoder`` [T, K]: B = T encoder where the method is linear, up to the rounding of storage (elsewhere 1: every task
     is in the one vector). ``decoder`` [K, T]: tau_hat = B decoder. ``weights`` [K]: sum_k weights_k B_k is the merged
-    vector. ``gram`` [K, K] of the vectors as stored, ``norms`` [T] of the task vectors, ``errors`` [T] upper bounds of
-    |tau_hat - tau|.
+    vector. ``gram`` [K, K] of the vectors as stored, ``norms`` [T] of the task vectors. ``errors`` [T] are upper bounds
+    of |tau_hat - tau|, ``estimates`` [T] what it is if the losses of different steps are orthogonal to each other.
     """
 
     encoder: Tensor
@@ -42,11 +42,12 @@ class Buffer:
     gram: Tensor
     norms: Tensor
     errors: Tensor
+    estimates: Tensor
 
     @classmethod
     def empty(cls) -> Buffer:
         none, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
-        return cls(matrix, matrix, none, matrix, none, none)
+        return cls(matrix, matrix, none, matrix, none, none, none)
 
     @property
     def size(self) -> int:
@@ -101,6 +102,7 @@ def follow(buffer: Buffer, step: Step, method: str, joint: Tensor) -> Buffer:
     residual = before - cross.T @ fit - fit.T @ cross + fit.T @ inner @ fit
     parts, shares = _with_one(buffer.decoder), _with_one(buffer.encoder.T).T
     lost = (parts * (residual @ parts)).sum(0).clamp_min(0).sqrt()
+    none = torch.zeros(1, dtype=torch.float64)
     norms = torch.cat([buffer.norms, before[-1:, -1].clamp_min(0).sqrt()])
     weights = step.weights
     if method == "opcm":  # the merged vector is as long as a task vector is on average
@@ -112,7 +114,8 @@ def follow(buffer: Buffer, step: Step, method: str, joint: Tensor) -> Buffer:
         weights=weights,
         gram=inner,
         norms=norms,
-        errors=torch.cat([buffer.errors, torch.zeros(1, dtype=torch.float64)]) + lost,
+        errors=torch.cat([buffer.errors, none]) + lost,
+        estimates=torch.hypot(torch.cat([buffer.estimates, none]), lost),
     )
 
 

@@ -121,6 +121,7 @@ def _report(basis: OnlineBasis) -> dict[str, Any]:
         "budget": basis.settings.num_bases,
         "weights": basis.weights,
         "effective_weights": (buffer.encoder @ buffer.weights).tolist(),
+        "task_error_estimate": basis.estimated_errors,
         "task_error_at_most": list(info.task_error),
         "bytes": sum(tensor.nbytes for tensor in basis.basis.tensors.values()),
     }
@@ -131,9 +132,10 @@ def _print(found: Mapping[str, Any]) -> None:
 
     from ..output import readable_size
 
-    table = Table("task", "weight in the merged vector", "error of its reconstruction, at most")
-    for row in zip(found["tasks"], found["effective_weights"], found["task_error_at_most"], strict=True):
-        table.add_row(row[0], f"{row[1]:.3f}", f"{row[2]:.1%}")
+    table = Table("task", "weight in the merged vector", "error, about", "at most")
+    columns = ("tasks", "effective_weights", "task_error_estimate", "task_error_at_most")
+    for task, weight, about, most in zip(*(found[name] for name in columns), strict=True):
+        table.add_row(task, f"{weight:.3f}", f"{about:.1%}", f"{most:.1%}")
     console.print(table)
     room = found["budget"] - found["num_bases"]
     console.print(
