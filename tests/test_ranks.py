@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from models import SHAPES, random_state, save_checkpoint, tune
 from ranks import launch
 from torch import Tensor
 
-from tvbases_hf.errors import OutputError
+from tvbases_hf.cli.options import parse_size
+from tvbases_hf.errors import OutputError, ParameterError
 from tvbases_hf.journal import Journal, read_entries
 from tvbases_hf.output import transaction
 from tvbases_hf.parallel import each, rows
@@ -160,6 +163,42 @@ def test_results_come_in_order_and_sums_do_not_depend_on_the_threads(workers: in
         table = rows(items, lambda item: [1 / (item + 1), item], 2, "x", True, lambda _: 1)
     assert found == [(item, item * item) for item in items]
     assert torch.equal(table[:, 0], torch.tensor([1 / (item + 1) for item in items], dtype=torch.float64))
+
+
+def test_work_waits_until_its_memory_is_free_and_what_never_fits_is_told_before() -> None:
+    lock, used, most = threading.Lock(), 0, 0
+
+    def work(item: int) -> None:
+        nonlocal used, most
+        with lock:
+            used += item
+            most = max(most, used)
+        time.sleep(0.002)
+        with lock:
+            used -= item
+
+    items = [30, 60, 40, 10, 90, 20, 5, 70] * 5
+    with using(Run(workers=4, memory=100)):
+        assert len(list(each(items, work, "x", True, lambda _: 1, lambda item: item))) == len(items)
+    assert most <= 100
+    with using(Run(workers=4)):
+        list(each(items, work, "x", True, lambda _: 1, lambda item: item))
+    assert most > 100
+    begun: list[int] = []
+    with using(Run(memory=80)), pytest.raises(ParameterError, match=r"90 takes about 90 B .* 80 B are allowed.*94\.5B"):
+        list(each(items, begun.append, "x", True, lambda _: 1, lambda item: item))
+    assert not begun
+
+
+@pytest.mark.parametrize(("text", "size"), [("1.5GB", 1_500_000_000), ("800 MB", 800_000_000), ("7", 7), ("2k", 2000)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0GB", "-1GB", "1..5GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ParameterError, match="for example 800MB"):
+        parse_size(text)
 
 
 def test_a_failure_ends_the_rest(tmp_path: Path) -> None:

@@ -45,13 +45,14 @@ def stream_model(
     changes: Changes,
     *,
     dtype: torch.dtype | None = None,
+    need: Callable[[str], int] = lambda _: 0,
     quiet: bool = True,
 ) -> None:
-    """Put weights, configuration and tokenizer into an existing directory, on several threads (see parallel.each).
+    """Put weights, configuration and tokenizer into an existing directory, on several threads.
 
-    Each thread has a piece of one weight in memory, and what ``changes(name)`` holds. The sum is taken in the dtype of
-    the change, or in the base's if that is wider, and rounded once, to ``dtype``; None for each tensor's own. Integers
-    stay as they are.
+    Each thread has a piece of one weight in memory, and what ``changes(name)`` holds: ``need(name)`` bytes. The sum is
+    taken in the dtype of the change, or in the base's if that is wider, and rounded once, to ``dtype``; None for each
+    tensor's own. Integers stay as they are.
     """
     tensors = {name: _converted(info, dtype) for name, info in base.tensors.items()}
     files = TensorFiles(directory, "model", tensors)
@@ -68,7 +69,7 @@ def stream_model(
             raise RuntimeError(f"{name}: the change has {start} numbers, the tensor {len(tensor)}; this is a defect")
         return ()
 
-    written(files, list(tensors), write, 0, "Writing", quiet, lambda n: tensors[n].nbytes)
+    written(files, list(tensors), write, 0, "Writing", quiet, lambda n: tensors[n].nbytes, need)
     if base.path is not None and base.path.is_dir():
         copy_side_files(base.path, directory)
         if dtype is not None:

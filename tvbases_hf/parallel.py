@@ -6,6 +6,7 @@ the items whatever finishes first: sums of them do not depend on the number of t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -19,6 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .errors import ParameterError
+from .output import readable_size
 from .progress import bar
 from .run import current, share
 from .tensor_files import TensorFiles
@@ -42,20 +45,31 @@ def each(
     title: str,
     quiet: bool,
     weight: Callable[[Item], int],
+    need: Callable[[Item], int] = lambda _: 0,
 ) -> Iterator[tuple[Item, Result]]:
     """Yield (item, ``work(item)``) in order, with a bar in bytes by ``weight``.
 
-    At most ``Run.workers`` items are worked on at a time. The first failure ends the rest and is raised in its turn.
+    At most ``Run.workers`` items are worked on at a time, fewer where what they ``need`` in bytes is more than
+    ``Run.memory``. The first failure ends the rest and is raised in its turn.
+
+    Raises ParameterError, before any work, if one item alone needs more.
     """
     count = max(1, min(current().workers or default_workers(), len(items)))
+    gate = Gate(current().memory)
+    _check_needs(items, need, gate.budget)
+
+    def gated(item: Item) -> Result:
+        with gate.holding(need(item)):
+            return work(item)
+
     with bar(title, quiet, sum(map(weight, items))) as shown:
         if count == 1:
             for item in items:
-                yield item, work(item)
+                yield item, gated(item)
                 shown.update(weight(item))
             return
         pool = ThreadPoolExecutor(count, "tvbases", initializer=_alone)
-        waiting: deque[tuple[Item, Future[Result]]] = deque((item, pool.submit(work, item)) for item in items)
+        waiting: deque[tuple[Item, Future[Result]]] = deque((item, pool.submit(gated, item)) for item in items)
         try:
             while waiting:
                 item, future = waiting.popleft()
@@ -72,6 +86,7 @@ def rows(
     title: str,
     quiet: bool,
     weight: Callable[[Item], int],
+    need: Callable[[Item], int] = lambda _: 0,
 ) -> Tensor:
     """[items, width] float64: a row of numbers for every item, each made by one process and known to all.
 
@@ -80,7 +95,7 @@ def rows(
     team = current().team
     place = {item: index for index, item in enumerate(items)}
     table = torch.zeros(len(items), width, dtype=torch.float64)
-    for item, row in each(share(items, weight), work, title, quiet or team.rank > 0, weight):
+    for item, row in each(share(items, weight), work, title, quiet or team.rank > 0, weight, need):
         table[place[item]] = torch.tensor(row, dtype=torch.float64)
     return team.sum(table)
 
@@ -93,6 +108,7 @@ def written(
     title: str,
     quiet: bool,
     weight: Callable[[str], int],
+    need: Callable[[str], int] = lambda _: 0,
 ) -> Tensor:
     """The same for ``work`` that writes a tensor, or several called ``name...``, to files; finished ones are left."""
 
@@ -103,7 +119,7 @@ def written(
             files.finish(name, known)
         return known
 
-    return rows(names, row, width, title, quiet, weight)
+    return rows(names, row, width, title, quiet, weight, need)
 
 
 def _alone() -> None:
@@ -112,23 +128,37 @@ def _alone() -> None:
 
 
 class Gate:
-    """Lets work through as long as what it needs fits a budget; one piece of work is always let through."""
+    """Lets work through as long as what it needs fits a budget."""
 
     def __init__(self, budget: int | None) -> None:
         self.budget = budget
         self._used = 0
         self._changed = threading.Condition()
 
-    def enter(self, size: int) -> None:
+    @contextlib.contextmanager
+    def holding(self, size: int) -> Iterator[None]:
         with self._changed:
             while self.budget is not None and self._used and self._used + size > self.budget:
                 self._changed.wait()
             self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
 
-    def leave(self, size: int) -> None:
-        with self._changed:
-            self._used -= size
-            self._changed.notify_all()
+
+def _check_needs(items: Sequence[Item], need: Callable[[Item], int], budget: int | None) -> None:
+    if budget is None or not items:
+        return
+    largest = max(items, key=need)
+    if need(largest) > budget:
+        needed, more = readable_size(need(largest)), readable_size(1.05 * need(largest)).replace(" ", "")
+        raise ParameterError(
+            f"{largest} takes about {needed} of memory with this method, and {readable_size(budget)} are allowed; "
+            f"give --memory {more} or more"
+        )
 
 
 def read_ahead(tensors: Iterable[Tensor]) -> None:

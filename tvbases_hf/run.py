@@ -60,6 +60,8 @@ class Run:
     resume: bool = True
     workers: int | None = None
     """Threads per process; None for one per processor."""
+    memory: int | None = None
+    """Bytes that the work of one process may take beside the program itself; None for no limit."""
 
 
 _RUN: ContextVar[Run] = ContextVar("run")

@@ -11,14 +11,18 @@ from ..errors import ParameterError
 from .app import app, console
 from .options import (
     Json,
+    Memory,
     OptionalBase,
     OptionalTask,
     Quiet,
+    Resume,
+    Threads,
     check_choice,
     check_json,
     parse_dtype,
     parse_targets,
     required,
+    resources,
     write_report,
 )
 
@@ -101,6 +105,9 @@ def compress(
         str,
         typer.Option("--dtype", help="Stored as: auto (the base's or adapters' own), float32, bfloat16 or float16."),
     ] = "auto",
+    threads: Threads = None,
+    memory: Memory = None,
+    resume: Resume = True,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
@@ -155,20 +162,21 @@ def compress(
     request = request.resolved(len(tasks)) if vectors.are_adapters else request
     if not vectors.are_adapters and (method == "joint" or alpha != 1):
         raise ParameterError("--method joint and --alpha are for adapters; these are full checkpoints")
-    gram = gram_matrix(vectors, quiet=quiet)
-    warn([*vectors.coverage.notes(), *gram.warnings()])
-    how: dict[str, Any] = {"dtype": stored, "gram": gram, "quiet": quiet}
-    if vectors.are_adapters:
-        built = Basis.of_adapters(vectors, request, **how)
-    elif method == "tsv":
-        built = Basis.truncate(vectors, rank, budget=budget, **how)
-    else:
-        chosen = method or "ae"
-        number = 0.5 if num_bases is None and chosen != "cluster" else num_bases
-        used = {"ae": options, "cluster": options, "rand_select": {"seed": seed}}.get(chosen, {})
-        built = Basis.build(vectors, number, method=chosen, **how, **used)
-    built.save_pretrained(out, quiet=quiet)
-    found = compression(Basis.from_pretrained(out), vectors, gram, out)
+    with resources(threads, memory, resume):
+        gram = gram_matrix(vectors, quiet=quiet)
+        warn([*vectors.coverage.notes(), *gram.warnings()])
+        how: dict[str, Any] = {"dtype": stored, "gram": gram, "quiet": quiet}
+        if vectors.are_adapters:
+            built = Basis.of_adapters(vectors, request, **how)
+        elif method == "tsv":
+            built = Basis.truncate(vectors, rank, budget=budget, **how)
+        else:
+            chosen = method or "ae"
+            number = 0.5 if num_bases is None and chosen != "cluster" else num_bases
+            used = {"ae": options, "cluster": options, "rand_select": {"seed": seed}}.get(chosen, {})
+            built = Basis.build(vectors, number, method=chosen, **how, **used)
+        built.save_pretrained(out, quiet=quiet)
+        found = compression(Basis.from_pretrained(out), vectors, gram, out)
     if not quiet:
         print_compression(found, console)
     write_report(json, found)

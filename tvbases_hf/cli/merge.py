@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .app import app, console
-from .options import Json, Quiet, check_json, parse_dtype, write_report
+from .options import Json, Memory, Quiet, Resume, Threads, check_json, parse_dtype, resources, write_report
 
 
 @app.command(epilog="Example: tvbases merge merge.yml merged-lora/ --adapter --rank 16")
@@ -29,6 +29,9 @@ def merge(
         ),
     ] = "auto",
     random_seed: Annotated[int, typer.Option(help="Of methods that draw at random, such as dare_ties.")] = 0,
+    threads: Threads = None,
+    memory: Memory = None,
+    resume: Resume = True,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
@@ -41,7 +44,9 @@ def merge(
     from ..report import print_merge, warn
 
     check_json(json)
-    found = native.merge(config, out, native.Request(adapter, rank, parse_dtype(dtype), random_seed, quiet))
+    request = native.Request(adapter, rank, parse_dtype(dtype), random_seed, quiet)
+    with resources(threads, memory, resume):
+        found = native.merge(config, out, request)
     warn(found["warnings"])
     if not quiet:
         print_merge(found, console)

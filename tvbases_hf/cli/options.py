@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar
 
@@ -20,6 +23,17 @@ OptionalBase = Annotated[Optional[str], _BASE]  # noqa: UP045
 OptionalTask = Annotated[Optional[list[str]], _TASK]  # noqa: UP045
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no report.")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Write the report as JSON.", metavar="FILE")]  # noqa: UP045
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--threads", help="Weights that are worked on at a time; left out: one per processor.", min=1),
+]
+Memory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--memory", help="What the work may take in memory beside the program, for example 1.5GB."),
+]
+Resume = Annotated[
+    bool, typer.Option(help="Go on where a killed or interrupted run of this very command was, if there is one.")
+]
 NumBases = Annotated[
     float, typer.Option("--num-bases", "-m", help="How many bases; a number below 1 is a fraction of the tasks.")
 ]
@@ -62,6 +76,29 @@ def check_choice(option: str, value: str, known: Iterable[str]) -> None:
 def check_json(file: Path | None) -> None:
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise OutputError(f'--json "{file}": not a file in a directory that exists')
+
+
+@contextlib.contextmanager
+def resources(threads: int | None, memory: str | None, resume: bool) -> Iterator[None]:
+    """The block works with these, and with the other processes of this run if there are any."""
+    from ..run import current, using
+
+    with using(replace(current(), workers=threads, memory=parse_size(memory), resume=resume)):
+        yield
+
+
+def parse_size(text: str | None) -> int | None:
+    """``1.5GB`` in bytes; ParameterError for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kMGT]?)i?B?\s*", text)
+    try:
+        size = float(found[1]) * 1000 ** "_kMGT".index(found[2] or "_") if found else 0.0
+    except ValueError:
+        size = 0.0
+    if size <= 0:
+        raise ParameterError(f"--memory: {text!r} is no size; for example 800MB, or 1.5GB")
+    return int(size)
 
 
 def write_report(file: Path | None, value: dict[str, Any]) -> None:

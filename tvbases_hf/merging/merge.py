@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank, pieces
+from ..delta import BLOCK_NUMBERS, Delta, Dense, LowRank, pieces
 from ..gram import not_finite
 from ..output import write_json
 from ..taskvector import TaskVectors
 from ..version import library_version
 
 MARKER = "tvbases_merge.json"
+# What a thread holds of float32 numbers: pieces of all models together, or whole tensors beside one per model.
+PIECES_AT_ONCE, WHOLE_AT_ONCE, BYTES = 8, 3, 4
 
 
 # The flattened merged change of one weight in consecutive pieces, from the models' changes in full.
@@ -62,6 +64,14 @@ class Merge:
             if not _is_finite(part):
                 raise not_finite(self.vectors, name, deltas)
             yield part
+
+    def need(self, name: str) -> int:
+        """About the bytes that are in memory while a weight is merged."""
+        if name not in self.names:
+            return 0
+        if self.stream is not None and not self.vectors.are_adapters:
+            return PIECES_AT_ONCE * BLOCK_NUMBERS * BYTES
+        return (len(self.vectors) + WHOLE_AT_ONCE) * self.vectors.base.tensors[name].numel * BYTES
 
     def job(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Whatever decides the output: the same job can go on where a killed one was."""
