@@ -31,6 +31,7 @@ from torch import Tensor
 from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import Dense
 from tvbases_hf.grouping import group_of
+from tvbases_hf.run import Run, using
 from tvbases_mergekit import native
 
 WEIGHTS = [0.7, -0.4, 1.1]
@@ -253,7 +254,9 @@ def test_no_model_is_ever_built(
     run_native(config_of(zoo, "ties", WEIGHTS, density=0.5), tmp_path / "out", *options)
 
 
-def test_a_checkpoint_is_merged_one_weight_at_a_time(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_merges_a_checkpoint_one_weight_at_a_time(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     merged, results = native.merged, []
 
     def watched(*arguments: Any) -> Any:
@@ -264,7 +267,8 @@ def test_a_checkpoint_is_merged_one_weight_at_a_time(zoo: Zoo, tmp_path: Path, m
         return found
 
     monkeypatch.setattr(native, "merged", watched)
-    run_native(config_of(zoo, "ties", WEIGHTS, density=0.5), tmp_path / "out")
+    with using(Run(workers=1)):
+        run_native(config_of(zoo, "ties", WEIGHTS, density=0.5), tmp_path / "out")
     assert len(results) == 18  # three layers of six modules
 
 
