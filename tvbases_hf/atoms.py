@@ -106,7 +106,8 @@ class EncodedAtoms:
             return [*inner.flatten().tolist(), *cross.flatten().tolist()]
 
         weight = lambda name: base[name].nbytes * (count + 1)  # noqa: E731
-        table = written(files, self.names, write, size * (size + count), "Writing bases", quiet, weight)
+        width, reads = size * (size + count), self.vectors.stored
+        table = written(files, self.names, write, width, "Writing bases", quiet, weight, reads=reads)
         total = table.sum(dim=0)
         inner, cross = total[: size * size].reshape(size, size), total[size * size :].reshape(size, count)
         return info.refitted(*refit(inner, cross, self.has_mean))

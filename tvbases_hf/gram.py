@@ -87,7 +87,9 @@ def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
         return [*part.flatten().tolist(), square]
 
     size = lambda name: vectors.base.tensors[name].nbytes * (count + 1)  # noqa: E731
-    total = rows(vectors.names, products, count * count + 1, "Gram matrix", quiet, size).sum(dim=0)
+    total = rows(vectors.names, products, count * count + 1, "Gram matrix", quiet, size, reads=vectors.stored).sum(
+        dim=0
+    )
     base_norm = None if vectors.are_adapters else float(total[-1]) ** 0.5
     return Gram(vectors.tasks, total[:-1].reshape(count, count), base_norm)
 

@@ -46,13 +46,14 @@ def stream_model(
     *,
     dtype: torch.dtype | None = None,
     need: Callable[[str], int] = lambda _: 0,
+    reads: Callable[[str], Iterable[Tensor]] | None = None,
     quiet: bool = True,
 ) -> None:
     """Put weights, configuration and tokenizer into an existing directory, on several threads.
 
-    Each thread has a piece of one weight in memory, and what ``changes(name)`` holds: ``need(name)`` bytes. The sum is
-    taken in the dtype of the change, or in the base's if that is wider, and rounded once, to ``dtype``; None for each
-    tensor's own. Integers stay as they are.
+    Each thread has a piece of one weight in memory, and what ``changes(name)`` holds: ``need(name)`` bytes. What
+    ``reads(name)`` gives of the next weights is read ahead. The sum is taken in the dtype of the change, or in the
+    base's if that is wider, and rounded once, to ``dtype``; None for each tensor's own. Integers stay as they are.
     """
     tensors = {name: _converted(info, dtype) for name, info in base.tensors.items()}
     files = TensorFiles(directory, "model", tensors)
@@ -69,7 +70,7 @@ def stream_model(
             raise RuntimeError(f"{name}: the change has {start} numbers, the tensor {len(tensor)}; this is a defect")
         return ()
 
-    written(files, list(tensors), write, 0, "Writing", quiet, lambda n: tensors[n].nbytes, need)
+    written(files, list(tensors), write, 0, "Writing", quiet, lambda n: tensors[n].nbytes, need, reads)
     if base.path is not None and base.path.is_dir():
         copy_side_files(base.path, directory)
         if dtype is not None:

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 
 MAX_WORKERS = 8
 MADV_WILLNEED = 3
+READ_AHEAD = 1 << 28
 
 
 def default_workers() -> int:
@@ -46,11 +47,13 @@ def each(
     quiet: bool,
     weight: Callable[[Item], int],
     need: Callable[[Item], int] = lambda _: 0,
+    reads: Callable[[Item], Iterable[Tensor]] | None = None,
 ) -> Iterator[tuple[Item, Result]]:
     """Yield (item, ``work(item)``) in order, with a bar in bytes by ``weight``.
 
     At most ``Run.workers`` items are worked on at a time, fewer where what they ``need`` in bytes is more than
-    ``Run.memory``. The first failure ends the rest and is raised in its turn.
+    ``Run.memory``. The first failure ends the rest and is raised in its turn. What the next items will read (mapped
+    tensors, from ``reads``) is brought in by the system meanwhile.
 
     Raises ParameterError, before any work, if one item alone needs more.
     """
@@ -58,15 +61,21 @@ def each(
     gate = Gate(current().memory)
     _check_needs(items, need, gate.budget)
 
+    ahead = _ReadAhead(items, count, reads)
+
     def gated(item: Item) -> Result:
+        ahead.begin(item)
         with gate.holding(need(item)):
             return work(item)
 
     with bar(title, quiet, sum(map(weight, items))) as shown:
         if count == 1:
-            for item in items:
-                yield item, gated(item)
-                shown.update(weight(item))
+            try:
+                for item in items:
+                    yield item, gated(item)
+                    shown.update(weight(item))
+            finally:
+                ahead.close()
             return
         pool = ThreadPoolExecutor(count, "tvbases", initializer=_alone)
         waiting: deque[tuple[Item, Future[Result]]] = deque((item, pool.submit(gated, item)) for item in items)
@@ -77,6 +86,7 @@ def each(
                 shown.update(weight(item))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            ahead.close()
 
 
 def rows(
@@ -87,6 +97,7 @@ def rows(
     quiet: bool,
     weight: Callable[[Item], int],
     need: Callable[[Item], int] = lambda _: 0,
+    reads: Callable[[Item], Iterable[Tensor]] | None = None,
 ) -> Tensor:
     """[items, width] float64: a row of numbers for every item, each made by one process and known to all.
 
@@ -95,7 +106,7 @@ def rows(
     team = current().team
     place = {item: index for index, item in enumerate(items)}
     table = torch.zeros(len(items), width, dtype=torch.float64)
-    for item, row in each(share(items, weight), work, title, quiet or team.rank > 0, weight, need):
+    for item, row in each(share(items, weight), work, title, quiet or team.rank > 0, weight, need, reads):
         table[place[item]] = torch.tensor(row, dtype=torch.float64)
     return team.sum(table)
 
@@ -109,6 +120,7 @@ def written(
     quiet: bool,
     weight: Callable[[str], int],
     need: Callable[[str], int] = lambda _: 0,
+    reads: Callable[[str], Iterable[Tensor]] | None = None,
 ) -> Tensor:
     """The same for ``work`` that writes a tensor, or several called ``name...``, to files; finished ones are left."""
 
@@ -119,7 +131,25 @@ def written(
             files.finish(name, known)
         return known
 
-    return rows(names, row, width, title, quiet, weight, need)
+    return rows(names, row, width, title, quiet, weight, need, reads)
+
+
+class _ReadAhead:
+    """A thread that asks the system for what the item ``distance`` further on reads."""
+
+    def __init__(self, items: Sequence[Item], distance: int, reads: Callable[[Item], Iterable[Tensor]] | None) -> None:
+        self._next = dict(zip(items, items[distance:], strict=False)) if reads else {}
+        self._reads = reads
+        self._pool = ThreadPoolExecutor(1, "tvbases-read") if self._next else None
+
+    def begin(self, item: Any) -> None:
+        if self._pool is not None and self._reads is not None and item in self._next:
+            following, reads = self._next[item], self._reads
+            self._pool.submit(lambda: read_ahead(reads(following)))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _alone() -> None:
@@ -171,7 +201,7 @@ def read_ahead(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.nbytes:
             start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-            length = tensor.data_ptr() + tensor.nbytes - start
+            length = min(tensor.data_ptr() + tensor.nbytes - start, READ_AHEAD)
             _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_WILLNEED)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .adapter import Adapter, is_adapter
 from .checkpoint import Checkpoint, locate
@@ -100,6 +101,11 @@ class TaskVectors:
     def deltas(self, name: str) -> list[Delta]:
         """One delta per task for the tensor ``name``; a tensor that a task lacks is unchanged in it."""
         return [self._delta(model, name) for model in self.models.values()]
+
+    def stored(self, name: str) -> list[Tensor]:
+        """What is mapped of the base and the full checkpoints when ``deltas(name)`` is computed."""
+        models = [model for model in self.models.values() if isinstance(model, Checkpoint) and name in model.tensors]
+        return [model.read(name) for model in [self.base, *models]] if models else []
 
     def _delta(self, model: Model, name: str) -> Delta:
         if isinstance(model, Checkpoint):

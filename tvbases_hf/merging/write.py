@@ -35,7 +35,7 @@ def write_checkpoint_merge(
     size = sum(info.numel * (dtype.itemsize if dtype else info.dtype.itemsize) for info in base.tensors.values())
     with transaction(out, is_merge, size, merge.job(dtype)) as work:
         changes = lambda name: merge.pieces(name) if name in names else None  # noqa: E731
-        stream_model(base, work, changes, dtype=dtype, need=merge.need, quiet=quiet)
+        stream_model(base, work, changes, dtype=dtype, need=merge.need, reads=merge.vectors.stored, quiet=quiet)
         stored = dtype or next((base.tensors[name].dtype for name in merge.names), torch.float32)
         report = {**merge.report("checkpoint", out), "dtype": _name(stored)}
         return _finish(merge, work, report)
