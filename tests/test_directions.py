@@ -41,6 +41,18 @@ def test_the_unique_direction_plus_the_shared_part_is_the_task_vector(vectors: T
     assert moved > 0  # the fine-tunes have a common part, or this would say nothing
 
 
+def test_the_unique_direction_of_a_large_model_is_the_same(
+    vectors: TaskVectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the dense component does not fit into memory, its shared part is kept and subtracted anew."""
+    options = Options(threshold=0.5, pool="iterative", rank="0.25")
+    small = direction(vectors, "chat", "unique", options=options)
+    monkeypatch.setattr("tvbases_hf.directions.CACHED_BYTES", 0)
+    large = direction(vectors, "chat", "unique", options=options)
+    for name in vectors.names:
+        torch.testing.assert_close(dense(large(name)), dense(small(name)), rtol=1e-5, atol=1e-8)
+
+
 def test_the_reconstructed_direction_is_what_ae_bases_give_back(vectors: TaskVectors, llama: Family) -> None:
     dense_vectors = family_vectors(llama)
     weights = ae_bases(gram_matrix(vectors).matrix, 2)

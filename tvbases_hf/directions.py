@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 
 from .bases import ae_bases
-from .delta import Delta, add
+from .delta import Delta, Dense, add
 from .errors import ParameterError, did_you_mean
 from .gram import Gram, gram_matrix
 from .shared import Options, decompose
@@ -52,8 +52,7 @@ def direction(
         case "plain":
             return lambda name: vectors.deltas(name)[index]
         case "unique":
-            used = options or Options(pool="iterative")
-            return _kept(vectors, lambda name: decompose(vectors.deltas(name), used, [index]).unique[index])
+            return _unique(vectors, index, options or Options(pool="iterative"))
         case _:
             weights = ae_bases((gram or gram_matrix(vectors, quiet=quiet)).matrix, num_bases)
             column = weights.reconstruction[:, index].tolist()
@@ -74,5 +73,28 @@ def check_component(component: str, num_tasks: int) -> None:
         )
 
 
+def _unique(vectors: TaskVectors, index: int, options: Options) -> Direction:
+    """The decomposition is dear and is made once: what is kept of a large dense change is its shared part, low-rank."""
+
+    @functools.cache
+    def parts(name: str) -> tuple[Delta | None, Delta | None]:
+        split = decompose(vectors.deltas(name), options, [index])
+        unique = split.unique[index]
+        small = not isinstance(unique, Dense) or _fits(vectors)
+        return (unique, None) if small else (None, split.shared[index])
+
+    def read(name: str) -> Delta:
+        unique, shared = parts(name)
+        if unique is not None or shared is None:
+            return unique or vectors.deltas(name)[index]
+        return add([vectors.deltas(name)[index], shared], [1.0, -1.0])
+
+    return read
+
+
 def _kept(vectors: TaskVectors, read: Direction) -> Direction:
-    return functools.cache(read) if 4 * vectors.numel <= CACHED_BYTES else read
+    return functools.cache(read) if _fits(vectors) else read
+
+
+def _fits(vectors: TaskVectors) -> bool:
+    return 4 * vectors.numel <= CACHED_BYTES
