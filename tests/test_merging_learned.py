@@ -108,6 +108,16 @@ def test_low_rank_changes_stay_in_their_factors() -> None:
         assert torch.allclose(dense(found.change(name)), dense(expected.change(name)), rtol=0, atol=1e-6)
 
 
+def test_a_weight_that_is_not_contiguous_is_merged_like_any_other() -> None:
+    plain, other = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+    other.load_state_dict(plain.state_dict())
+    other.weight = nn.Parameter(other.weight.detach().T.contiguous().T)
+    states, data = random_states(plain, 3), labelled_data(5, 3, dtype=torch.float64)
+    found = [adamerging(Vectors.of_tasks(vectors_of(m, states)), m, data, steps=3, lr=0.1) for m in (plain, other)]
+    assert not other.weight.is_contiguous()
+    assert torch.allclose(found[0].values, found[1].values, rtol=1e-12)
+
+
 def quadratic() -> tuple[nn.Module, TaskVectors, list[TaskData]]:
     """Logistic regression along one vector: the loss is convex in its coefficient."""
     torch.manual_seed(0)

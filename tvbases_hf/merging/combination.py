@@ -105,7 +105,7 @@ class _Part:
 
     def sum(self, weight: Tensor, values: Tensor) -> Tensor:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        total = weight.to(dtype, copy=True)
+        total = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
         if self.stacked is not None:
             total.view(-1).addmv_(self.stacked.T, values[self.where].to(total))
         for k, delta in self.factored.items():
