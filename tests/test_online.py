@@ -23,6 +23,7 @@ from tvbases_hf.errors import CheckpointError, MismatchError, OutputError, Param
 from tvbases_hf.merging import METHODS as MERGING
 from tvbases_hf.merging import merged
 from tvbases_hf.online import OnlineBasis
+from tvbases_hf.run import Alone, Run, using
 from tvbases_hf.vectors import Vectors
 
 EPS = torch.finfo(torch.float32).eps
@@ -391,6 +392,12 @@ def test_what_is_no_online_basis_of_this_base_is_refused(base_state: State, base
     (online.directory / "basis_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="state of the online basis is damaged: 'seed'"):
         OnlineBasis.open(online.directory, base)
+
+
+def test_several_processes_at_once_are_refused(base_state: State, tmp_path: Path) -> None:
+    online = grown(tmp_path / "basis", base_state, 1, 3)
+    with using(Run(team=Alone(size=2))), pytest.raises(ParameterError, match="by one process"):
+        online.add("more", tuned(base_state, 1))
 
 
 def test_two_who_add_at_once_do_not_undo_each_other(base_state: State, base: Checkpoint, tmp_path: Path) -> None:

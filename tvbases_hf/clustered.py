@@ -22,6 +22,7 @@ from .errors import MismatchError, ParameterError
 from .gram import Gram
 from .info import ATOMS_STEM, BasisInfo, describe
 from .merging import merged
+from .parallel import written
 from .progress import track
 from .taskvector import TaskVectors
 from .tensor_files import TensorFiles
@@ -138,15 +139,19 @@ class MergedAtoms:
 
     def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
         rows, count, tensors = len(self.vectors), len(self.tasks), self.tensors
-        inner = torch.zeros(rows, rows, dtype=torch.float64)
-        cross = torch.zeros(rows, count, dtype=torch.float64)
         files = TensorFiles(directory, ATOMS_STEM, tensors)
-        for name in track(self.names, "Writing bases", quiet, lambda n: tensors[n].nbytes):
+
+        def write(name: str) -> list[float]:
             parts = self.parts(name)
             files.write(name, torch.stack([part.tuned for part in parts if isinstance(part, Dense)]))
+            products = torch.zeros(rows, rows + count, dtype=torch.float64)
             for part in blocks([*parts, *self.tasks.deltas(name)]):
-                inner += part[:rows] @ part[:rows].T
-                cross += part[:rows] @ part[rows:].T
+                products += part[:rows] @ part.T
+            return products.flatten().tolist()
+
+        width = rows * (rows + count)
+        table = written(files, self.names, write, width, "Writing bases", quiet, lambda n: tensors[n].nbytes)
+        inner, cross = table.sum(0).reshape(rows, rows + count).split([rows, count], dim=1)
         decoder, saved = refit(inner, cross, False)
         norms = torch.tensor(info.gram, dtype=torch.float64).diagonal()
         loss = float((norms - saved).clamp_min(0).sum() / (norms.sum() or 1.0))

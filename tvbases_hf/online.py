@@ -29,6 +29,7 @@ from .merging.threshold import check_density, thresholds
 from .online_inputs import Changes, changes_of
 from .output import check_output, transaction, write_json
 from .progress import track
+from .run import current
 from .taskvector import Model
 from .tensor_files import TensorFiles
 from .vectors import Vectors
@@ -165,6 +166,8 @@ class OnlineBasis:
         """
         if not name or name in self.tasks:
             raise ParameterError(f'a task named "{name}" is there already; give every task its own name')
+        if current().team.size > 1:
+            raise ParameterError("tasks are added to an online basis by one process; start it without accelerate")
         read = changes_of(self.base, name, model)
         before = self.buffer
         step = next_step(
