@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter_out import Template, nonzero
 from ..checkpoint import Checkpoint
-from ..delta import Delta, Dense, Dora, LowRank, add, blocks, dense, square_norm
+from ..delta import Delta, Dense, Dora, LowRank, blocks, dense, square_norm
 from ..grouping import group_of, in_order
 from ..rank import RankRule
 from ..svd import svd
@@ -67,8 +67,9 @@ class Errors:
 
     def add(self, name: str, change: Delta, fitted: Delta) -> None:
         group = group_of(name)
-        self.lost[group] = self.lost.get(group, 0.0) + _square_distance(change, fitted)
-        self.total[group] = self.total.get(group, 0.0) + square_norm(change)
+        lost, total = _measured(change, fitted)
+        self.lost[group] = self.lost.get(group, 0.0) + lost
+        self.total[group] = self.total.get(group, 0.0) + total
 
     def relative(self) -> dict[str, float]:
         """|fitted - change| / |change| per group, and over all of them; 0 where nothing changes."""
@@ -103,14 +104,20 @@ def _rounded(change: LowRank | Dora, dtype: torch.dtype) -> LowRank | Dora:
     return LowRank(change.left.to(dtype).to(torch.float32), change.right.to(dtype).to(torch.float32))
 
 
-def _square_distance(a: Delta, b: Delta) -> float:
-    """|a - b|_F^2; of low-rank changes in factor space, where 1e-16 of |a|^2 is the rounding noise."""
-    if a is b:
-        return 0.0
-    match a, b:
+def _measured(change: Delta, fitted: Delta) -> tuple[float, float]:
+    """|change - fitted|_F^2 and |change|_F^2; of low-rank ones in factor space, 1e-16 of the latter being noise."""
+    match change, fitted:
+        case _ if change is fitted:
+            return 0.0, square_norm(change)
         case LowRank(), LowRank():
-            return square_norm(add([a, b], [1, -1]))
-        case Dora(), Dora() if a.scale is b.scale:
-            return _square_distance(a.low, b.low)
+            both = [change, fitted]
+            left = torch.cat([part.left.to(torch.float64) for part in both], dim=1)
+            right = torch.cat([part.right.to(torch.float64) for part in both], dim=0)
+            products, rank = (left.T @ left) * (right @ right.T), change.rank
+            signs = torch.ones(len(products), dtype=torch.float64)
+            signs[rank:] = -1
+            return max(0.0, float(signs @ products @ signs)), max(0.0, float(products[:rank, :rank].sum()))
+        case Dora(), Dora() if change.scale is fitted.scale:
+            return _measured(change.low, fitted.low)[0], square_norm(change)
         case _:
-            return float(sum((part[0] - part[1]).square().sum() for part in blocks([a, b])))
+            return float(sum((a - b).square().sum() for a, b in blocks([change, fitted]))), square_norm(change)
