@@ -24,7 +24,7 @@ from models import (
 )
 from torch import Tensor
 
-from tvbases_hf import Basis, TaskVectors, gram_matrix, output
+from tvbases_hf import Basis, TaskVectors, gram_matrix, tensor_files
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import CheckpointError, MismatchError, OutputError, ParameterError
 
@@ -87,7 +87,7 @@ def test_saving_what_was_loaded_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if sharded:
-        monkeypatch.setattr(output, "MAX_SHARD_SIZE", 3000)
+        monkeypatch.setattr(tensor_files, "MAX_SHARD_SIZE", 3000)
     basis = save(models, method, tmp_path / "first", dtype)
     basis.save_pretrained(tmp_path / "second")
     first, second = file_bytes(tmp_path / "first"), file_bytes(tmp_path / "second")
@@ -336,7 +336,7 @@ def test_a_restored_model_replaces_itself_and_nothing_else(models: Models, tmp_p
 def test_a_base_stored_in_shards_is_restored(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_checkpoint(tmp_path / "base", models.base_state, shards=3)
     vectors = TaskVectors.open(base, {task: path for task, path in models.tasks.items()})
-    monkeypatch.setattr(output, "MAX_SHARD_SIZE", 3000)
+    monkeypatch.setattr(tensor_files, "MAX_SHARD_SIZE", 3000)
     Basis.build(vectors, 4).save_pretrained(tmp_path / "basis")
     out = Basis.from_pretrained(tmp_path / "basis").restore("task2", base, tmp_path / "restored")
     assert (out / "model.safetensors.index.json").is_file()

@@ -196,3 +196,30 @@ def print_merge(found: dict[str, Any], console: Console) -> None:
         for group, error in errors.items():
             table.add_row(group, f"{error:.3%}")
         console.print(table)
+
+
+def print_plan(found: dict[str, Any], console: Console) -> None:
+    """What a job will cost; see planning.Plan."""
+    table = Table("", "", show_header=False, title=f"{found['job']} of {found['models']} models", title_justify="left")
+    for label, value in (
+        ("numbers in a model", f"{found['numbers']:,}"),
+        ("read", readable_size(found["read"])),
+        ("written", readable_size(found["written"])),
+        ("peak memory of a process", f"about {readable_size(found['memory'])}"),
+        ("arithmetic", f"{found['operations'] / 1e9:,.3g} billion operations"),
+    ):
+        table.add_row(label, value)
+    if found["seconds"] is not None:
+        rate = f"{readable_size(found['bandwidth'])}/s"
+        table.add_row(f"reading and writing at {rate}", readable_time(found["seconds"] / len(found["ranks"])))
+    if len(found["ranks"]) > 1:
+        shares = [readable_size(size) for size in (min(found["ranks"]), max(found["ranks"]))]
+        table.add_row(f"read by each of {len(found['ranks'])} processes", " to ".join(shares))
+    console.print(table)
+
+
+def readable_time(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s"

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -44,15 +45,7 @@ class TensorFiles:
         max_shard_size: int | str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        # Wider numbers first keeps every tensor aligned to its own size, as safetensors' writer does; then by name, so
-        # that the same tensors make the same files.
-        order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-        split = split_state_dict_into_shards_factory(
-            {name: tensors[name] for name in order},
-            get_storage_size=lambda info: info.nbytes,
-            filename_pattern=stem + "{suffix}.safetensors",
-            max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
-        )
+        split = _split(stem, tensors, max_shard_size)
         self._journal = journal_of(directory)
         self._slots: dict[str, _Slot] = {}
         headers: dict[Path, bytes] = {}
@@ -94,6 +87,27 @@ class TensorFiles:
             for start in range(0, slot.info.nbytes, CHECKED_AT_ONCE):
                 found = zlib.crc32(stream.read(min(CHECKED_AT_ONCE, slot.info.nbytes - start)), found)
         return found
+
+
+def file_bytes(tensors: Mapping[str, TensorInfo], max_shard_size: int | str | None = None) -> int:
+    """What all safetensors files of these tensors take, headers included."""
+    parts = _split("model", tensors, max_shard_size).filename_to_tensors.values()
+    headers = [_header({name: tensors[name] for name in names}, {}) for names in parts]
+    return sum(map(len, headers)) + sum(info.nbytes for info in tensors.values())
+
+
+def _split(stem: str, tensors: Mapping[str, TensorInfo], max_shard_size: int | str | None) -> Any:
+    """Which tensors go into which file. The same tensors make the same files.
+
+    Wider numbers first keeps every tensor aligned to its own size, as safetensors' writer does; then by name.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    return split_state_dict_into_shards_factory(
+        {name: tensors[name] for name in order},
+        get_storage_size=lambda info: info.nbytes,
+        filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
+    )
 
 
 def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:

@@ -87,7 +87,7 @@ def resources(threads: int | None, memory: str | None, resume: bool) -> Iterator
         yield
 
 
-def parse_size(text: str | None) -> int | None:
+def parse_size(text: str | None, option: str = "--memory") -> int | None:
     """``1.5GB`` in bytes; ParameterError for anything else."""
     if text is None:
         return None
@@ -97,7 +97,7 @@ def parse_size(text: str | None) -> int | None:
     except ValueError:
         size = 0.0
     if size <= 0:
-        raise ParameterError(f"--memory: {text!r} is no size; for example 800MB, or 1.5GB")
+        raise ParameterError(f"{option}: {text!r} is no size; for example 800MB, or 1.5GB")
     return int(size)
 
 
