@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -17,11 +18,9 @@ def modules() -> Any:
     """The example and its text, imported as the script imports them."""
     sys.path.insert(0, str(EXAMPLES))
     try:
-        import unlearn_behaviour
-        import unlearn_text
+        return importlib.import_module("unlearn_behaviour"), importlib.import_module("unlearn_text")
     finally:
         sys.path.remove(str(EXAMPLES))
-    return unlearn_behaviour, unlearn_text
 
 
 @pytest.fixture(scope="module")

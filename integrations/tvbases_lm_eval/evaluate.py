@@ -56,9 +56,10 @@ class Session:
         torch.manual_seed(plan.seed)
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(seed=plan.seed)
+        wrapper: Any = HFLM  # its decorator hides the constructor from type checkers
         with _silent(quiet):
             results = evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=plan.batch_size),
+                wrapper(pretrained=model, tokenizer=tokenizer, batch_size=plan.batch_size),
                 dict(self.loaded),  # type: ignore[arg-type]
                 limit=plan.limit,
                 bootstrap_iters=100,

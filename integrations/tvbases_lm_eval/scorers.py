@@ -23,7 +23,8 @@ HARMLESS_LABELS = ("non", "not", "no", "neutral", "benign", "clean", "normal", "
 class Scorer(Protocol):
     """Scores in [0, 1], one for each text; None where there is no score. ``name`` is what reports call it."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def score(self, texts: Sequence[str], *, quiet: bool = True) -> list[float | None]: ...
 
@@ -179,7 +180,7 @@ def _is_harmless(name: str) -> bool:
 def _imported(path: str) -> Callable[[str], float]:
     module, _, function = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), function) if module else None
+        found: Any = getattr(importlib.import_module(module), function) if module else None
     except (ImportError, AttributeError) as error:
         raise ParameterError(f'scorer "{PYTHON}{path}" cannot be imported ({error})') from error
     if not callable(found):

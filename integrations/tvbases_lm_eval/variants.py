@@ -89,7 +89,8 @@ def load(source: str | Path, where: Where) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f'"{source}" cannot be loaded as a causal language model ({reason})') from error
-    return model.to(where.place).eval(), tokenizer
+    model.to(torch.device(where.place))  # type: ignore[arg-type]
+    return model.eval(), tokenizer
 
 
 @contextlib.contextmanager
