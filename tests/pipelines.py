@@ -70,7 +70,7 @@ def unet_pipeline() -> Any:
 
 def vae() -> Any:
     torch.manual_seed(1)
-    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=4, sample_size=16)
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=4, shift_factor=0.0)
 
 
 def text_encoder() -> Any:

@@ -150,7 +150,9 @@ def _translated(state: Mapping[str, Tensor], label: str) -> tuple[Tensors, Alpha
         else:
             raise ValueError(f"{next(iter(state))} belongs to no format that is known here")
     except (ValueError, KeyError, AssertionError, NotImplementedError, AttributeError, IndexError) as error:
-        raise CheckpointError(f'"{label}": diffusers cannot translate its names: {str(error).strip()[:300]}') from error
+        raise CheckpointError(
+            f'"{label}": diffusers cannot translate its names: {" ".join(str(error).split())[:300]}'
+        ) from error
     everything = {**found, **{name: torch.as_tensor(alpha) for name, alpha in (alphas or {}).items()}}
     # The Flux converter leaves the component out of the names of the embedders and of the last layers.
     return _split({n if n.startswith(PREFIXES) else f"transformer.{n}": t for n, t in everything.items()}, label)

@@ -49,7 +49,7 @@ class LoraLayers(Mapping[str, Delta]):
         self.label, self._stored, self._parts, self._options, self._base = label, stored, parts, options, base
         self._scales = {module: self._checked_scale(module, own) for module, own in parts.items()}
         biases = [f"{module}{BIAS_SUFFIX}" for module, own in parts.items() if BIAS in own]
-        self._names = [*parts, *biases]
+        self._names = dict.fromkeys([*parts, *biases])
 
     def __getitem__(self, name: str) -> Delta:
         if name not in self._parts and name in self._names:
@@ -61,6 +61,10 @@ class LoraLayers(Mapping[str, Delta]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        """Without reading, which Mapping's own would do."""
+        return name in self._names
 
     def __len__(self) -> int:
         return len(self._names)

@@ -14,7 +14,7 @@ from .delta import Delta, Dense, LowRank, dense, square_norm
 from .errors import ParameterError
 from .linalg import orthonormal_columns
 from .rank import RankRule
-from .svd import svd
+from .svd import factored_range, svd
 
 SUBSPACES = ("chain", "mean", "angles")
 POOLS = ("joint", "iterative", "pairs")
@@ -129,7 +129,9 @@ def column_space(
     delta: Delta, rank: str | float | RankRule, factored_rank: str | float | RankRule | None = None
 ) -> Tensor:
     """[n, r] orthonormal basis of a change's column space: the numerical one if low-rank, else by the rank rule."""
-    return svd(delta, factored_rank if isinstance(delta, LowRank) else rank).U
+    if isinstance(delta, LowRank):
+        return factored_range(delta, None if factored_rank is None else RankRule.parse(factored_rank))
+    return svd(delta, rank).U
 
 
 def shared_subspace(spaces: Sequence[Tensor], threshold: float, subspace: str = "chain") -> Tensor:

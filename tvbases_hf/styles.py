@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .delta import Delta, LowRank, dense, square_norm
+from .delta import Delta, LowRank, dense
 from .diffusers_files import open_lora
 from .errors import CheckpointError, MismatchError, ParameterError
 from .linalg import negligible
@@ -67,13 +67,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Part:
-    """What each style puts into one weight, and the squared norms of its shared change and of its whole change."""
+    """What each style puts into one weight; squared norms of its shared change, its whole change, and what it puts."""
 
     place: Place
     changes: Mapping[str, LowRank]
     biases: Mapping[str, Tensor]
     shared: Mapping[str, float]
     whole: Mapping[str, float]
+    kept: Mapping[str, float]
     fills: bool = False
     """A style spans all directions of this weight, which was therefore left as it is."""
 
@@ -137,16 +138,20 @@ def split(styles: Styles, recipe: Recipe) -> Iterator[Part]:
     _check_angles(styles, recipe.options)
     for place in styles.places:
         changes = styles.changes(place)
-        whole = {name: square_norm(change) for name, change in changes.items()}
+        norms = {name: _Norms(change, recipe.options.side) for name, change in changes.items()}
+        whole = {name: norms[name].square(change) for name, change in changes.items()}
         live = {name: change for name, change in changes.items() if whole[name] > 0}
         found, fills = _decompose(live, recipe.options)
         unique = {name: _unique(change, found, i) for i, (name, change) in enumerate(live.items())}
         shared = {name: _minus(changes[name], part, recipe.options.side) for name, part in unique.items()}
-        squares = {name: square_norm(part) for name, part in shared.items()}
-        wanted = _wanted(changes, unique, shared, squares, recipe)
-        parts = {name: _without_noise(part, whole[name]) for name, part in wanted.items()}
+        squares = {name: norms[name].square(part) for name, part in shared.items()}
+        parts = _wanted(changes, unique, shared, squares, recipe)
+        kept = {name: norms[name].square(part) for name, part in parts.items()}
+        for name, part in parts.items():  # of identical styles the rounding of a subtraction is left
+            if kept[name] <= negligible(place.shape, torch.float32) ** 2 * part.rank * whole[name]:
+                parts[name], kept[name] = _zeroed(part), 0.0
         zeros = dict.fromkeys(changes, 0.0)
-        yield Part(place, parts, styles.biases(place), zeros | squares, whole, fills)
+        yield Part(place, parts, styles.biases(place), zeros | squares, whole, kept, fills)
 
 
 def combine(part: Part, scales: Mapping[str, float], *, keep_zeros: bool = False) -> LowRank:
@@ -223,10 +228,17 @@ def _plus(unique: LowRank, shared: LowRank, weight: float, side: str) -> LowRank
     return LowRank(unique.left + weight * shared.left, unique.right)
 
 
-def _without_noise(part: LowRank, whole: float) -> LowRank:
-    """Zeros where what is left of a change is the rounding of the subtraction, as of identical styles."""
-    noise = negligible(part.shape, torch.float32) ** 2 * part.rank
-    return _zeroed(part) if square_norm(part) <= noise * whole else part
+class _Norms:
+    """Squared norms of a change and of its parts, which have one factor in common: its Gram matrix is formed once."""
+
+    def __init__(self, change: LowRank, side: str) -> None:
+        self.side = side
+        common = (change.left.T if side == "row" else change.right).to(torch.float64)
+        self.gram = common @ common.T
+
+    def square(self, part: LowRank) -> float:
+        own = (part.right if self.side == "row" else part.left.T).to(torch.float64)
+        return float((self.gram * (own @ own.T)).sum().clamp_min(0))
 
 
 def _zeroed(change: LowRank) -> LowRank:

@@ -40,7 +40,7 @@ class Tally:
             row = group.setdefault(name, [0.0, 0.0, 0.0])
             row[0] += part.shared[name]
             row[1] += square
-            row[2] += square_norm(part.changes[name])
+            row[2] += part.kept[name]
         place = f"{part.place.component}.{part.place.module}"
         if part.fills:
             self.filled.append(place)

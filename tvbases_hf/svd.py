@@ -24,6 +24,8 @@ FAST_MAX_BASIS = 1 / 2
 OVERSAMPLING = 8
 # Singular values above this share of the largest keep more than float32's digits when squared in float64.
 SQUARED_SAFELY = 1e-3
+# Singular values above this share leave their vectors an error of 1e-8 when squared in float64.
+RANGE_SAFELY = 1e-4
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,31 @@ def _reflect(packed: Tensor, scales: Tensor, part: Tensor) -> Tensor:
     padded = part.new_zeros(packed.shape[0], part.shape[1])
     padded[: len(part)] = part
     return torch.ormqr(packed, scales, padded)
+
+
+def factored_range(delta: LowRank, rule: RankRule | None = None) -> Tensor:
+    """[n, k] the left singular vectors alone; several times faster than by QR, which narrow tall matrices make slow.
+
+    L R has those of L C with C C^T = R R^T, found from r x r Gram matrices in float64. Where a singular value is so
+    small a share of the largest that squaring it loses digits, by the two QRs after all.
+    """
+    dtype = torch.promote_types(working_dtype(delta.left), working_dtype(delta.right))
+    left, right = delta.left.to(torch.float64), delta.right.to(torch.float64)
+    squares, vectors = torch.linalg.eigh(right @ right.T)
+    if delta.rank == 0 or not squares[0] > RANGE_SAFELY**2 * squares[-1]:
+        return _by_qr(delta, rule)
+    root = vectors * squares.sqrt()
+    squares, vectors = torch.linalg.eigh(root.T @ (left.T @ left) @ root)
+    if not squares[0] > RANGE_SAFELY**2 * squares[-1]:
+        return _by_qr(delta, rule)
+    values = squares.flip(0).sqrt()
+    count = _count(values, delta.shape, rule, dtype)
+    return (left @ (root @ (vectors.flip(1)[:, :count] / values[:count]))).to(dtype)
+
+
+def _by_qr(delta: LowRank, rule: RankRule | None) -> Tensor:
+    found = factored_svd(delta)
+    return found.U[:, : _count(found.S, delta.shape, rule, found.S.dtype)]
 
 
 def _count(values: Tensor, shape: Sequence[int], rule: RankRule | None, dtype: torch.dtype) -> int:

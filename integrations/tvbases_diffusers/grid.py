@@ -1,0 +1,96 @@
+"""A picture grid: the plain sum of styles against their mix, for several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvbases_hf.errors import CheckpointError, ParameterError
+from tvbases_hf.output import writing
+from tvbases_hf.styles import Recipe
+
+from .mixing import mix_styles
+
+GAP, MARGIN = 8, 120
+
+
+def draw_grid(
+    source: str,
+    styles: Mapping[str, Any],
+    recipe: Recipe,
+    scales: Mapping[str, float],
+    out: Path,
+    *,
+    prompt: str,
+    seeds: int,
+    steps: int,
+    device: str = "cpu",
+) -> None:
+    """Rows: no style, the plain sum, the recipe's mix. Columns: seeds, the same noise in each row.
+
+    Raises ParameterError for no seeds or steps, CheckpointError for a pipeline that cannot be loaded.
+    """
+    if seeds < 1 or steps < 1:
+        raise ParameterError(f"{seeds} seeds and {steps} steps; both must be at least 1")
+    pipe = load_pipeline(source, device)
+    rows = {"no style": _pictures(pipe, prompt, seeds, steps)}
+    options = recipe.options
+    for title, component in (("plain sum", "full"), (f"{recipe.component} mix", recipe.component)):
+        mix = mix_styles(
+            pipe,
+            styles,
+            component,
+            scales=scales,
+            threshold=options.threshold,
+            subspace=options.subspace,
+            pool=options.pool,
+            side=options.side,
+            rank=options.factored_rank,
+            shared_weight=recipe.shared_weight if component == "unique" else 0.0,
+        )
+        rows[title] = _pictures(pipe, prompt, seeds, steps)
+        mix.unload()
+    with writing(out):
+        paste(rows).save(out)
+
+
+def load_pipeline(source: str, device: str) -> Any:
+    """A pipeline in bfloat16 where there is an accelerator, else in float32."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return DiffusionPipeline.from_pretrained(source, torch_dtype=dtype).to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f'--pipeline "{source}": diffusers cannot load it: {reason}') from error
+
+
+def words(prompt: str) -> dict[str, Any]:
+    """What the pipeline is told."""
+    return {"prompt": prompt}
+
+
+def _pictures(pipe: Any, prompt: str, seeds: int, steps: int) -> list[Any]:
+    return [
+        pipe(**words(prompt), num_inference_steps=steps, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
+        for seed in range(seeds)
+    ]
+
+
+def paste(rows: Mapping[str, Sequence[Any]], margin: int = MARGIN) -> Any:
+    """One picture of rows with titles at their left; all pictures have one size."""
+    from PIL import Image, ImageDraw
+
+    width, height = next(iter(rows.values()))[0].size
+    columns = max(len(row) for row in rows.values())
+    sheet = Image.new("RGB", (margin + columns * (width + GAP), len(rows) * (height + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, (title, row) in enumerate(rows.items()):
+        pen.text((GAP, y * (height + GAP) + height // 2 - 6), title, fill="black")
+        for x, picture in enumerate(row):
+            sheet.paste(picture.convert("RGB"), (margin + x * (width + GAP), y * (height + GAP)))
+    return sheet
