@@ -88,6 +88,7 @@ class Checkpoint:
         label = label or str(source)
         files, weight_map = _weight_files(path, label)
         readers = {file: _open_file(file, label) for file in files}
+        _check_overlap(readers, label)
         tensors: dict[str, TensorInfo] = {}
         owner: dict[str, Path] = {}
         for file, reader in readers.items():
@@ -193,6 +194,21 @@ def _check_index(weight_map: dict[str, str] | None, found: Set[str], label: str)
         raise CheckpointError(
             f'"{label}": {len(absent)} of {len(weight_map or ())} tensors in the shard index are not in their shard '
             f"(first: {absent[0]}); download or copy the checkpoint again"
+        )
+
+
+def _check_overlap(readers: Mapping[Path, _FileReader], label: str) -> None:
+    """CheckpointError for a tensor that two shards hold: which of them is the model's cannot be known."""
+    owner: dict[str, Path] = {}
+    twice = []
+    for file, reader in readers.items():
+        twice += [(name, owner[name], file) for name in reader.tensors if name in owner]
+        owner |= dict.fromkeys(reader.tensors, file)
+    if twice:
+        name, first, second = twice[0]
+        raise CheckpointError(
+            f'"{label}": {len(twice)} tensors are in two shards (first: {name}, in {first.name} and {second.name}), '
+            "probably of two different savings; remove the files of the older one, or save the checkpoint again"
         )
 
 
