@@ -136,13 +136,14 @@ def coordinate_search(
     *,
     alphas: Sequence[float] = ALPHAS,
     sweeps: int = 2,
+    patience: int = 2,
     own: Mapping[str, float] | None = None,
     quiet: bool = True,
 ) -> Coefficients:
     """alpha_m >= 0 for every vector, one after another, from the best common alpha; never worse than that one.
 
-    Each coefficient climbs the grid as long as the mean metric grows, in at most ``sweeps`` rounds; a round that
-    changes nothing is the last. Some 3 K evaluations a round.
+    Each coefficient climbs the grid until ``patience`` values in a row are no better than the best, in at most
+    ``sweeps`` rounds; a round that changes nothing is the last. Some 2 * patience * K evaluations a round.
 
     Raises ParameterError for negative alphas.
     """
@@ -162,7 +163,7 @@ def coordinate_search(
         for _ in range(sweeps):
             before = list(position)
             for m in range(len(vectors)):
-                position[m] = climb(_along(score, position, m), len(grid), position[m])
+                position[m] = climb(_along(score, position, m), len(grid), position[m], patience=patience)
             if position == before:
                 break
         best = score(position)
