@@ -107,7 +107,7 @@ def forget(
     say: Console,
     unique: bool = False,
 ) -> None:
-    """Take a task away, as it is, as four bases hold it, and what is unique to it (minutes of SVDs): each as far as 95 % of the other tasks' accuracy allow."""
+    """Take a task away as it is, as the bases hold it, and what is unique to it, as far as the other tasks allow."""
     everything = Vectors.of_tasks(vectors)
     rebuilt = Vectors.mixed(vectors, ae_bases(gram_matrix(vectors).matrix, NUM_BASES), "reconstructions")
     changes = {
