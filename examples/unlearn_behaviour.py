@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from tqdm import tqdm
 from unlearn_text import DOMAINS, HARMLESS, UNWANTED, Corpus, byte_tokenizer, corpus
 
 from tvbases_hf import TaskVectors
+from tvbases_hf.delta import Delta, Dense, dense, square_norm
 from tvbases_hf.directions import direction
 from tvbases_hf.gram import gram_matrix
 from tvbases_hf.inplace import InPlace
-from tvbases_hf.shared import Options
+from tvbases_hf.shared import Options, decompose
 from tvbases_lm_eval.matched import Rises, compare
 from tvbases_lm_eval.scorers import scorer_of
 from tvbases_lm_eval.toxicity import toxicity
@@ -56,7 +57,6 @@ class Recipe:
     levels: tuple[float, ...] = (0.05, 0.1, 0.2)
     windows: int = 32
     samples: int = 48
-    sample_bytes: int = 80
 
 
 def train(
@@ -100,7 +100,7 @@ def base_model(recipe: Recipe, text: dict[str, Tensor], directory: Path) -> Path
             intermediate_size=recipe.hidden * 8 // 3,
             num_hidden_layers=recipe.layers,
             num_attention_heads=4,
-            max_position_embeddings=512,
+            max_position_embeddings=recipe.context,
             tie_word_embeddings=True,
             bos_token_id=256,
             eos_token_id=257,
@@ -151,7 +151,8 @@ def losses(model: Any, windows: dict[str, Tensor]) -> Tensor:
 @torch.inference_mode()
 def marked_rate(model: Any, recipe: Recipe, text: Corpus) -> float:
     """Share of sampled continuations of the unwanted domain's own text that show its markers."""
-    prompts = tokens(text.test[UNWANTED])[: recipe.samples * 200].reshape(recipe.samples, 200)[:, :48]
+    given = recipe.context * 3 // 8
+    prompts = tokens(text.test[UNWANTED])[: recipe.samples * 200].reshape(recipe.samples, 200)[:, :given]
     torch.manual_seed(0)
     out = model.generate(
         prompts,
@@ -159,10 +160,10 @@ def marked_rate(model: Any, recipe: Recipe, text: Corpus) -> float:
         do_sample=True,
         top_k=0,
         top_p=0.9,
-        max_new_tokens=recipe.sample_bytes,
+        max_new_tokens=recipe.context - given,
         pad_token_id=258,
     )
-    texts = byte_tokenizer().batch_decode(out[:, 48:])
+    texts = byte_tokenizer().batch_decode(out[:, given:])
     return toxicity([[score] for score in scorer_of(text.marked).score(texts)]).toxic_rate or 0.0
 
 
@@ -172,6 +173,7 @@ def directions(recipe: Recipe, vectors: TaskVectors) -> Iterator[tuple[str, Call
     for threshold in recipe.thresholds:
         options = Options(threshold, pool="iterative")
         yield f"unique, {threshold:g}", direction(vectors, UNWANTED, "unique", options=options)
+    yield f"by chance, {recipe.thresholds[-1]:g}", against_chance(vectors, recipe.thresholds[-1])
     gram = gram_matrix(vectors)
     yield (
         f"AE, M = {recipe.num_bases}",
@@ -179,8 +181,34 @@ def directions(recipe: Recipe, vectors: TaskVectors) -> Iterator[tuple[str, Call
     )
 
 
+def against_chance(vectors: TaskVectors, threshold: float) -> Callable[[str], Delta]:
+    """The unique component against the pool after random rotations: what subspaces of these sizes share by chance."""
+    index = vectors.tasks.index(UNWANTED)
+    generator = torch.Generator().manual_seed(0)
+
+    def rotated(delta: Delta) -> Delta:
+        rows = delta.shape[0]
+        turn = torch.linalg.qr(torch.randn(rows, rows, generator=generator)).Q
+        return Dense(turn @ dense(delta, torch.float32))
+
+    @cache
+    def unique(name: str) -> Delta:
+        deltas = vectors.deltas(name)
+        pool = [delta if i == index else rotated(delta) for i, delta in enumerate(deltas)]
+        return decompose(pool, Options(threshold, pool="iterative"), [index]).unique[index]
+
+    return unique
+
+
+def energy(vectors: TaskVectors, change: Callable[[str], Delta]) -> float:
+    """The share of the task vector's energy that a direction has."""
+    index = vectors.tasks.index(UNWANTED)
+    whole = sum(square_norm(vectors.deltas(name)[index]) for name in vectors.names)
+    return sum(square_norm(change(name)) for name in vectors.names) / whole
+
+
 def negate(recipe: Recipe, base: Path, adapters: dict[str, Path], windows: dict[str, Tensor], text: Corpus) -> Any:
-    """Losses over alpha for every direction, up to the highest level of forgetting, and samples at that level."""
+    """Losses over alpha for every direction, up to the highest level of forgetting, samples there, and energies."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(base).eval()
@@ -188,9 +216,9 @@ def negate(recipe: Recipe, base: Path, adapters: dict[str, Path], windows: dict[
     place = InPlace(model, vectors.names)
     before = losses(model, windows)
     found: dict[str, Rises] = {}
-    marked = {"before": marked_rate(model, recipe, text)}
+    marked, energies = {"before": marked_rate(model, recipe, text)}, {}
     for name, change in directions(recipe, vectors):
-        rises = [torch.zeros_like(before)]
+        rises, energies[name] = [torch.zeros_like(before)], energy(vectors, change)
         for alpha in recipe.alphas[1:]:
             with place.changed(change, -alpha):
                 rises.append(losses(model, windows) - before)
@@ -201,7 +229,7 @@ def negate(recipe: Recipe, base: Path, adapters: dict[str, Path], windows: dict[
         if alpha is not None:
             with place.changed(change, -alpha):
                 marked[name] = marked_rate(model, recipe, text)
-    return before, found, marked
+    return before, found, marked, energies
 
 
 def run(directory: Path, recipe: Recipe, text: Corpus) -> dict[str, Any]:
@@ -213,16 +241,18 @@ def run(directory: Path, recipe: Recipe, text: Corpus) -> dict[str, Any]:
         rows = tokens(text.test[domain])
         starts = torch.linspace(0, len(rows) - recipe.context - 1, recipe.windows).long()
         windows[domain] = rows[starts[:, None] + torch.arange(recipe.context)]
-    runs, marked, before = [], [], torch.empty(0)
+    runs, marked, energies, before = [], [], [], torch.empty(0)
     for seed in recipe.seeds:
         tuned = partial(fine_tune, recipe, base)
         adapters = {d: tuned(train_text[d], seed, directory / f"seed{seed}" / d) for d in DOMAINS}
-        before, found, samples = negate(recipe, base, adapters, windows, text)
+        before, found, samples, shares = negate(recipe, base, adapters, windows, text)
         runs.append(found)
         marked.append(samples)
+        energies.append(shares)
     return {
         "text": text.source,
         "before": dict(zip(DOMAINS, before.mean(dim=1).tolist(), strict=True)),
+        "energy": {key: [shares[key] for shares in energies] for key in energies[0]},
         "matched": compare(runs, recipe.levels, reference="plain"),
         "marked": {key: [samples.get(key) for samples in marked] for key in marked[0]},
         "curves": [{name: rises.to_json(DOMAINS) for name, rises in found.items()} for found in runs],
@@ -241,6 +271,9 @@ def show(result: dict[str, Any], recipe: Recipe) -> None:
             f"{1000 * row['level']:6.0f}  {row['name']:<14}{row['alpha']:7.2f}  {1000 * row['rise']:6.1f}  "
             f"{f'{low:.1f} to {high:.1f}':<16}{against}"
         )
+    print("share of the task vector's energy that is negated, by seed:")
+    for name, shares in result["energy"].items():
+        print(f"  {name:<14}{'  '.join(f'{share:4.0%}' for share in shares)}")
     print(f"share of samples with markers of {UNWANTED}, by seed, at the highest level:")
     for name, rates in result["marked"].items():
         print(f"  {name:<14}{'  '.join('   -' if rate is None else f'{rate:4.0%}' for rate in rates)}")

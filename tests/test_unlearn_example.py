@@ -41,7 +41,6 @@ def small(modules: Any) -> Any:
         levels=(0.02, 0.05),
         windows=12,
         samples=8,
-        sample_bytes=24,
     )
 
 

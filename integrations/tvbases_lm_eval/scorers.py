@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from tqdm import tqdm
 
@@ -180,12 +180,12 @@ def _is_harmless(name: str) -> bool:
 def _imported(path: str) -> Callable[[str], float]:
     module, _, function = path.rpartition(".")
     try:
-        found: Any = getattr(importlib.import_module(module), function) if module else None
+        found = getattr(importlib.import_module(module), function) if module else None
     except (ImportError, AttributeError) as error:
         raise ParameterError(f'scorer "{PYTHON}{path}" cannot be imported ({error})') from error
     if not callable(found):
         raise ParameterError(f'scorer "{PYTHON}{path}" is not MODULE.FUNCTION with a function of one text')
-    return found
+    return cast("Callable[[str], float]", found)
 
 
 def _load(source: str, device: str | None) -> tuple[Any, Any]:
