@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,3 +118,14 @@ def test_bench_of_online_bases_measures_every_addition_and_removes_its_models(
         assert row["cosine with the sum"] > 0.999
     assert list(tmp_path.iterdir()) == []
     assert "s a task" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="asks the system what a process used")
+@pytest.mark.parametrize("bench", ["mix_styles"], indirect=True)
+def test_bench_of_style_mixing_measures_a_process_and_agrees_with_the_dense_route(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = bench.main(["--quick", "--count", "2", "--json", str(tmp_path / "x.json")])
+    assert json.loads((tmp_path / "x.json").read_text()) == found
+    assert found["peak"] > 10**7 and found["one_weight"]["apart"] < 1e-5
+    assert "linear layers" in capsys.readouterr().out

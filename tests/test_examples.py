@@ -45,3 +45,16 @@ def test_every_yaml_example_merges(config: Path, family: Path, tmp_path: Path, m
 
 def test_there_are_yaml_examples() -> None:
     assert len(CONFIGS) >= 5
+
+
+def test_the_style_example_trains_mixes_draws_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = runpy.run_path(str(ROOT / "examples" / "flux_style_mixing.py"))
+    given = ["--quick", "--quiet", "--images", "10", "--threads", "1", "--workdir", str(tmp_path)]
+    found = example["main"]([*given, "--out", str(tmp_path / "styles.png")])
+    assert (tmp_path / "styles.png").stat().st_size > 1000
+    assert set(found["alone"]) == {"base", *example["FAMILY"], *example["APART"]}
+    assert len(found["mixes"]) == len(example["MIXES"]) * len(example["WAYS"])
+    assert "all four: unique + one copy" in capsys.readouterr().out
