@@ -5,7 +5,7 @@
 LoRA files are written with the module names and shapes of FLUX.1 (every linear layer of its 57 blocks, from diffusers'
 own class on the meta device) and random factors that have a few directions in common. A process of its own mixes them.
 The alternative is the dense route (projections, their product, its eigenvectors, the projected changes), which is given
-one 1024 x 1024 weight (its time grows with the cube of the side); a transformer of this size in bfloat16 would take 23.8 GB.
+one 1024 x 1024 weight of its own: its time grows with the cube of the side.
 """
 
 from __future__ import annotations
