@@ -263,20 +263,20 @@ def show(result: dict[str, Any], recipe: Recipe) -> None:
     before = ", ".join(f"{domain} {nats:.2f}" for domain, nats in result["before"].items())
     print(f"{result['text']} text; base model, nats per byte: {before}")
     print(f"rise on {', '.join(HARMLESS)} (mean) where {UNWANTED} has risen by the level; milli-nats per byte")
-    print(f"{'level':>6}  {'negated':<14}{'alpha':>7}  {'rise':>6}  {'95 % interval':<16}{'against plain':<26}")
+    print(f"{'level':>6}  {'negated':<16}{'alpha':>7}  {'rise':>6}  {'95 % interval':<16}{'against plain':<26}")
     for row in result["matched"]:
         low, high = (1000 * value for value in row["interval"])
         against = "" if row["difference"] is None else _signed(row["difference"], row["difference_interval"])
         print(
-            f"{1000 * row['level']:6.0f}  {row['name']:<14}{row['alpha']:7.2f}  {1000 * row['rise']:6.1f}  "
+            f"{1000 * row['level']:6.0f}  {row['name']:<16}{row['alpha']:7.2f}  {1000 * row['rise']:6.1f}  "
             f"{f'{low:.1f} to {high:.1f}':<16}{against}"
         )
     print("share of the task vector's energy that is negated, by seed:")
     for name, shares in result["energy"].items():
-        print(f"  {name:<14}{'  '.join(f'{share:4.0%}' for share in shares)}")
+        print(f"  {name:<16}{'  '.join(f'{share:4.0%}' for share in shares)}")
     print(f"share of samples with markers of {UNWANTED}, by seed, at the highest level:")
     for name, rates in result["marked"].items():
-        print(f"  {name:<14}{'  '.join('   -' if rate is None else f'{rate:4.0%}' for rate in rates)}")
+        print(f"  {name:<16}{'  '.join('   -' if rate is None else f'{rate:4.0%}' for rate in rates)}")
 
 
 def _signed(value: float, interval: tuple[float, float]) -> str:
