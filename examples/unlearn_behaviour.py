@@ -38,7 +38,7 @@ from tvbases_lm_eval.toxicity import toxicity
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and steps; the defaults take some ten minutes on two cores. The paper's DoRA recipe, scaled down."""
+    """Sizes and steps; the defaults take some fifteen minutes of one core. The paper's DoRA recipe, scaled down."""
 
     hidden: int = 144
     layers: int = 4
