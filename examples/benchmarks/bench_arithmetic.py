@@ -158,6 +158,11 @@ def data_of(vectors: Vectors, problems: Mapping[str, Problem]) -> list[TaskData]
     ]
 
 
+def first_guess(name: str, vectors: Vectors) -> float:
+    """A sum weighs as much as its K vectors, a mean as one."""
+    return min(START * len(vectors.tasks) / (1 if name in (*SHORT, *UNSCALED) else len(vectors)), 2.0)
+
+
 def search(place: InPlace, change: Change, problems: Mapping[str, Problem], start: float) -> float:
     """The alpha of the best mean accuracy on validation sentences."""
 
@@ -170,8 +175,7 @@ def search(place: InPlace, change: Change, problems: Mapping[str, Problem], star
 def without_data(name: str, vectors: Vectors, bench: Bench, problems: Mapping[str, Problem]) -> list[Cell]:
     place, began = InPlace(bench.model, vectors.names), clock()
     change = functools.cache(merged(vectors, name))
-    length = 1 if name in SHORT else len(vectors)
-    alpha = search(place, change, problems, min(START * len(vectors.tasks) / length, 2.0))
+    alpha = search(place, change, problems, first_guess(name, vectors))
     return [bench.cell(name, place, change, alpha, began, vectors)]
 
 
@@ -186,7 +190,7 @@ def with_data(name: str, vectors: Vectors, bench: Bench, problems: Mapping[str, 
     size = found.vectors.nbytes if isinstance(found, Stitched) else None
     cells = [bench.cell(name, place, change, 1.0, began, vectors, size)]
     if name in UNSCALED:
-        alpha = search(place, change, problems, 1.0)
+        alpha = search(place, change, problems, first_guess(name, vectors))
         cells.append(bench.cell(f"{name}, scaled", place, change, alpha, began, vectors, size))
     return cells
 
