@@ -143,7 +143,7 @@ def print_small(found: dict[str, Any]) -> None:
 
 def run_real(given: argparse.Namespace) -> None:
     from tvbases_diffusers.grid import draw_grid
-    from tvbases_hf.styles import Recipe
+    from tvbases_hf.styles.mixing import Recipe
     from tvbases_hf.taskvector import parse_tasks
 
     styles = parse_tasks(given.style)

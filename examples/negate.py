@@ -30,16 +30,16 @@ from tvbases_hf import (
     grid_search,
     negate,
 )
-from tvbases_hf.coefficients import Metrics, summed
 from tvbases_hf.delta import Delta
 from tvbases_hf.demo import Settings, encoder
 from tvbases_hf.demo.compare import examples_of
 from tvbases_hf.demo.encoder import Problem
 from tvbases_hf.demo.run import DEFAULT_WORKDIR, fine_tunes
-from tvbases_hf.inplace import Change
-from tvbases_hf.negation import change_of
-from tvbases_hf.output import write_json
+from tvbases_hf.evaluation.coefficients import Metrics, summed
+from tvbases_hf.evaluation.inplace import Change
+from tvbases_hf.evaluation.negation import change_of
 from tvbases_hf.shared import Options
+from tvbases_hf.storage.output import write_json
 from tvbases_hf.vectors import Vectors
 
 NUM_BASES = 4

@@ -27,9 +27,9 @@ from unlearn_text import DOMAINS, HARMLESS, UNWANTED, Corpus, byte_tokenizer, co
 
 from tvbases_hf import TaskVectors
 from tvbases_hf.delta import Delta, Dense, dense, square_norm
-from tvbases_hf.directions import direction
+from tvbases_hf.evaluation.directions import direction
+from tvbases_hf.evaluation.inplace import InPlace
 from tvbases_hf.gram import gram_matrix
-from tvbases_hf.inplace import InPlace
 from tvbases_hf.shared import Options, decompose
 from tvbases_lm_eval.matched import Rises, compare
 from tvbases_lm_eval.scorers import scorer_of

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tvbases_hf.basis import Basis
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import dense
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.taskvector import TaskVectors
 
 LLAMA = Case("llama", {"target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"], "task_type": "CAUSAL_LM"})

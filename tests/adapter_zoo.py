@@ -16,9 +16,9 @@ from hf_models import VOCABULARY, State, read_state, save_state, save_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.adapters.adapter import Adapter
 from tvbases_hf.delta import dense
+from tvbases_hf.storage.checkpoint import Checkpoint
 
 LAYERS = 3
 ATTENTION = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -55,7 +55,7 @@ def count_steps(root: str, deadly: int | None) -> Callable[[], int]:
 
 
 def die_in_piece(number: int) -> None:
-    from tvbases_hf.tensor_files import TensorFiles
+    from tvbases_hf.storage.tensor_files import TensorFiles
 
     write, pieces = TensorFiles.write, 0
 
@@ -71,7 +71,7 @@ def die_in_piece(number: int) -> None:
 
 
 def die_after_swap() -> None:
-    from tvbases_hf import output
+    from tvbases_hf.storage import output
 
     exchange = output._exchange
 

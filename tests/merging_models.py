@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tvbases_hf import TaskVectors
-from tvbases_hf.checkpoint import Checkpoint
-from tvbases_hf.data import TaskData
 from tvbases_hf.delta import dense
+from tvbases_hf.evaluation.data import TaskData
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.vectors import Vectors
 
 NAMES = ("math", "code", "chat")

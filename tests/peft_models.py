@@ -15,11 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.adapter_out import Template, adapter_tensors, write_adapter
-from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.adapters.adapter import Adapter
+from tvbases_hf.adapters.out import Template, adapter_tensors, write_adapter
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import CheckpointError
+from tvbases_hf.storage.checkpoint import Checkpoint
 
 VOCABULARY = 40
 IDS = torch.arange(14).reshape(2, 7) * 5 % VOCABULARY

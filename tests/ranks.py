@@ -60,7 +60,7 @@ def launch(
 
 def main() -> None:
     from tvbases_hf.cli import main as command
-    from tvbases_hf.tensor_files import TensorFiles
+    from tvbases_hf.storage.tensor_files import TensorFiles
 
     if os.environ.get("RANK", "0") == os.environ.get("KILLED_RANK"):
         write, pieces = TensorFiles.write, 0

@@ -31,11 +31,11 @@ from peft_models import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.adapter_config import HANDLED, HARMLESS, REFUSED
-from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.adapters.adapter import Adapter
+from tvbases_hf.adapters.config import HANDLED, HARMLESS, REFUSED
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import CheckpointError
+from tvbases_hf.storage.checkpoint import Checkpoint
 
 TOLERANCE = 1e-5
 LLAMA = Case("llama", {"target_modules": ["q_proj", "k_proj"]})

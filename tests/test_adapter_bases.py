@@ -28,10 +28,10 @@ from peft_models import (
 )
 from safetensors.torch import load_file
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.adapters.adapter import Adapter
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import CheckpointError, MismatchError
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.taskvector import TaskVectors
 
 TOLERANCE = 1e-5

@@ -31,13 +31,13 @@ from peft_models import IDS, Case, load_adapter, load_base, make_base, outputs
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.adapter_basis import Request
-from tvbases_hf.adapter_info import verdict
+from tvbases_hf.adapters.adapter import Adapter
+from tvbases_hf.adapters.basis import Request
+from tvbases_hf.adapters.info import verdict
 from tvbases_hf.basis import Basis
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.taskvector import TaskVectors
 
 EPS = torch.finfo(torch.float32).eps

@@ -15,12 +15,12 @@ from peft_models import Case, edit_tensors, load_adapter, load_base, make_adapte
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.adapter_basis import Request
+from tvbases_hf.adapters.adapter import Adapter
+from tvbases_hf.adapters.basis import Request
 from tvbases_hf.basis import Basis
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.errors import MismatchError
-from tvbases_hf.output import write_json
+from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_hf.storage.output import write_json
 from tvbases_hf.taskvector import TaskVectors
 
 TOLERANCE = 1e-5

@@ -20,10 +20,10 @@ from peft_models import (
 )
 from torch import Tensor
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.adapters.adapter import Adapter
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import ParameterError
+from tvbases_hf.storage.checkpoint import Checkpoint
 
 # s B A and the factors of DoRA are rounded to float32 once; six layers of a model amplify that a little.
 TOLERANCE = 1e-5

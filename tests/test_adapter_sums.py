@@ -20,13 +20,13 @@ from peft_models import (
 )
 from torch import Tensor
 
-from tvbases_hf.adapter import Adapter, Layout
-from tvbases_hf.adapter_out import Template, adapter_tensors, write_adapter
-from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.adapters.adapter import Adapter, Layout
+from tvbases_hf.adapters.out import Template, adapter_tensors, write_adapter
 from tvbases_hf.delta import Delta, Dense, Dora, LowRank, add, dense
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.gram import gram_matrix
 from tvbases_hf.merging.fit import Limits
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.taskvector import TaskVectors
 
 TOLERANCE = 1e-5

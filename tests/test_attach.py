@@ -14,7 +14,7 @@ from command_line import snapshot
 from peft_models import IDS, IMAGES, Case, load_adapter, load_base, make_base
 from torch import Tensor
 
-from tvbases_hf.adapter_basis import Request
+from tvbases_hf.adapters.basis import Request
 from tvbases_hf.basis import Basis
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import MismatchError, MissingExtraError, ParameterError
@@ -61,7 +61,7 @@ def task_model(basis: Basis, family: Adapters, task: str | None) -> Any:
     """The base with one task's reconstruction (None: alpha times the sum) added to its weights, float64."""
     model = fresh(family).double()
     state = model.state_dict()
-    from tvbases_hf.checkpoint import Checkpoint
+    from tvbases_hf.storage.checkpoint import Checkpoint
 
     base = Checkpoint.open(family.base)
     assert basis.info.adapters is not None

@@ -24,9 +24,10 @@ from models import (
 )
 from torch import Tensor
 
-from tvbases_hf import Basis, TaskVectors, gram_matrix, tensor_files
+from tvbases_hf import Basis, TaskVectors, gram_matrix
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import CheckpointError, MismatchError, OutputError, ParameterError
+from tvbases_hf.storage import tensor_files
 
 EPS = torch.finfo(torch.float64).eps
 METHODS = ("ae", "pca", "rand_select")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tvbases_hf import TaskVectors
 from tvbases_hf.bases import ae_bases
-from tvbases_hf.bounds import Bounds, measure_bounds
 from tvbases_hf.errors import MismatchError, ParameterError
-from tvbases_hf.hessian import Terms
+from tvbases_hf.theory.bounds import Bounds, measure_bounds
+from tvbases_hf.theory.hessian import Terms
 
 TASKS = ("a", "b", "c")
 

@@ -12,9 +12,9 @@ import torch
 from command_line import refused, tvbases
 from hf_models import VOCABULARY, WORDS, Family, make_family, make_llama, save_tokenizer
 
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.taskfiles import Columns, TaskModel, read_rows
+from tvbases_hf.evaluation.taskfiles import Columns, TaskModel, read_rows
+from tvbases_hf.storage.checkpoint import Checkpoint
 
 pytest_plugins = ["hf_fixtures"]
 

@@ -10,7 +10,7 @@ import torch
 from matrices import gaussian
 from torch import Tensor
 
-from tvbases_hf.budget import Menu, spend
+from tvbases_hf.adapters.budget import Menu, spend
 from tvbases_hf.errors import ParameterError
 
 

@@ -14,8 +14,8 @@ from models import CONFIG, SHAPES, random_checkpoint, random_state, save_checkpo
 from safetensors.torch import save_file
 
 from tvbases_hf import Checkpoint
-from tvbases_hf.checkpoint import locate
 from tvbases_hf.errors import CheckpointError
+from tvbases_hf.storage.checkpoint import locate
 
 LAYOUTS = [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 3)]
 

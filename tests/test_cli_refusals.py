@@ -16,7 +16,7 @@ from hf_models import Family, read_state, save_state
 from merge_oracle import merge_config, write_config
 from safetensors import SafetensorError
 
-from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.storage.checkpoint import Checkpoint
 
 pytest_plugins = ["hf_fixtures"]
 
@@ -188,19 +188,19 @@ def test_a_disk_that_fills_while_tensors_are_written_leaves_nothing(
     previous: bool, pair: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel's own refusal, through a file that is always full."""
-    from tvbases_hf import output
+    from tvbases_hf.storage import tensor_files
 
     if previous:
         assert tvbases(*compress(pair, "-m", 2, "--quiet")).code == 0
-    begin = output._begin_file
+    begin = tensor_files._begin
 
-    def begin_and_fill(file: Path, tensors: Any) -> Any:
-        slots = begin(file, tensors)
-        file.unlink()
-        file.symlink_to("/dev/full")
-        return slots
+    def begin_and_fill(headers: dict[Path, bytes], slots: Any) -> None:
+        begin(headers, slots)
+        for file in headers:
+            file.unlink()
+            file.symlink_to("/dev/full")
 
-    monkeypatch.setattr(output, "_begin_file", begin_and_fill)
+    monkeypatch.setattr(tensor_files, "_begin", begin_and_fill)
     message = compress_refused(pair, "-m", 1, "--quiet")
     assert "is full" in message and "Nothing was left behind" in message
 

@@ -14,8 +14,8 @@ from peft_models import relative
 from pipelines import FLUX_MODULES, dense_unique, flux_pipeline, products, style
 
 from tvbases_hf.delta import dense
-from tvbases_hf.diffusers_files import read_lora_file
-from tvbases_hf.styles_file import read_recipe
+from tvbases_hf.styles.diffusers_files import read_lora_file
+from tvbases_hf.styles.mixed_file import read_recipe
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ from tvbases_hf.bases import Clusters, cluster_bases, find_clusters, pca_positiv
 from tvbases_hf.bases.ae import least_squares_decoder
 from tvbases_hf.bases.cluster import cosine_matrix, eigengap
 from tvbases_hf.bases.weights import squared_error
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.clustered import clustered, joined, similar
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import MismatchError, MissingExtraError, ParameterError
 from tvbases_hf.merging import METHODS, merged
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.vectors import Vectors
 
 pytest_plugins = ["hf_fixtures"]

@@ -18,12 +18,12 @@ from models import random_models
 from torch import Tensor, nn
 
 from tvbases_hf import Curve, coordinate_search, grid_search, normalised_accuracy
-from tvbases_hf.checkpoint import Checkpoint
-from tvbases_hf.coefficients import ALPHAS, accuracies, climb, summed
-from tvbases_hf.data import TaskData
 from tvbases_hf.delta import Delta, Dense
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError
-from tvbases_hf.inplace import InPlace
+from tvbases_hf.evaluation.coefficients import ALPHAS, accuracies, climb, summed
+from tvbases_hf.evaluation.data import TaskData
+from tvbases_hf.evaluation.inplace import InPlace
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.vectors import Vectors
 
 
@@ -262,8 +262,8 @@ def test_an_exception_in_the_middle_of_a_grid_leaves_every_bit_as_it_was(dtype: 
 INTERRUPTED = """
 import signal, torch
 from torch import nn
-from tvbases_hf.coefficients import grid_search
-from tvbases_hf.inplace import InPlace
+from tvbases_hf.evaluation.coefficients import grid_search
+from tvbases_hf.evaluation.inplace import InPlace
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

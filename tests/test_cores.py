@@ -9,9 +9,9 @@ import torch
 from matrices import Largest, gaussian, is_orthonormal
 from torch import Tensor
 
-from tvbases_hf.adapter_codec import Spec, restored, store
-from tvbases_hf.adapter_plan import sharing, side_by_side
-from tvbases_hf.cores import MAX_COEFFICIENT, Cores, share_rows, well_conditioned_rows, widths
+from tvbases_hf.adapters.codec import Spec, restored, store
+from tvbases_hf.adapters.cores import MAX_COEFFICIENT, Cores, share_rows, well_conditioned_rows, widths
+from tvbases_hf.adapters.plan import sharing, side_by_side
 from tvbases_hf.delta import LowRank, dense
 
 ROWS, COLUMNS = 23, 17

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from tvbases_hf.data import IGNORED, TaskData, stratified
 from tvbases_hf.errors import ParameterError
+from tvbases_hf.evaluation.data import IGNORED, TaskData, stratified
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from peft import LoraConfig
 from peft_models import perturb, relative
 from torch import Tensor, nn
 
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import dense
-from tvbases_hf.diffusers_files import read_lora_file
 from tvbases_hf.errors import MismatchError
+from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_hf.styles.diffusers_files import read_lora_file
 
 
 def flux() -> Any:

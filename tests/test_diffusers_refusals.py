@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tvbases_hf.delta import dense
-from tvbases_hf.diffusers_files import read_lora_file
 from tvbases_hf.errors import CheckpointError, MissingExtraError
+from tvbases_hf.styles.diffusers_files import read_lora_file
 
 # What diffusers leaves out is refused
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tvbases_diffusers import mix_styles, set_style_scales, unload_styles
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError, TvbasesError
-from tvbases_hf.styles_file import read_recipe
+from tvbases_hf.styles.mixed_file import read_recipe
 
 EXACT = 1e-5
 
@@ -194,7 +194,7 @@ def test_scales_are_live_and_nothing_is_decomposed_again(flux: Any, monkeypatch:
     plain = flux_image(flux)
     mix = mix_styles(flux, states)
     first = flux_image(flux)
-    monkeypatch.setattr("tvbases_hf.styles.decompose", None)
+    monkeypatch.setattr("tvbases_hf.styles.mixing.decompose", None)
     set_style_scales(flux, {"a": 0.25})
     assert mix.scales == {"a": 0.25, "b": 1.0}
     assert_adds(flux, unique(states, {"a": 0.25}))
@@ -310,7 +310,7 @@ def test_the_modular_block_mixes_once_and_follows_its_inputs(monkeypatch: pytest
     states = two()
     assert not torch.allclose(image(styles=states, style_scales={"b": 0.5}), plain, atol=1e-2)
     assert_adds(pipe, unique(states, {"b": 0.5}))
-    monkeypatch.setattr("tvbases_hf.styles.decompose", None)
+    monkeypatch.setattr("tvbases_hf.styles.mixing.decompose", None)
     image(styles=states, style_scales={"a": 2.0, "b": [1.0, 0.0]})
     assert_adds(pipe, unique(states, {"a": 2.0, "b": 0.0}))
     monkeypatch.undo()

@@ -9,8 +9,8 @@ from merge_oracle import family_vectors
 
 from tvbases_hf import TaskVectors, ae_bases, gram_matrix
 from tvbases_hf.delta import dense
-from tvbases_hf.directions import COMPONENTS, check_component, direction
 from tvbases_hf.errors import ParameterError
+from tvbases_hf.evaluation.directions import COMPONENTS, check_component, direction
 from tvbases_hf.shared import Options, decompose
 from tvbases_lm_eval.matched import Rises, compare, interval
 
@@ -47,7 +47,7 @@ def test_the_unique_direction_of_a_large_model_is_the_same(
     """Where the dense component does not fit into memory, its shared part is kept and subtracted anew."""
     options = Options(threshold=0.5, pool="iterative", rank="0.25")
     small = direction(vectors, "chat", "unique", options=options)
-    monkeypatch.setattr("tvbases_hf.directions.CACHED_BYTES", 0)
+    monkeypatch.setattr("tvbases_hf.evaluation.directions.CACHED_BYTES", 0)
     large = direction(vectors, "chat", "unique", options=options)
     for name in vectors.names:
         torch.testing.assert_close(dense(large(name)), dense(small(name)), rtol=1e-5, atol=1e-8)

@@ -15,10 +15,10 @@ from torch import Tensor
 from toxic_data import toxigen_rows, write_rows
 
 from tvbases_hf import Basis, TaskVectors
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.adapters.adapter import Adapter
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import CheckpointError, ParameterError
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_lm_eval.forget import TARGET, worth
 from tvbases_lm_eval.plan import Plan
 from tvbases_lm_eval.variants import Where, load, variants

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tvbases_hf.delta import LowRank
 from tvbases_hf.errors import MismatchError
-from tvbases_hf.inplace import InPlace, Reparametrised
+from tvbases_hf.evaluation.inplace import InPlace, Reparametrised
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])

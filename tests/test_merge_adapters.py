@@ -28,10 +28,10 @@ from matrices import EPS, Largest
 from peft_models import Case, load_adapter, load_base, outputs
 from torch import Tensor
 
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import Dense
+from tvbases_hf.execution.run import Run, using
 from tvbases_hf.grouping import group_of
-from tvbases_hf.run import Run, using
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_mergekit import native
 
 WEIGHTS = [0.7, -0.4, 1.1]

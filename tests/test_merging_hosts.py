@@ -23,13 +23,13 @@ from transformers import (
 )
 
 from tvbases_hf import Basis, TaskVectors
-from tvbases_hf.checkpoint import Checkpoint
-from tvbases_hf.data import TaskData
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import MismatchError, ParameterError
-from tvbases_hf.inplace import InPlace, Reparametrised
+from tvbases_hf.evaluation.data import TaskData
+from tvbases_hf.evaluation.inplace import InPlace, Reparametrised
 from tvbases_hf.merging import DATA_METHODS, write_checkpoint_merge
 from tvbases_hf.merging.learned import Computed, as_merge, write_merged
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.vectors import Vectors
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

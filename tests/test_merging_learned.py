@@ -10,15 +10,15 @@ from merging_models import NAMES, answers, changes, labelled_data, one_hot, rand
 from torch import Tensor, nn
 
 from tvbases_hf import TaskVectors
-from tvbases_hf.checkpoint import Checkpoint
-from tvbases_hf.data import TaskData
 from tvbases_hf.delta import Dense, LowRank, add, dense
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError
+from tvbases_hf.evaluation.data import TaskData
 from tvbases_hf.merging.adamerging import adamerging, with_shared
 from tvbases_hf.merging.atlas import atlas
 from tvbases_hf.merging.combination import Mixture, blocks_of, loss_and_gradient
 from tvbases_hf.merging.localize import localize, share_masks, stitch, stitch_twice
 from tvbases_hf.merging.masked import Csr, MaskedVectors
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.vectors import Vectors
 
 EPS = torch.finfo(torch.float32).eps

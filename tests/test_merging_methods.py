@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tvbases_hf import TaskVectors, ae_bases, gram_matrix
 from tvbases_hf.bases import BasisWeights
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import Dense, LowRank, dense
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.methods import METHODS, find_method, merged, model_thresholds
 from tvbases_hf.merging.threshold import kept_entries, tensor_thresholds
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.vectors import Vectors
 
 # Two weights of very different scale: what is large in one is small in the whole model.

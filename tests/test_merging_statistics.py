@@ -10,9 +10,9 @@ import torch
 from merging_models import NAMES, answers, changes, labelled_data, random_states, unlabelled, vectors_of
 from torch import Tensor, nn
 
-from tvbases_hf.data import TaskData
 from tvbases_hf.delta import Dense, dense
 from tvbases_hf.errors import ParameterError
+from tvbases_hf.evaluation.data import TaskData
 from tvbases_hf.merging.fisher import diagonal_fisher, examples_of, fisher
 from tvbases_hf.merging.learned import combined, held
 from tvbases_hf.merging.regmean import regmean

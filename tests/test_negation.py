@@ -17,8 +17,8 @@ from tvbases_hf import Basis, Negation, gram_matrix, negate
 from tvbases_hf.bases import ae_bases
 from tvbases_hf.delta import Delta, dense
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError
-from tvbases_hf.inplace import InPlace
-from tvbases_hf.negation import ALPHAS, change_of, write_forgotten
+from tvbases_hf.evaluation.inplace import InPlace
+from tvbases_hf.evaluation.negation import ALPHAS, change_of, write_forgotten
 from tvbases_hf.shared import Options, decompose
 from tvbases_hf.vectors import Vectors
 

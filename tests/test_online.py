@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tvbases_hf import Basis, TaskVectors
 from tvbases_hf.bases.online import METHODS, OPTIONS
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import CheckpointError, MismatchError, OutputError, ParameterError
+from tvbases_hf.execution.run import Alone, Run, using
 from tvbases_hf.merging import METHODS as MERGING
 from tvbases_hf.merging import merged
 from tvbases_hf.online import OnlineBasis
-from tvbases_hf.run import Alone, Run, using
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.vectors import Vectors
 
 EPS = torch.finfo(torch.float32).eps

@@ -24,11 +24,12 @@ from models import read_directory
 from safetensors import safe_open
 from torch import Tensor
 
-from tvbases_hf import Checkpoint, output
-from tvbases_hf.checkpoint import TensorInfo
+from tvbases_hf import Checkpoint
 from tvbases_hf.errors import OutputError
-from tvbases_hf.output import check_output, contains_only, transaction, write_json
-from tvbases_hf.tensor_files import TensorFiles
+from tvbases_hf.storage import output
+from tvbases_hf.storage.checkpoint import TensorInfo
+from tvbases_hf.storage.output import check_output, contains_only, transaction, write_json
+from tvbases_hf.storage.tensor_files import TensorFiles
 
 OURS = "ours.json"
 OLD, NEW = {OURS: "old", "a": "old a"}, {OURS: "new", "b": "new b", "sub/c": "new c"}

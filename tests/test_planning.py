@@ -11,11 +11,11 @@ from command_line import tvbases
 from models import SHAPES, random_state, save_checkpoint, tune
 
 from tvbases_hf import Basis, TaskVectors, gram_matrix
-from tvbases_hf.checkpoint import Checkpoint, TensorInfo
 from tvbases_hf.errors import CheckpointError, ParameterError
+from tvbases_hf.execution.planning import PASSES, headers, plan
 from tvbases_hf.merging.merge import Merge
 from tvbases_hf.merging.write import write_checkpoint_merge
-from tvbases_hf.planning import PASSES, headers, plan
+from tvbases_hf.storage.checkpoint import Checkpoint, TensorInfo
 
 TASKS = ("a", "b", "c")
 

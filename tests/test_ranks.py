@@ -19,11 +19,11 @@ from torch import Tensor
 
 from tvbases_hf.cli.options import parse_size
 from tvbases_hf.errors import OutputError, ParameterError
-from tvbases_hf.journal import Journal, read_entries
-from tvbases_hf.output import transaction
-from tvbases_hf.parallel import each, rows
-from tvbases_hf.run import Run, shares, using
-from tvbases_hf.tensor_files import TensorFiles
+from tvbases_hf.execution.parallel import each, rows
+from tvbases_hf.execution.run import Run, shares, using
+from tvbases_hf.storage.journal import Journal, read_entries
+from tvbases_hf.storage.output import transaction
+from tvbases_hf.storage.tensor_files import TensorFiles
 
 YAML = """merge_method: ae_bases
 base_model: {root}/base
@@ -228,7 +228,7 @@ def interrupted(out: Path, job: dict[str, int], done: int) -> None:
 
 
 def infos(state: dict[str, Tensor]) -> dict:
-    from tvbases_hf.checkpoint import TensorInfo
+    from tvbases_hf.storage.checkpoint import TensorInfo
 
     return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
 
@@ -236,7 +236,7 @@ def infos(state: dict[str, Tensor]) -> dict:
 @pytest.fixture
 def dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process has left looks as if it had been killed."""
-    monkeypatch.setattr("tvbases_hf.output._is_alive", lambda pid: False)
+    monkeypatch.setattr("tvbases_hf.storage.output._is_alive", lambda pid: False)
 
 
 def test_only_the_same_job_goes_on_and_only_with_what_is_intact(tmp_path: Path, dead: None) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from tvbases_hf import delta as delta_module
 from tvbases_hf.delta import Dense
 from tvbases_hf.errors import CheckpointError
+from tvbases_hf.execution.run import Run, using
 from tvbases_hf.merging.merge import Merge
 from tvbases_hf.merging.write import write_checkpoint_merge
-from tvbases_hf.run import Run, using
 from tvbases_hf.taskvector import TaskVectors
 from tvbases_mergekit import streamed as module
 from tvbases_mergekit.methods import merge_vectors

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tvbases_hf.delta import dense
-from tvbases_hf.diffusers_files import read_lora_file
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.shared import Options
-from tvbases_hf.styles import Recipe, Styles, parse_scales
-from tvbases_hf.styles_file import read_recipe, write_mix
+from tvbases_hf.styles.diffusers_files import read_lora_file
+from tvbases_hf.styles.mixed_file import read_recipe, write_mix
+from tvbases_hf.styles.mixing import Recipe, Styles, parse_scales
 
 # The unique part is a difference in float32, relative to changes of order one.
 EXACT = 1e-5

@@ -12,8 +12,8 @@ from torch.func import functional_call, jacrev
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from tvbases_hf import InPlace, Linearised, TaskVectors, fine_tune, grid_search
-from tvbases_hf.coefficients import accuracies
-from tvbases_hf.data import TaskData
+from tvbases_hf.evaluation.coefficients import accuracies
+from tvbases_hf.evaluation.data import TaskData
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tvbases_hf.bases import ae_bases
-from tvbases_hf.data import TaskData
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.hessian import cross_entropy, gradient, hessian_product, mean_loss, top_eigenvalue
-from tvbases_hf.theory import (
+from tvbases_hf.evaluation.data import TaskData
+from tvbases_hf.theory.hessian import cross_entropy, gradient, hessian_product, mean_loss, top_eigenvalue
+from tvbases_hf.theory.theorems import (
     addition_bound,
     alignment,
     basis_negation_bound,

@@ -8,8 +8,8 @@ import pytest
 from adapter_families import mean_square, measured_errors, stored_bytes, truncated_errors
 from trained_adapters import trained_adapters
 
-from tvbases_hf.adapter_basis import Request
-from tvbases_hf.adapter_info import root_mean_square, verdict
+from tvbases_hf.adapters.basis import Request
+from tvbases_hf.adapters.info import root_mean_square, verdict
 from tvbases_hf.basis import Basis
 from tvbases_hf.taskvector import TaskVectors
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from tvbases_hf import fine_tune
-from tvbases_hf.data import TaskData
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.training import interleaved
+from tvbases_hf.evaluation.data import TaskData
+from tvbases_hf.evaluation.training import interleaved
 
 
 def readout(model: Any, batch: Any) -> Any:

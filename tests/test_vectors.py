@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tvbases_hf import Basis, TaskVectors, ae_bases, gram_matrix, pca_bases
 from tvbases_hf.bases import BasisWeights
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import dense
 from tvbases_hf.errors import ParameterError
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.vectors import Vectors
 
 SHAPES = {"a.weight": (6, 4), "a.bias": (6,), "b.weight": (3, 6)}

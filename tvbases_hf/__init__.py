@@ -4,53 +4,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
+    from .adapters.adapter import Adapter
     from .bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_proj, rand_select
     from .basis import Basis
-    from .bounds import measure_bounds
-    from .checkpoint import Checkpoint
-    from .coefficients import coordinate_search, grid_search
-    from .curve import Curve, normalised_accuracy
     from .delta import Dense, Dora, LowRank, inner
     from .errors import TvbasesError
+    from .evaluation.coefficients import coordinate_search, grid_search
+    from .evaluation.curve import Curve, normalised_accuracy
+    from .evaluation.inplace import InPlace
+    from .evaluation.negation import Negation, negate
+    from .evaluation.tangent import Linearised
+    from .evaluation.training import fine_tune
     from .gram import Gram, gram_matrix
-    from .inplace import InPlace
-    from .negation import Negation, negate
     from .online import OnlineBasis
     from .shared import decompose
     from .singular import tsv_merge
-    from .tangent import Linearised
+    from .storage.checkpoint import Checkpoint
     from .taskvector import TaskVectors
-    from .training import fine_tune
+    from .theory.bounds import measure_bounds
 
 # Names are loaded when they are first used: `tvbases --help` and the start-up hook must not wait for torch.
 _HOME = {
-    "Adapter": "adapter",
+    "Adapter": "adapters.adapter",
     "Basis": "basis",
     "BasisWeights": "bases",
-    "Checkpoint": "checkpoint",
-    "Curve": "curve",
+    "Checkpoint": "storage.checkpoint",
+    "Curve": "evaluation.curve",
     "Dense": "delta",
     "Dora": "delta",
     "Gram": "gram",
-    "InPlace": "inplace",
-    "Linearised": "tangent",
+    "InPlace": "evaluation.inplace",
+    "Linearised": "evaluation.tangent",
     "LowRank": "delta",
-    "Negation": "negation",
+    "Negation": "evaluation.negation",
     "OnlineBasis": "online",
     "TaskVectors": "taskvector",
     "TvbasesError": "errors",
     "ae_bases": "bases",
     "cluster_bases": "bases",
-    "coordinate_search": "coefficients",
+    "coordinate_search": "evaluation.coefficients",
     "decompose": "shared",
-    "fine_tune": "training",
+    "fine_tune": "evaluation.training",
     "gram_matrix": "gram",
-    "grid_search": "coefficients",
+    "grid_search": "evaluation.coefficients",
     "inner": "delta",
-    "measure_bounds": "bounds",
-    "negate": "negation",
-    "normalised_accuracy": "curve",
+    "measure_bounds": "theory.bounds",
+    "negate": "evaluation.negation",
+    "normalised_accuracy": "evaluation.curve",
     "pca_bases": "bases",
     "pca_positive": "bases",
     "rand_proj": "bases",

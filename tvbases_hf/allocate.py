@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import ParameterError
-from .progress import track
+from .execution.progress import track
 from .rank import RankRule
 from .singular import default_rank
 from .svd import singular_values

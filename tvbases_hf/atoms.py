@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from .bases import BasisWeights
-from .checkpoint import Checkpoint, TensorInfo
 from .delta import Delta, Dense, LowRank, blocks, dense
 from .errors import CheckpointError, ParameterError
+from .execution.parallel import written
+from .execution.progress import track
 from .info import ATOMS_STEM, BasisInfo
 from .linalg import GRAM_CUTOFF, solve_psd
-from .parallel import written
-from .progress import track
+from .storage.checkpoint import Checkpoint, TensorInfo
+from .storage.tensor_files import TensorFiles
 from .svd import svd
 from .taskvector import TaskVectors
-from .tensor_files import TensorFiles
 
 LEFT, RIGHT = ".left", ".right"
 Ranks = Mapping[str, Sequence[int]]

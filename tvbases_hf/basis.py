@@ -11,24 +11,24 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-from .adapter_atoms import AdapterAtoms
-from .adapter_basis import Request, compress_adapters
-from .adapter_info import adapter_card
-from .adapter_task import TaskAdapter, task_adapter
+from .adapters.atoms import AdapterAtoms
+from .adapters.basis import Request, compress_adapters
+from .adapters.info import adapter_card
+from .adapters.task import TaskAdapter, task_adapter
 from .allocate import ranks_by_budget, ranks_by_rule, spectra
 from .atoms import AtomSource, EncodedAtoms, StoredAtoms, TruncatedAtoms, stored_dtype, stored_encoder
 from .bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_select
 from .bases.cluster import INNER
-from .checkpoint import Checkpoint, TensorInfo, locate
 from .delta import Delta, add, dense, pieces
 from .errors import CheckpointError, MismatchError, ParameterError
+from .execution.run import once
 from .gram import Gram, gram_matrix
 from .info import CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
-from .model import write_model
-from .output import transaction, write_json
 from .rank import RankRule
 from .reconstruction import Reconstruction
-from .run import once
+from .storage.checkpoint import Checkpoint, TensorInfo, locate
+from .storage.model import write_model
+from .storage.output import transaction, write_json
 from .taskvector import TaskVectors
 
 METHODS: dict[str, Callable[..., BasisWeights]] = {

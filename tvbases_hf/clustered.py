@@ -16,16 +16,16 @@ from torch import Tensor
 from .atoms import refit
 from .bases import BasisWeights, Clusters, find_clusters
 from .bases.weights import squared_error
-from .checkpoint import TensorInfo
 from .delta import Delta, Dense, blocks, delta_gram, dense
 from .errors import MismatchError, ParameterError
+from .execution.parallel import written
+from .execution.progress import track
 from .gram import Gram
 from .info import ATOMS_STEM, BasisInfo, describe
 from .merging import merged
-from .parallel import written
-from .progress import track
+from .storage.checkpoint import TensorInfo
+from .storage.tensor_files import TensorFiles
 from .taskvector import TaskVectors
-from .tensor_files import TensorFiles
 from .vectors import Vectors
 
 # Cosines of unrelated fine-tunes stay below this (clustering paper, Figure 4; unrelated tasks are near 0.05).

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
 from .delta import Delta, dense, square_norm
+from .execution.progress import track
 from .grouping import group_of, in_order
-from .model import copy_side_files
-from .output import transaction, write_json
-from .progress import track
 from .shared import Decomposition, Options, decompose
+from .storage.checkpoint import Checkpoint
+from .storage.model import copy_side_files
+from .storage.output import transaction, write_json
+from .storage.tensor_files import TensorFiles
 from .taskvector import TaskVectors
-from .tensor_files import TensorFiles
 
 MARKER = "tvbases_components.json"
 SHARED = "shared"

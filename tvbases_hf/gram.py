@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .delta import BLOCK_NUMBERS, Delta, Dense, delta_gram, dense
 from .errors import CheckpointError
-from .parallel import rows
+from .execution.parallel import rows
 from .taskvector import TaskVectors
 
 # A fine-tune moves a model by well under a per cent to a few per cent (AE paper, Table 6); another base by about its

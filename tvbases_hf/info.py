@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_info import AdapterInfo
+from .adapters.info import AdapterInfo
 from .bases import BasisWeights
 from .errors import CheckpointError, ParameterError
 from .gram import Gram
-from .output import contains_only
+from .storage.output import contains_only
 from .taskvector import TaskVectors
 from .version import library_version
 

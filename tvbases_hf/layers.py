@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .delta import square_norm
+from .execution.progress import track
 from .grouping import group_of, in_order
-from .progress import track
 from .shared import MIN_SIDE, Options, chance_share, column_space, project, shared_subspace
 from .singular import default_rank, interference
 from .svd import singular_values, svd

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .bases.online import LINEAR, RUNNING, Buffer, Step, check_online, follow, next_step
 from .basis import Basis
-from .checkpoint import Checkpoint, TensorInfo
 from .delta import Delta, blocks, scale
 from .errors import CheckpointError, OutputError, ParameterError
+from .execution.progress import track
+from .execution.run import current
 from .info import ATOMS_STEM, CONFIG_FILE, BasisInfo, is_basis_directory, model_card
 from .merging import merged
 from .merging.continual import TIES_SCALING, check_share, continual_ties, orthogonal_sum
@@ -27,11 +28,10 @@ from .merging.elementwise import magmax
 from .merging.sparse import TIES_DENSITY
 from .merging.threshold import check_density, thresholds
 from .online_inputs import Changes, changes_of
-from .output import check_output, transaction, write_json
-from .progress import track
-from .run import current
+from .storage.checkpoint import Checkpoint, TensorInfo
+from .storage.output import check_output, transaction, write_json
+from .storage.tensor_files import TensorFiles
 from .taskvector import Model
-from .tensor_files import TensorFiles
 from .vectors import Vectors
 from .version import library_version
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
 from .delta import Delta, Dense
 from .errors import CheckpointError, MismatchError
 from .gram import not_finite
+from .storage.checkpoint import Checkpoint
 from .taskvector import Model, TaskVectors, open_model
 
 

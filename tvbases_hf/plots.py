@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MissingExtraError
-from .output import writing
+from .storage.output import writing
 
 
 def plot_inspection(found: dict[str, Any], file: Path) -> None:

@@ -11,7 +11,7 @@ from .delta import dense
 
 if TYPE_CHECKING:
     from .basis import Basis
-    from .checkpoint import Checkpoint
+    from .storage.checkpoint import Checkpoint
 
 
 class Reconstruction(Mapping[str, Tensor]):

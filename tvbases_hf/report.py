@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .adapter_info import AdapterInfo, verdict
+from .adapters.info import AdapterInfo, verdict
 from .bases import ae_bases
 from .basis import Basis
 from .gram import Gram
 from .info import BasisInfo
-from .output import readable_size
+from .storage.output import readable_size
 from .taskvector import TaskVectors
 
 # Bases that leave less than this of the task vectors' energy unexplained are suggested.

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, is_adapter
-from .checkpoint import Checkpoint, locate
+from .adapters.adapter import Adapter, is_adapter
 from .delta import Delta, Dense, LowRank
 from .errors import MismatchError, ParameterError
+from .storage.checkpoint import Checkpoint, locate
 
 Model = Checkpoint | Adapter
 

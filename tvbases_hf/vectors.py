@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .bases import BasisWeights
 from .basis import Basis
-from .checkpoint import Checkpoint
 from .delta import Delta, mix
 from .errors import ParameterError
+from .storage.checkpoint import Checkpoint
 from .taskvector import TaskVectors
 
 OVER = ("bases", "reconstructions")

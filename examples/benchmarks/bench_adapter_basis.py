@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from tvbases_hf.adapter_basis import Request
+from tvbases_hf.adapters.basis import Request
 from tvbases_hf.basis import Basis
 from tvbases_hf.demo import encoder, store
 from tvbases_hf.demo.tasks import make_task

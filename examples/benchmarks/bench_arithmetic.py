@@ -32,17 +32,17 @@ from tqdm import tqdm
 
 from tvbases_hf import TaskVectors, ae_bases, gram_matrix, pca_bases
 from tvbases_hf.bases import rand_select
-from tvbases_hf.coefficients import grid_search
-from tvbases_hf.data import TaskData, stratified
 from tvbases_hf.demo import encoder
 from tvbases_hf.demo.compare import evaluate
 from tvbases_hf.demo.encoder import Examples, Problem
 from tvbases_hf.demo.run import DEFAULT_WORKDIR, Settings, fine_tunes
-from tvbases_hf.inplace import Change, InPlace
+from tvbases_hf.evaluation.coefficients import grid_search
+from tvbases_hf.evaluation.data import TaskData, stratified
+from tvbases_hf.evaluation.inplace import Change, InPlace
 from tvbases_hf.merging import DATA_METHODS, METHODS, merged
 from tvbases_hf.merging.learned import held
 from tvbases_hf.merging.localize import Stitched
-from tvbases_hf.output import readable_size, write_json
+from tvbases_hf.storage.output import readable_size, write_json
 from tvbases_hf.vectors import Vectors
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0)

@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from tvbases_hf.checkpoint import TensorInfo
-from tvbases_hf.tensor_files import TensorFiles
+from tvbases_hf.storage.checkpoint import TensorInfo
+from tvbases_hf.storage.tensor_files import TensorFiles
 
 ADAPTERS, RANK = 8, 16
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.demo import encoder
 from tvbases_hf.demo.compare import evaluate
 from tvbases_hf.demo.run import DEFAULT_WORKDIR, Settings, fine_tunes
+from tvbases_hf.storage.checkpoint import Checkpoint
 
 LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0)
 # What a user would type: merge_method and parameters.

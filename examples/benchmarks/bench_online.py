@@ -30,9 +30,9 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tvbases_hf.checkpoint import Checkpoint
 from tvbases_hf.delta import dense
 from tvbases_hf.online import OnlineBasis
+from tvbases_hf.storage.checkpoint import Checkpoint
 
 TASKS, BUDGET, DISTINCT = 50, 5, 10
 METHODS = ("ae", "rand_select", "ta", "magmax", "ties", "opcm")

@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 
 class Processes:
-    """The processes that accelerate (or torchrun) has started; see tvbases_hf.run.Team."""
+    """The processes that accelerate (or torchrun) has started; see tvbases_hf.execution.run.Team."""
 
     def __init__(self) -> None:
         self._state = PartialState(cpu=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from tvbases_hf.errors import CheckpointError, ParameterError
-from tvbases_hf.output import writing
-from tvbases_hf.styles import Recipe
+from tvbases_hf.storage.output import writing
+from tvbases_hf.styles.mixing import Recipe
 
 from .mixing import mix_styles
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
-from tvbases_hf.lora_source import Source
-from tvbases_hf.progress import track
+from tvbases_hf.execution.progress import track
 from tvbases_hf.shared import THRESHOLD, Options
-from tvbases_hf.styles import Part, Recipe, Styles, combine, parse_scales, split
-from tvbases_hf.styles_file import bias, factors, write_mix
-from tvbases_hf.styles_report import Tally
+from tvbases_hf.styles.lora_source import Source
+from tvbases_hf.styles.mixed_file import bias, factors, write_mix
+from tvbases_hf.styles.mixing import Part, Recipe, Styles, combine, parse_scales, split
+from tvbases_hf.styles.report import Tally
 
 from .pipeline import AdapterState, adapters, check_fits, layer_of, open_style, remove, require_loader
 from .schedule import Schedule, attach, detach

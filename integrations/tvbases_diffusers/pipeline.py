@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from tvbases_hf.checkpoint import Checkpoint
-from tvbases_hf.diffusers_files import open_lora
 from tvbases_hf.errors import CheckpointError, MismatchError, MissingExtraError, ParameterError
-from tvbases_hf.lora_layers import ALPHA, BIAS, MAGNITUDE, A, B, LoraLayers
-from tvbases_hf.lora_source import Source
-from tvbases_hf.styles import Lora, Place, Styles
+from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_hf.styles.diffusers_files import open_lora
+from tvbases_hf.styles.lora_layers import ALPHA, BIAS, MAGNITUDE, A, B, LoraLayers
+from tvbases_hf.styles.lora_source import Source
+from tvbases_hf.styles.mixing import Lora, Place, Styles
 
 TEXT_PREFIX = "text_model."
 

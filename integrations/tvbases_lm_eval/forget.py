@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.adapter_out import Template, adapter_tensors
-from tvbases_hf.adapter_task import TaskAdapter
-from tvbases_hf.coefficients import Metrics
+from tvbases_hf.adapters.adapter import Adapter
+from tvbases_hf.adapters.out import Template, adapter_tensors
+from tvbases_hf.adapters.task import TaskAdapter
 from tvbases_hf.delta import scale
-from tvbases_hf.directions import COMPONENTS, Direction, direction
 from tvbases_hf.errors import ParameterError
+from tvbases_hf.evaluation.coefficients import Metrics
+from tvbases_hf.evaluation.directions import COMPONENTS, Direction, direction
+from tvbases_hf.evaluation.inplace import InPlace
+from tvbases_hf.evaluation.negation import ALPHAS, KEEP, Negation, negate, write_forgotten
 from tvbases_hf.gram import gram_matrix
-from tvbases_hf.inplace import InPlace
-from tvbases_hf.negation import ALPHAS, KEEP, Negation, negate, write_forgotten
 from tvbases_hf.shared import Options
 from tvbases_hf.taskvector import TaskVectors
 

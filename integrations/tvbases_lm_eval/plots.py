@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tvbases_hf.errors import MissingExtraError
-from tvbases_hf.negation import Negation
-from tvbases_hf.output import writing
+from tvbases_hf.evaluation.negation import Negation
+from tvbases_hf.storage.output import writing
 
 
 def plot_negations(found: Mapping[str, Negation], forgotten: str, file: Path) -> None:

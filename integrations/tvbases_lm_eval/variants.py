@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from tvbases_hf.adapter import is_adapter
-from tvbases_hf.adapter_config import read_config
+from tvbases_hf.adapters.adapter import is_adapter
+from tvbases_hf.adapters.config import read_config
 from tvbases_hf.basis import Basis
-from tvbases_hf.checkpoint import WEIGHT_FILES, locate
 from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError, did_you_mean
+from tvbases_hf.evaluation.inplace import InPlace
 from tvbases_hf.info import is_basis_directory
-from tvbases_hf.inplace import InPlace
+from tvbases_hf.storage.checkpoint import WEIGHT_FILES, locate
 
 BEFORE = "before"
 

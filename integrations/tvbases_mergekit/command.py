@@ -17,7 +17,7 @@ import click
 from safetensors import SafetensorError
 
 from tvbases_hf.errors import ParameterError, TvbasesError
-from tvbases_hf.output import check_output, contains_only, transaction
+from tvbases_hf.storage.output import check_output, contains_only, transaction
 
 from . import register
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
-from tvbases_hf.adapter import Adapter, is_adapter
-from tvbases_hf.checkpoint import Checkpoint, locate
+from tvbases_hf.adapters.adapter import Adapter, is_adapter
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
+from tvbases_hf.storage.checkpoint import Checkpoint, locate
 from tvbases_hf.taskvector import Model, TaskVectors
 
 from .changes import not_native

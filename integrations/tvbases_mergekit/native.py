@@ -25,8 +25,8 @@ from tvbases_hf.merging import Merge, is_merge, linear, write_adapter_merge, wri
 from tvbases_hf.merging.addition import base_share
 from tvbases_hf.merging.fit import Limits
 from tvbases_hf.merging.merge import Stream
-from tvbases_hf.output import check_output
 from tvbases_hf.rank import RankRule
+from tvbases_hf.storage.output import check_output
 
 from .changes import LINEAR, Weight, check_native, merged, merged_bases, not_native, streamed_bases, streams
 from .command import reported

@@ -16,8 +16,8 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from tvbases_hf.checkpoint import Checkpoint, locate
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, TvbasesError
+from tvbases_hf.storage.checkpoint import Checkpoint, locate
 from tvbases_hf.taskvector import TaskVectors
 
 from .configuration import DTYPE_BYTES, find_method, input_lists, one_line, output_slices

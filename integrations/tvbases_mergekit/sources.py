@@ -16,9 +16,9 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
 from tvbases_hf.bases import BasisWeights
-from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.execution.run import current
 from tvbases_hf.gram import Gram, gram_matrix
-from tvbases_hf.run import current
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.taskvector import TaskVectors
 
 LOG = logging.getLogger("tvbases_mergekit")

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tvbases_hf.adapter_atoms import AdapterAtoms
-from tvbases_hf.adapter_codec import Spec
-from tvbases_hf.adapter_out import adapter_tensors
-from tvbases_hf.adapter_task import template
-from tvbases_hf.checkpoint import Checkpoint
+from tvbases_hf.adapters.atoms import AdapterAtoms
+from tvbases_hf.adapters.codec import Spec
+from tvbases_hf.adapters.out import adapter_tensors
+from tvbases_hf.adapters.task import template
 from tvbases_hf.delta import Delta, LowRank
 from tvbases_hf.errors import MismatchError, MissingExtraError, ParameterError
 from tvbases_hf.info import BasisInfo
+from tvbases_hf.storage.checkpoint import Checkpoint
 
 from .basis_state import LayerState, Selection, Table, check_not_merged, find
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.adapter_out import Template, adapter_tensors
+from tvbases_hf.adapters.adapter import Adapter
+from tvbases_hf.adapters.out import Template, adapter_tensors
 from tvbases_hf.delta import Delta, add
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Errors, Limits

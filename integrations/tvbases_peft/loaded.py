@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tvbases_hf.adapter import Adapter
-from tvbases_hf.adapter_names import Naming
-from tvbases_hf.checkpoint import Checkpoint, TensorInfo
+from tvbases_hf.adapters.adapter import Adapter
+from tvbases_hf.adapters.names import Naming
 from tvbases_hf.delta import Delta, Dense
 from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError, did_you_mean
+from tvbases_hf.storage.checkpoint import Checkpoint, TensorInfo
 from tvbases_hf.taskvector import TaskVectors
 
 if TYPE_CHECKING:

@@ -123,7 +123,7 @@ def compress(
     base, task, out = required("--base", base), required("--task", task), required("--out", out)
     if new:
         raise ParameterError(f"{new[0]}: plain paths go with --online; give --task NAME={new[0]}")
-    from ..adapter_basis import Request
+    from ..adapters.basis import Request
     from ..bases.ae import SOLVERS
     from ..bases.cluster import INNER, SPLIT_BELOW, check_split
     from ..bases.weights import resolve_num_bases
@@ -131,8 +131,8 @@ def compress(
     from ..gram import gram_matrix
     from ..info import is_basis_directory
     from ..merging import find_method
-    from ..output import check_output
     from ..report import compression, print_compression, warn
+    from ..storage.output import check_output
     from ..taskvector import TaskVectors, parse_tasks
 
     # Whatever can be wrong is found before the long reading, not after it.

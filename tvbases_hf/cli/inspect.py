@@ -54,7 +54,7 @@ def inspect(
     warn(found["warnings"])
     measured = None
     if losses:
-        from ..bounds import measure_bounds
+        from ..theory.bounds import measure_bounds
 
         count = resolve_num_bases(found["suggested_num_bases"] if num_bases is None else num_bases, len(vectors))
         measured = measure_bounds(loaded, vectors, losses, count, gram=gram, alpha=alpha, quiet=quiet)
@@ -68,7 +68,7 @@ def inspect(
     if not quiet:
         print_inspection(found, console)
         if measured:
-            from ..bounds_report import print_bounds
+            from ..theory.report import print_bounds
 
             print_bounds(measured, console)
     write_report(json, found)
@@ -78,9 +78,9 @@ def _prepare(base: Any, data: list[str], *columns: Any) -> tuple[Any, dict[str, 
     """The base with its head, and the losses of the data that was given; nothing if none was."""
     if not data:
         return None, {}
-    from ..hessian import cross_entropy
-    from ..taskfiles import Columns, TaskModel
+    from ..evaluation.taskfiles import Columns, TaskModel
     from ..taskvector import parse_tasks
+    from ..theory.hessian import cross_entropy
 
     read, sources = Columns(*columns), parse_tasks(data)
     loaded = TaskModel.load(base)
@@ -108,9 +108,9 @@ def decompose(
 ) -> None:
     """Split task vectors into what they share and what is unique to each (DeVec), as checkpoints."""
     from ..components import is_components, write_components
-    from ..output import check_output
     from ..report import print_components, warn
     from ..shared import Options
+    from ..storage.output import check_output
     from ..taskvector import TaskVectors, parse_tasks
 
     options = Options(threshold, subspace, pool, side, rank)

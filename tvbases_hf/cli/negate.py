@@ -63,12 +63,12 @@ def negate(
     json: Json = None,
 ) -> None:
     """Forget a task: the base minus alpha times its vector, what is unique to it, or its AE reconstruction."""
-    from ..adapter_out import is_adapter_directory
-    from ..directions import COMPONENTS, check_component
-    from ..model import is_edited_model
-    from ..output import check_output
+    from ..adapters.out import is_adapter_directory
+    from ..evaluation.directions import COMPONENTS, check_component
     from ..report import warn
     from ..shared import Options
+    from ..storage.model import is_edited_model
+    from ..storage.output import check_output
     from ..taskvector import TaskVectors, parse_tasks
 
     check_json(json)

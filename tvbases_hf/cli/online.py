@@ -130,7 +130,7 @@ def _report(basis: OnlineBasis) -> dict[str, Any]:
 def _print(found: Mapping[str, Any]) -> None:
     from rich.table import Table
 
-    from ..output import readable_size
+    from ..storage.output import readable_size
 
     table = Table("task", "weight in the merged vector", "error, about", "at most")
     columns = ("tasks", "effective_weights", "task_error_estimate", "task_error_at_most")

@@ -81,7 +81,7 @@ def check_json(file: Path | None) -> None:
 @contextlib.contextmanager
 def resources(threads: int | None, memory: str | None, resume: bool) -> Iterator[None]:
     """The block works with these, and with the other processes of this run if there are any."""
-    from ..run import current, using
+    from ..execution.run import current, using
 
     with using(replace(current(), workers=threads, memory=parse_size(memory), resume=resume)):
         yield
@@ -102,8 +102,8 @@ def parse_size(text: str | None, option: str = "--memory") -> int | None:
 
 
 def write_report(file: Path | None, value: dict[str, Any]) -> None:
-    from ..output import write_json, writing
-    from ..run import current
+    from ..execution.run import current
+    from ..storage.output import write_json, writing
 
     if file is not None and current().team.rank == 0:
         with writing(file):

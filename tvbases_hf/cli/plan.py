@@ -34,7 +34,7 @@ def plan(
 
     --base is a checkpoint, a Hub id, or the config.json of a causal language model.
     """
-    from .. import planning
+    from ..execution import planning
     from ..report import print_plan
 
     check_json(json)

@@ -70,12 +70,12 @@ def mix_styles(
     json: Json = None,
 ) -> None:
     """Mix style LoRAs by what is unique to each, so that what they share does not add up. No model is loaded."""
-    from ..output import check_output_file
     from ..report import warn
     from ..shared import Options
-    from ..styles import Recipe, Styles, parse_scales
-    from ..styles_file import is_mix, write_mix
-    from ..styles_report import print_styles
+    from ..storage.output import check_output_file
+    from ..styles.mixed_file import is_mix, write_mix
+    from ..styles.mixing import Recipe, Styles, parse_scales
+    from ..styles.report import print_styles
     from ..taskvector import parse_tasks
 
     check_json(json)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..bases import BasisWeights, ae_bases, pca_bases, rand_select
-from ..coefficients import climb
+from ..evaluation.coefficients import climb
 from ..taskvector import TaskVectors
 from .encoder import Examples, Problem, accuracies
 

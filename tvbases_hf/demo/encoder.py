@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import TaskData, stratified
 from ..errors import MissingExtraError
+from ..evaluation.data import TaskData, stratified
 
 try:
     from transformers import AutoModel, AutoTokenizer

@@ -13,10 +13,10 @@ import yaml
 from rich.console import Console
 
 from ..basis import Basis
-from ..checkpoint import Checkpoint
 from ..errors import MissingExtraError
 from ..gram import Gram
-from ..output import write_json, writing
+from ..storage.checkpoint import Checkpoint
+from ..storage.output import write_json, writing
 from ..taskvector import TaskVectors
 from . import encoder, store
 from .compare import Merger, Result, compare, evaluate, methods

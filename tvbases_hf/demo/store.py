@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoint import Checkpoint
 from ..errors import MissingExtraError
-from ..output import transaction, write_json
+from ..storage.checkpoint import Checkpoint
+from ..storage.output import transaction, write_json
 from . import encoder
 from .encoder import Problem, Recipe
 

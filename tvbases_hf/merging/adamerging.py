@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..data import TaskData
 from ..delta import Delta
 from ..errors import ParameterError
+from ..evaluation.data import TaskData
 from ..shared import Options, decompose
 from ..vectors import Vectors
 from .combination import Learned, learn

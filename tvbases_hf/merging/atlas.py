@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..data import TaskData
 from ..errors import ParameterError
+from ..evaluation.data import TaskData
 from ..vectors import Vectors
 from .combination import Learned, learn, steps_of
 

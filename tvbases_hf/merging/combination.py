@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import TaskData
 from ..delta import Delta, LowRank, add, dense
 from ..errors import ParameterError
+from ..evaluation.data import TaskData
+from ..evaluation.inplace import Reparametrised
 from ..grouping import group_of
-from ..inplace import Reparametrised
 from ..vectors import Vectors
 from .learned import asking, gradients
 

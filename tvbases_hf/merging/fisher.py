@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import TaskData
 from ..delta import add, dense
 from ..errors import ParameterError
-from ..inplace import Reparametrised
+from ..evaluation.data import TaskData
+from ..evaluation.inplace import Reparametrised
 from ..vectors import Vectors
 from .learned import Computed, asking, combined, gradients, moved, paired, task_changes
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..adapter_out import Template, nonzero
-from ..checkpoint import Checkpoint
+from ..adapters.out import Template, nonzero
 from ..delta import Delta, Dense, Dora, LowRank, blocks, dense, square_norm
 from ..grouping import group_of, in_order
 from ..rank import RankRule
+from ..storage.checkpoint import Checkpoint
 from ..svd import svd
 
 

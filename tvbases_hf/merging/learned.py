@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Checkpoint
-from ..data import TaskData
 from ..delta import Delta, Dense, add, dense, pieces
 from ..errors import MismatchError, ParameterError
-from ..inplace import Change, weights_of
-from ..model import write_model
+from ..evaluation.data import TaskData
+from ..evaluation.inplace import Change, weights_of
+from ..storage.checkpoint import Checkpoint
+from ..storage.model import write_model
 from ..taskvector import TaskVectors
 from ..vectors import Vectors
 from .merge import Merge

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..output import contains_only, transaction
+from ..storage.output import contains_only, transaction
 
 FILE = "masked_vectors.safetensors"
 PARTS = ("crow", "columns", "values")

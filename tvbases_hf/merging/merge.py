@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..delta import BLOCK_NUMBERS, Delta, Dense, LowRank, pieces
 from ..gram import not_finite
-from ..output import write_json
+from ..storage.output import write_json
 from ..taskvector import TaskVectors
 from ..version import library_version
 

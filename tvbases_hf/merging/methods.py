@@ -15,7 +15,7 @@ import torch
 
 from ..delta import Delta, Dense, LowRank, dense, scale
 from ..errors import ParameterError, did_you_mean
-from ..progress import track
+from ..execution.progress import track
 from ..singular import tsv_merge
 from .addition import task_arithmetic
 from .elementwise import magmax

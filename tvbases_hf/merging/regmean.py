@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import TaskData
 from ..delta import dense
 from ..errors import ParameterError
-from ..inplace import Reparametrised
+from ..evaluation.data import TaskData
+from ..evaluation.inplace import Reparametrised
 from ..linalg import solve_psd
 from ..vectors import Vectors
 from .learned import Computed, asking, combined, mean_change, moved, paired, task_changes

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data import TaskData
+from ..evaluation.data import TaskData
 from ..vectors import Vectors
 from .adamerging import adamerging
 from .atlas import atlas

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter
-from ..adapter_out import Template, adapter_tensors, write_adapter
+from ..adapters.adapter import Adapter
+from ..adapters.out import Template, adapter_tensors, write_adapter
 from ..delta import Delta, Dora, LowRank
 from ..errors import ParameterError
-from ..model import stream_model
-from ..output import transaction
-from ..progress import track
+from ..execution.progress import track
+from ..storage.model import stream_model
+from ..storage.output import transaction
 from .card import model_card
 from .fit import Errors, Limits
 from .merge import Merge, is_merge, leave_marker

@@ -1,0 +1,217 @@
+"""What adapter_config.json says: every option of PEFT's LoraConfig is harmless, handled or refused, by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+# These concern training, or say in other words what the names of the stored tensors say.
+HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "corda_config",  # initialisations: what matters is init_lora_weights
+        "ensure_weight_tying",  # adapters of tied matrices are refused, whether tied themselves or not
+        "eva_config",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+    }
+)
+HANDLED = frozenset(
+    {
+        "alpha_pattern",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "lora_alpha",
+        "lora_bias",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+    }
+)
+# With any of these on, s B A is not the change of the weight, or not of one weight.
+REFUSED = {
+    "alora_invocation_tokens": "aLoRA, which acts on some of the tokens",
+    "arrow_config": "Arrow, which routes between adapters",
+    "kasa_config": "KaSA, which also truncates the base's weights",
+    "layer_replication": "replicated layers, which the base does not have",
+    "megatron_config": "Megatron's parallel layers",
+    "monteclora_config": "MonteCLoRA, which samples its weights",
+    "target_parameters": "LoRA on parameters without a module of their own",
+    "trainable_token_indices": "trained tokens, kept beside the embedding",
+    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
+    "use_qalora": "QA-LoRA, which pools its input",
+    "velora_config": "VeLoRA, which keeps projections of its own",
+}
+# Written by other programs; about training only.
+FOREIGN = frozenset({"lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "merge_weights"})
+# Initialisations that subtract s B A from the base: the factors belong to that base until they are converted.
+BASE_CHANGING_INITS = ("corda", "loftq", "lora_ga", "olora", "pissa")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The numbers of a LoRA: rank and alpha with their exceptions by pattern, and what else scales or shapes it."""
+
+    rank: int = 8
+    alpha: float = 8.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
+    targets: tuple[str, ...] | str | None = None
+    excluded: tuple[str, ...] | str | None = None
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any], label: str) -> LoraOptions:
+        """Read the configuration; defaults are PEFT's.
+
+        Raises CheckpointError for another method, an option whose effect is not a plain change of weights or is not
+        known, an initialisation that changed the base, and values of the wrong kind.
+        """
+        _refuse_variants(config, label)
+        try:
+            return cls(
+                rank=_whole(config.get("r", 8)),
+                alpha=_finite(config.get("lora_alpha", 8)),
+                rank_pattern={_regex(k): _whole(v) for k, v in (config.get("rank_pattern") or {}).items()},
+                alpha_pattern={_regex(k): _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+                use_rslora=bool(config.get("use_rslora")),
+                use_dora=bool(config.get("use_dora")),
+                lora_bias=bool(config.get("lora_bias")),
+                fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+                targets=_modules(config.get("target_modules")),
+                excluded=_modules(config.get("exclude_modules")),
+            )
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {error}') from error
+
+    def rank_of(self, module: str) -> int:
+        return _first_match(self.rank_pattern, module, self.rank)
+
+    def scaling(self, module: str, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def is_target(self, module: str) -> bool:
+        """Whether PEFT would put an adapter on this module; True where the configuration does not say."""
+        if self.targets is None or self.targets == "all-linear":
+            return not _matches(self.excluded, module)
+        return _matches(self.targets, module) and not _matches(self.excluded, module)
+
+
+def read_config(path: Path, label: str) -> dict[str, Any]:
+    """adapter_config.json; CheckpointError when it is absent or not JSON."""
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        present = [name for name in WEIGHT_FILES if (path / name).is_file()]
+        detail = f"{present[0]} is here but not {CONFIG_FILE}" if present else f"it has no {CONFIG_FILE}"
+        raise CheckpointError(f'"{label}": not a PEFT adapter: {detail}')
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+        return config
+    except ValueError as error:
+        raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {error}') from error
+
+
+def _refuse_variants(config: Mapping[str, Any], label: str) -> None:
+    kind = str(config.get("peft_type") or "").upper().removeprefix("PEFTTYPE.")
+    if kind != "LORA":
+        raise CheckpointError(
+            f'"{label}": {kind or "not a known kind of"} adapter; only LoRA and DoRA are read from files. Load it with '
+            "PEFT and use tvbases_peft.task_vectors, or merge it (merge_and_unload) and give the full checkpoint"
+        )
+    used = [f"{name} ({REFUSED[name]})" for name in sorted(REFUSED) if _is_on(config.get(name))]
+    if used:
+        raise CheckpointError(
+            f'"{label}": uses {", ".join(used)}, so that s B A is not the change of a weight; '
+            "merge it with PEFT (merge_and_unload) where PEFT can, and give the full checkpoint"
+        )
+    unknown = [n for n in config if n not in HARMLESS | HANDLED | FOREIGN and n not in REFUSED and _is_on(config[n])]
+    if unknown:
+        raise CheckpointError(
+            f'"{label}": {CONFIG_FILE} sets {len(unknown)} options that are not known here (first: {unknown[0]}); they '
+            f"may change what the factors mean. If they concern training only, remove them from {CONFIG_FILE}"
+        )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        raise CheckpointError(
+            f'"{label}": initialised with {init}, which also changed the base; save it converted '
+            "(save_pretrained(..., path_initial_model_for_weight_conversion=...)) and try again"
+        )
+
+
+def _is_on(value: object) -> bool:
+    """PEFT turns an empty object into a default configuration, which is on; an empty list is off."""
+    return value is not None and value is not False and value != []
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(value)
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, (bool, str)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
+
+
+def _regex(pattern: str) -> str:
+    re.compile(pattern)
+    return pattern
+
+
+def _modules(value: Any) -> tuple[str, ...] | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return tuple(str(name) for name in value)
+
+
+def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's name, at a dot."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _matches(names: tuple[str, ...] | str | None, module: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)

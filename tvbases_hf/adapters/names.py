@@ -1,0 +1,134 @@
+"""Which tensor of the base an adapter's name means: prefixes, tied matrices, and weights that are stored transposed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import MismatchError
+from ..storage.checkpoint import Checkpoint
+
+# Matrices that models use twice, as input embedding and as output; the last part of the module's name.
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "shared", "word_embeddings", "tokens_embed")
+OUTPUTS = ("lm_head", "embed_out", "decoder")
+OUTPUT_CLASS = re.compile(r"CausalLM|LMHead|MaskedLM|ForConditionalGeneration|ForPreTraining|DoubleHeads")
+OUTPUT_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+# transformers' Conv1D stores its weight as [in, out]; GPT-2 and its kin use it under these names.
+CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+CONV1D_NAMES = ("c_attn", "c_fc", "c_proj", "q_attn")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """An adapter's name without ``strip``, or with ``add`` in front, is the base's name. At most one is not empty."""
+
+    strip: str = ""
+    add: str = ""
+
+    def to_base(self, name: str) -> str | None:
+        return self.add + name[len(self.strip) :] if name.startswith(self.strip) else None
+
+    def to_adapter(self, name: str) -> str:
+        return self.strip + name.removeprefix(self.add)
+
+    @classmethod
+    def resolve(cls, names: Sequence[str], base: Checkpoint) -> Naming:
+        """The one way to read all ``names`` (of weights and biases) as tensors of the base.
+
+        A model with a head and its trunk alone differ by a prefix such as ``bert.`` or ``model.``.
+
+        Raises MismatchError where no prefix does, or more than one.
+        """
+        if all(name in base.tensors for name in names):
+            return cls()
+        first = names[0]
+        found = {cls(add=own.removesuffix(first)) for own in base.tensors if own.endswith(f".{first}")}
+        found |= {cls(strip=first.removesuffix(own)) for own in base.tensors if first.endswith(f".{own}")}
+        fitting = [way for way in found if all(way.to_base(name) in base.tensors for name in names)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            ways = ", ".join(sorted(str(way.to_base(first)) for way in fitting)[:2])
+            raise MismatchError(f"{first} may mean {len(fitting)} tensors of the base ({base.label}): {ways}")
+        best = max([cls(), *found], key=lambda way: sum(way.to_base(name) in base.tensors for name in names))
+        missing = [name for name in names if best.to_base(name) not in base.tensors]
+        raise MismatchError(
+            f"changes {len(missing)} of {len(names)} tensors that the base ({base.label}) does not have "
+            f"(first: {missing[0]})"
+        )
+
+
+def is_tied_away(name: str, base: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Whether ``name`` is an output matrix that the base lacks because it is tied to the input embedding."""
+    return _leaf(name) in OUTPUTS and name.endswith(".weight") and is_tied(base, config)
+
+
+def is_shared(name: str, base: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Whether the base's tensor ``name`` is a matrix of tokens that the model uses twice."""
+    shape = base.tensors[name].shape
+    vocabulary = (base.config.get("text_config") or base.config).get("vocab_size")
+    of_tokens = _leaf(name) in EMBEDDINGS or (name.endswith(".weight") and len(shape) == 2 and shape[0] == vocabulary)
+    return of_tokens and (_leaf(name) == "shared" or is_tied(base, config))
+
+
+def is_tied(base: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Whether the adapter's model has an output matrix that is its input embedding.
+
+    Says yes where nothing tells: then an adapter of the embedding is refused rather than applied to both uses.
+    """
+    trunk = base.config.get("text_config") or {}
+    flag = base.config.get("tie_word_embeddings", trunk.get("tie_word_embeddings"))
+    if flag is False or not _has_output(base, config):
+        return False
+    stored = [name for name in base.tensors if _leaf(name) in OUTPUTS and len(base.tensors[name].shape) == 2]
+    if flag is True or not stored:
+        return True
+    embeddings = [name for name in base.tensors if _leaf(name) in EMBEDDINGS and name.endswith(".weight")]
+    if base.tensors[stored[0]].shape != base.tensors[(embeddings or stored)[0]].shape:
+        return False
+    return bool(embeddings) and torch.equal(base.read(stored[0]), base.read(embeddings[0]))
+
+
+def is_conv1d(name: str, base: Checkpoint, fan_in_fan_out: bool) -> bool | None:
+    """Whether a two-dimensional weight is stored as [in, out]; None where nothing tells.
+
+    PEFT decides by the layer's class and resets ``fan_in_fan_out`` whenever it is wrong, so that a saved flag is that
+    of the last layer only. In the files a bias tells: it is as long as the output. A square weight has to be judged by
+    its neighbours of the same kind, which in these models are not all square.
+    """
+    own = _bias_tells(name, base)
+    if own is not None:
+        return own
+    if _leaf(name) in CONV1D_NAMES:
+        kin = [n for n in base.tensors if _leaf(n) in CONV1D_NAMES and n.endswith(".weight")]
+        told = next((told for n in kin if (told := _bias_tells(n, base)) is not None), None)
+        if told is not None:
+            return told
+        if base.config.get("model_type"):
+            return base.config["model_type"] in CONV1D_MODELS
+    return None if fan_in_fan_out else False
+
+
+def _bias_tells(name: str, base: Checkpoint) -> bool | None:
+    shape, bias = base.tensors[name].shape, base.tensors.get(f"{name.removesuffix('.weight')}.bias")
+    if bias is None or len(shape) != 2 or shape[0] == shape[1] or bias.shape[0] not in shape:
+        return None
+    return bias.shape[0] == shape[1]
+
+
+def _has_output(base: Checkpoint, config: Mapping[str, Any]) -> bool:
+    task = config.get("task_type")
+    if task:
+        return task in OUTPUT_TASKS
+    mapping = config.get("auto_mapping") or {}
+    classes = [mapping["base_model_class"]] if "base_model_class" in mapping else base.config.get("architectures")
+    return not classes or bool(OUTPUT_CLASS.search(str(classes[0])))
+
+
+def _leaf(name: str) -> str:
+    """The last part of the name of the module that holds a tensor."""
+    return name.rpartition(".")[0].rpartition(".")[2]

@@ -1,0 +1,1 @@
+"""Models and data of tasks: evaluated in place, coefficients chosen, tasks forgotten, fine-tunes made."""

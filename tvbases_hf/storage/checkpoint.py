@@ -1,0 +1,287 @@
+"""Checkpoints read lazily by name: safetensors or PyTorch files, single or sharded, local or on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import zipfile
+from collections.abc import Callable, Hashable, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+# The safetensors format's names for dtypes.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+FINGERPRINT_ELEMENTS = 256
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of one model: ``tensors`` tells name, shape and dtype; ``read`` maps one tensor at a time.
+
+    Opening reads headers only. A tensor read from safetensors is a view of the mapped file, so it costs page cache
+    and not memory of its own.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        tensors: Mapping[str, TensorInfo],
+        read: Callable[[str], Tensor],
+        path: Path | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.label = label
+        self.path = path
+        self.config = dict(config or {})
+        tied = _tied_outputs(self.config, tensors)
+        self.tensors = {name: info for name, info in tensors.items() if name not in tied}
+        self._read = read
+
+    @classmethod
+    def open(cls, source: str | Path, *, revision: str | None = None, label: str | None = None) -> Checkpoint:
+        """Open a directory, a weight file or a Hub id. Messages call it ``label``, by default what was given.
+
+        Raises CheckpointError when there is none, when it is damaged, or when it is something else.
+        """
+        path = locate(str(source), revision)
+        label = label or str(source)
+        files, weight_map = _weight_files(path, label)
+        readers = {file: _open_file(file, label) for file in files}
+        _check_overlap(readers, label)
+        tensors: dict[str, TensorInfo] = {}
+        owner: dict[str, Path] = {}
+        for file, reader in readers.items():
+            for name, info in reader.tensors.items():
+                if weight_map is not None and weight_map.get(name) != file.name:
+                    continue
+                tensors[name], owner[name] = info, file
+        _check_index(weight_map, tensors.keys() | {name for reader in readers.values() for name in reader.tied}, label)
+        if not tensors:
+            raise CheckpointError(f'"{label}": holds no tensors')
+        directory = path if path.is_dir() else path.parent
+        return cls(label, tensors, lambda name: readers[owner[name]].read(name), path, _read_config(directory, label))
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], label: str = "state dict") -> Checkpoint:
+        """An in-memory model; the tensors are borrowed, not copied."""
+        infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+        return cls(label, infos, lambda name: state[name].detach().cpu())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored, on the CPU. Do not write to it."""
+        return self._read(name)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """Digest of names, shapes, dtypes and the first numbers of every tensor: tells bases apart cheaply."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
+            head = self.read(name).reshape(-1)[:FINGERPRINT_ELEMENTS].contiguous()
+            digest.update(head.view(torch.uint8).numpy().tobytes() if head.numel() else b"")
+        return digest.hexdigest()[:32]
+
+
+def locate(source: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """The local path of a directory, a file or a Hub id (downloaded to ``cache_dir``, by default the Hub's own)."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not HUB_ID.match(source):
+        raise CheckpointError(f'"{source}": no such file or directory (a Hub id has the form "owner/name")')
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f'"{source}": no such local directory, and the Hub could not give it: {reason} '
+            "Check the spelling, your connection, and for private or gated models `hf auth login`."
+        ) from error
+
+
+def _weight_files(path: Path, label: str) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that hold the weights and, when sharded, the index's map from tensor to file name."""
+    if path.is_file():
+        return [path], None
+    for name in (*WEIGHT_FILES, *sorted(f.name for f in path.glob("*.safetensors.index.json"))):
+        index = path / (name if name.endswith(".index.json") else f"{name}.index.json")
+        if index.is_file():
+            weight_map = _read_index(index, label)
+            files = [path / file for file in dict.fromkeys(weight_map.values())]
+            absent = [file.name for file in files if not file.is_file()]
+            if absent:
+                raise CheckpointError(
+                    f'"{label}": {len(absent)} of {len(files)} shards named in {index.name} are absent '
+                    f"(first: {absent[0]}); download or copy the checkpoint again"
+                )
+            return files, weight_map
+        if (path / name).is_file():
+            return [path / name], None
+    loose = sorted(path.glob("*.safetensors"))
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(f'"{label}": a PEFT adapter where a full checkpoint is needed; give the base model')
+    if len(loose) == 1:
+        return loose, None
+    found = ", ".join(sorted(f.name for f in path.iterdir())[:5]) or "nothing"
+    raise CheckpointError(
+        f'"{label}": not a checkpoint: no model.safetensors, model.safetensors.index.json or pytorch_model.bin '
+        f"(found: {found})"
+    )
+
+
+def _read_index(index: Path, label: str) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = [file for file in weight_map.values() if Path(file).name != file]
+        if outside:
+            raise ValueError(f"{outside[0]} is not the name of a file beside it")
+        return dict(weight_map)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'"{label}": {index.name} is not a shard index: {error}') from error
+
+
+def _check_index(weight_map: dict[str, str] | None, found: Set[str], label: str) -> None:
+    absent = [name for name in weight_map or () if name not in found]
+    if absent:
+        raise CheckpointError(
+            f'"{label}": {len(absent)} of {len(weight_map or ())} tensors in the shard index are not in their shard '
+            f"(first: {absent[0]}); download or copy the checkpoint again"
+        )
+
+
+def _check_overlap(readers: Mapping[Path, _FileReader], label: str) -> None:
+    """CheckpointError for a tensor that two shards hold: which of them is the model's cannot be known."""
+    owner: dict[str, Path] = {}
+    twice = []
+    for file, reader in readers.items():
+        twice += [(name, owner[name], file) for name in reader.tensors if name in owner]
+        owner |= dict.fromkeys(reader.tensors, file)
+    if twice:
+        name, first, second = twice[0]
+        raise CheckpointError(
+            f'"{label}": {len(twice)} tensors are in two shards (first: {name}, in {first.name} and {second.name}), '
+            "probably of two different savings; remove the files of the older one, or save the checkpoint again"
+        )
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    tensors: dict[str, TensorInfo]
+    read: Callable[[str], Tensor]
+    tied: frozenset[str] = frozenset()
+    """Further names of the same tensors."""
+
+
+def _open_file(file: Path, label: str) -> _FileReader:
+    return _open_safetensors(file, label) if file.suffix == ".safetensors" else _open_pickle(file, label)
+
+
+def _open_safetensors(file: Path, label: str) -> _FileReader:
+    try:
+        handle = safe_open(str(file), framework="pt")
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f'"{label}": {file.name} is truncated or not a safetensors file ({error}); download or save it again'
+        ) from error
+    infos = {}
+    for name, piece in slices.items():
+        if piece.get_dtype() not in DTYPES:
+            raise CheckpointError(f'"{label}": tensor {name} has dtype {piece.get_dtype()}, which is not supported')
+        infos[name] = TensorInfo(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
+    return _FileReader(infos, handle.get_tensor)
+
+
+def _open_pickle(file: Path, label: str) -> _FileReader:
+    try:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # on damaged bytes, torch's unpickler ends in whatever they lead it to
+        raise CheckpointError(
+            f'"{label}": {file.name} is damaged or is a pickle that runs code, which is never loaded; '
+            "save it as safetensors (model.save_pretrained) and try again"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    tensors: dict[str, Tensor] = {}
+    tied: set[str] = set()
+    seen: set[Hashable] = set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        storage = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if storage in seen and tensor.numel():
+            tied.add(name)  # the first name stands for all, as in safetensors files
+            continue
+        seen.add(storage)
+        tensors[name] = tensor
+    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return _FileReader(infos, lambda name: tensors[name].detach(), frozenset(tied))
+
+
+def _read_config(directory: Path, label: str) -> dict[str, Any]:
+    file = directory / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f'"{label}": config.json is not JSON: {error}; copy it again') from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f'"{label}": config.json holds {type(config).__name__} instead of a model configuration')
+    return config
+
+
+def _tied_outputs(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """Stored copies of the input embedding that the model ties to it: loading ignores them, and so do we."""
+    if config.get("tie_word_embeddings") is not True or "lm_head.weight" not in tensors:
+        return set()
+    embeddings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "shared.weight", "word_embeddings.weight")
+    return {"lm_head.weight"} if any(name.endswith(embeddings) for name in tensors) else set()

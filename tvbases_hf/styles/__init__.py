@@ -1,0 +1,1 @@
+"""LoRA files of image models, and mixtures of their unique components."""

@@ -1,0 +1,91 @@
+"""Where the tensors of a LoRA of an image model come from: a file, a directory, a Hub id or a state dict."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..adapters.adapter import PREFIX
+from ..adapters.config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
+from ..errors import CheckpointError
+from ..storage.checkpoint import Checkpoint, locate
+
+Source = str | Path | Mapping[str, Tensor]
+Options = dict[str, LoraOptions]
+
+COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+METADATA = "lora_adapter_metadata"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+UNET_BLOCK = re.compile(r"^(down_blocks|mid_block|up_blocks)\.")
+
+
+def open_source(source: Source, label: str) -> tuple[Checkpoint, Options]:
+    """The stored tensors, by the names they have, and PEFT's options per component where the source gives them.
+
+    Raises CheckpointError if there is nothing, several files, or something that is no checkpoint.
+    """
+    if isinstance(source, Mapping):
+        if not source:
+            raise CheckpointError(f'"{label}": an empty state dict')
+        return Checkpoint.from_state_dict(source, label), {}
+    path = Path(source).expanduser()
+    path = path if path.is_file() else locate(str(source))
+    if path.is_file():
+        return Checkpoint.open(path, label=label), _options(path, label)
+    if (path / CONFIG_FILE).is_file():
+        return _peft_directory(path, label)
+    file = _only_file(path, label)
+    return Checkpoint.open(file, label=label), _options(file, label)
+
+
+def _only_file(directory: Path, label: str) -> Path:
+    if (directory / DIFFUSERS_FILE).is_file():
+        return directory / DIFFUSERS_FILE
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files[:5]) or "none"
+        raise CheckpointError(f'"{label}": {len(files)} .safetensors files ({found}); give the path of one file')
+    return files[0]
+
+
+def _options(file: Path, label: str) -> Options:
+    """What diffusers writes into the file's header: PEFT's configuration of each component."""
+    if file.suffix != ".safetensors":
+        return {}
+    with safe_open(str(file), framework="pt") as handle:
+        text = (handle.metadata() or {}).get(METADATA)
+    if not text:
+        return {}
+    try:
+        words = json.loads(text)
+        parts = {c: {k.removeprefix(f"{c}."): v for k, v in words.items() if k.startswith(f"{c}.")} for c in COMPONENTS}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f'"{label}": its {METADATA} is damaged: {error}') from error
+    return {c: LoraOptions.parse({"peft_type": "LORA"} | own, f"{label}: {c}") for c, own in parts.items() if own}
+
+
+def _peft_directory(path: Path, label: str) -> tuple[Checkpoint, Options]:
+    """A PEFT adapter under diffusers' names. It does not say which component it is of, except by class or blocks."""
+    config = read_config(path, label)
+    file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f'"{label}": {CONFIG_FILE} is here but not {WEIGHT_FILES[0]}; copy the weights too')
+    stored = Checkpoint.open(file, label=label)
+    names = {name.removeprefix(PREFIX): name for name in stored.tensors}
+    component = _component(config, list(names), label)
+    infos = {f"{component}.{own}": stored.tensors[name] for own, name in names.items()}
+    renamed = Checkpoint(label, infos, lambda name: stored.read(names[name.removeprefix(f"{component}.")]), path)
+    return renamed, {component: LoraOptions.parse(config, label)}
+
+
+def _component(config: Mapping[str, Any], names: list[str], label: str) -> str:
+    made_of = str((config.get("auto_mapping") or {}).get("base_model_class") or "")
+    if "TextModel" in made_of or "T5" in made_of:
+        raise CheckpointError(f'"{label}": a PEFT adapter of a text encoder ({made_of}), which does not say of which')
+    return "unet" if "UNet" in made_of or any(UNET_BLOCK.match(name) for name in names) else "transformer"

@@ -1,0 +1,151 @@
+"""A mix of styles as one LoRA file that diffusers loads as it is, written one weight at a time."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..delta import LowRank
+from ..execution.progress import track
+from ..storage.checkpoint import TensorInfo
+from ..storage.output import file_transaction
+from ..storage.tensor_files import TensorFiles
+from ..version import library_version
+from .lora_layers import BIAS, A, B
+from .lora_source import METADATA
+from .mixing import Part, Place, Recipe, Styles, combine, split
+from .report import Tally, recipe_words
+
+RECIPE = "tvbases_styles"
+ONE_FILE = 1 << 60
+
+
+def write_mix(
+    styles: Styles,
+    recipe: Recipe,
+    scales: Mapping[str, float],
+    out: Path,
+    *,
+    parts: Iterable[Part] | None = None,
+    sources: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    pairs: bool = False,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Write the mix, scales inside, and the recipe in the header; return the report.
+
+    Memory is that of one weight, whatever the model, unless ``parts`` are at hand. ``dtype`` None: the narrowest that
+    holds the styles' own factors.
+
+    Raises OutputError for a file that is not ours, and ParameterError if nothing would be mixed; nothing is written.
+    """
+    stored = dtype or (torch.float32 if styles.dtype == torch.float64 else styles.dtype)
+    used = {name for name, scale in scales.items() if scale != 0}
+    ranks = {place: max(1, sum(r for name, r in place.ranks.items() if name in used)) for place in styles.places}
+    biased = {place.component for place in styles.places if place.has_bias}
+    infos = {name: info for place in styles.places for name, info in _infos(place, ranks[place], stored, biased)}
+    counted = Tally(styles, recipe, pairs)
+    header = {RECIPE: json.dumps(recipe_header(recipe, scales, sources)), METADATA: json.dumps(lora_metadata(ranks))}
+    with file_transaction(out, is_mix, sum(info.nbytes for info in infos.values())) as file:
+        files = TensorFiles(file.parent, file.stem, infos, ONE_FILE, header)
+        stream = iter(split(styles, recipe) if parts is None else parts)
+        for place in track(styles.places, "Mixing", quiet, lambda place: place.nbytes):
+            part = next(stream)
+            counted.add(part)
+            for name, tensor in factors(place, combine(part, scales), stored).items():
+                files.write(name, tensor)
+            if place.component in biased:
+                files.write(_name(place, BIAS), bias(part, scales).to(stored))
+        found = counted.report() | {"scales": dict(scales), "out": str(out), "dtype": str(stored).split(".")[-1]}
+        (file.parent / f"{file.stem}.safetensors").rename(file)
+    return found | {"bytes": out.expanduser().stat().st_size}
+
+
+def factors(place: Place, change: LowRank, dtype: torch.dtype) -> dict[str, Tensor]:
+    """lora_A and lora_B of one weight in diffusers' names; PEFT has no rank 0, so that nothing is one row of zeros."""
+    left, right = change.left, change.right
+    if change.rank == 0:
+        left, right = torch.zeros(place.shape[0], 1), torch.zeros(1, place.shape[1])
+    if place.kernel:
+        left = left.reshape(*left.shape, *(1 for _ in place.kernel))
+        right = right.reshape(len(right), -1, *place.kernel)
+    return {_name(place, A): right.to(dtype).contiguous(), _name(place, B): left.to(dtype).contiguous()}
+
+
+def bias(part: Part, scales: Mapping[str, float]) -> Tensor:
+    """The sum of the styles' LoRA biases of one weight; they have no columns and are never shared."""
+    total = torch.zeros(part.place.shape[0])
+    for name, own in part.biases.items():
+        total += scales[name] * own
+    return total
+
+
+def lora_metadata(ranks: Mapping[Place, int]) -> dict[str, Any]:
+    """PEFT's configuration of each component, as diffusers keeps it: alpha = rank everywhere, so that scales are 1."""
+    words: dict[str, Any] = {}
+    for component in dict.fromkeys(place.component for place in ranks):
+        # transformers 5 has no "text_model." in front of a text encoder's names, 4 has; both know the ends.
+        text = component.startswith("text_encoder")
+        own = {
+            place.module.removeprefix("text_model.") if text else place.module: rank
+            for place, rank in ranks.items()
+            if place.component == component
+        }
+        common = Counter(own.values()).most_common(1)[0][0]
+        pattern = {module if text else f"^{module}": rank for module, rank in own.items() if rank != common}
+        config = {
+            "r": common,
+            "lora_alpha": common,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+            "target_modules": sorted(own),
+            "lora_bias": any(place.has_bias for place in ranks if place.component == component),
+        }
+        words |= {f"{component}.{key}": value for key, value in config.items()}
+    return words
+
+
+def recipe_header(
+    recipe: Recipe, scales: Mapping[str, float], sources: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What the file says of itself: styles with their scales and sources, the recipe, the library's version."""
+    styles = {name: {"scale": scale, "source": (sources or {}).get(name, "")} for name, scale in scales.items()}
+    return {"styles": styles, **recipe_words(recipe), "tvbases_hf": library_version()}
+
+
+def read_recipe(file: str | Path) -> dict[str, Any] | None:
+    """The recipe in a file's header; None if there is none."""
+    try:
+        with safe_open(str(Path(file).expanduser()), framework="pt") as handle:
+            text = (handle.metadata() or {}).get(RECIPE)
+        return json.loads(text) if text else None
+    except (SafetensorError, OSError, ValueError):
+        return None
+
+
+def is_mix(file: Path) -> bool:
+    """Whether a file is a mix of styles, which a new one may replace."""
+    return read_recipe(file) is not None
+
+
+def _name(place: Place, part: str) -> str:
+    return f"{place.component}.{place.module}.{part}"
+
+
+def _infos(place: Place, rank: int, dtype: torch.dtype, biased: set[str]) -> Iterable[tuple[str, TensorInfo]]:
+    rows, columns = place.shape
+    kernel = place.kernel
+    inputs = columns
+    for size in kernel:
+        inputs //= size
+    yield _name(place, A), TensorInfo((rank, inputs, *kernel), dtype)
+    yield _name(place, B), TensorInfo((rows, rank, *(1 for _ in kernel)), dtype)
+    if place.component in biased:
+        yield _name(place, BIAS), TensorInfo((rows,), dtype)

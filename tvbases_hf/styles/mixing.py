@@ -1,0 +1,292 @@
+"""Style LoRAs side by side in one, each reduced to what is unique to it (DeVec, section 4.2); in factor space.
+
+A style's part of a weight B A keeps one of its factors: with column spaces the edited left factor is (I - Z Z^T) B, Z
+the directions that the styles share. The mix is the parts' factors put together, so that every style keeps a scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..delta import Delta, LowRank, dense
+from ..errors import CheckpointError, MismatchError, ParameterError
+from ..linalg import negligible
+from ..shared import MIN_SIDE, Decomposition, Options, WholeSpaceError, decompose
+from .diffusers_files import open_lora
+from .lora_layers import BIAS_SUFFIX, LoraLayers
+from .lora_source import Source
+
+KINDS = ("unique", "shared", "full")
+Lora = Mapping[str, LoraLayers]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which component of each style goes into the mix, and how it is found.
+
+    ``shared_weight`` adds that much of *one* shared change (equation 14, the norm-weighted mean) to the unique ones.
+    Raises ParameterError on values that mean nothing.
+    """
+
+    component: str = "unique"
+    options: Options = field(default_factory=Options)
+    shared_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.component not in KINDS:
+            raise ParameterError(f"unknown component {self.component!r}; choose one of {', '.join(KINDS)}")
+        if self.options.pool == "pairs":
+            raise ParameterError('pool "pairs" leaves every style whole; choose joint or iterative')
+        if not math.isfinite(self.shared_weight):
+            raise ParameterError(f"shared_weight {self.shared_weight} is not a finite number")
+        if self.shared_weight and self.component != "unique":
+            raise ParameterError(f"shared_weight goes with the unique component, not with {self.component!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One weight that some styles change: ``shape`` flattened, ``kernel`` of a convolution, ranks by style."""
+
+    component: str
+    module: str
+    shape: tuple[int, int]
+    kernel: tuple[int, ...]
+    ranks: Mapping[str, int]
+    has_bias: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Of the factors, in float32."""
+        return 4 * sum(self.ranks.values()) * sum(self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What each style puts into one weight; squared norms of its shared change, its whole change, and what it puts."""
+
+    place: Place
+    changes: Mapping[str, LowRank]
+    biases: Mapping[str, Tensor]
+    shared: Mapping[str, float]
+    whole: Mapping[str, float]
+    kept: Mapping[str, float]
+    fills: bool = False
+    """A style spans all directions of this weight, which was therefore left as it is."""
+
+
+class Styles:
+    """LoRAs of one model under names, checked against each other; nothing is read before it is mixed."""
+
+    def __init__(self, loras: Mapping[str, Lora]) -> None:
+        """Raises ParameterError for fewer than two, CheckpointError for DoRA, MismatchError for different models."""
+        if len(loras) < 2:
+            raise ParameterError(f"{len(loras)} style given; mixing takes two or more")
+        self.loras = dict(loras)
+        for lora in self.loras.values():
+            _refuse_dora(lora)
+        self.places = tuple(_places(self.loras))
+
+    @classmethod
+    def open(cls, sources: Mapping[str, Source]) -> Styles:
+        """From files, directories, Hub ids or state dicts, in any of diffusers' formats."""
+        names = {name: source if isinstance(source, (str,)) else name for name, source in sources.items()}
+        return cls({name: open_lora(source, label=str(names[name])) for name, source in sources.items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.loras)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(place.component for place in self.places))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest that holds all factors."""
+        found = [layers.dtype for lora in self.loras.values() for layers in lora.values()]
+        result = found[0]
+        for dtype in found[1:]:
+            result = torch.promote_types(result, dtype)
+        return result
+
+    def changes(self, place: Place) -> dict[str, LowRank]:
+        """The whole change of each style that has this weight."""
+        found: dict[str, LowRank] = {}
+        for name in place.ranks:
+            delta = self.loras[name][place.component][place.module]
+            assert isinstance(delta, LowRank)
+            found[name] = delta
+        return found
+
+    def biases(self, place: Place) -> dict[str, Tensor]:
+        name = f"{place.module}{BIAS_SUFFIX}"
+        layers = {style: self.loras[style][place.component] for style in place.ranks}
+        return {style: dense(own[name], torch.float32) for style, own in layers.items() if name in own}
+
+
+def split(styles: Styles, recipe: Recipe) -> Iterator[Part]:
+    """Every weight's parts, one weight in memory at a time. Sharing is among the styles that change the weight.
+
+    A style whose rank fills all directions of a weight (a last layer of 64 rows and rank 64) has no subspace to share;
+    the styles then go into that weight whole, and the part says so.
+    """
+    _check_angles(styles, recipe.options)
+    for place in styles.places:
+        changes = styles.changes(place)
+        norms = {name: _Norms(change, recipe.options.side) for name, change in changes.items()}
+        whole = {name: norms[name].square(change) for name, change in changes.items()}
+        live = {name: change for name, change in changes.items() if whole[name] > 0}
+        found, fills = _decompose(live, recipe.options)
+        unique = {name: _unique(change, found, i) for i, (name, change) in enumerate(live.items())}
+        shared = {name: _minus(changes[name], part, recipe.options.side) for name, part in unique.items()}
+        squares = {name: norms[name].square(part) for name, part in shared.items()}
+        parts = _wanted(changes, unique, shared, squares, recipe)
+        kept = {name: norms[name].square(part) for name, part in parts.items()}
+        for name, part in parts.items():  # of identical styles the rounding of a subtraction is left
+            if kept[name] <= negligible(place.shape, torch.float32) ** 2 * part.rank * whole[name]:
+                parts[name], kept[name] = _zeroed(part), 0.0
+        zeros = dict.fromkeys(changes, 0.0)
+        yield Part(place, parts, styles.biases(place), zeros | squares, whole, kept, fills)
+
+
+def combine(part: Part, scales: Mapping[str, float], *, keep_zeros: bool = False) -> LowRank:
+    """The sum of the styles' parts of one weight, factors side by side; a style of scale 0 is left out, or kept."""
+    terms = [(part.changes[name], scales[name]) for name in part.changes if keep_zeros or scales[name] != 0]
+    rows, columns = part.place.shape
+    if not terms:
+        return LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
+    lefts = [change.left * scale if scale != 1 else change.left for change, scale in terms]
+    return LowRank(torch.cat(lefts, dim=1), torch.cat([change.right for change, _ in terms], dim=0))
+
+
+def parse_scales(names: tuple[str, ...], scales: Mapping[str, float] | None) -> dict[str, float]:
+    """One finite number per style, 1 where none is given. Raises ParameterError for unknown names."""
+    from ..errors import did_you_mean
+
+    given = dict(scales or {})
+    for name, scale in given.items():
+        if name not in names:
+            near = did_you_mean(name, names)
+            raise ParameterError(f'a scale for "{name}", which is no style{near}; there are {", ".join(names)}')
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ParameterError(f'the scale of "{name}" is {scale!r}; it must be a finite number')
+    return {name: float(given.get(name, 1.0)) for name in names}
+
+
+def _decompose(changes: Mapping[str, LowRank], options: Options) -> tuple[Decomposition | None, bool]:
+    """None where nothing can be shared; whether that is because a style spans everything."""
+    if len(changes) < 2:
+        return None, False
+    deltas: list[Delta] = list(changes.values())
+    try:
+        return decompose(deltas, options), False
+    except WholeSpaceError:
+        return None, min(deltas[0].shape) >= MIN_SIDE
+
+
+def _unique(change: LowRank, found: Decomposition | None, index: int) -> LowRank:
+    unique = change if found is None else found.unique[index]
+    assert isinstance(unique, LowRank)
+    return unique
+
+
+def _minus(change: LowRank, unique: LowRank, side: str) -> LowRank:
+    """change - unique, which have one factor in common, at the rank of the change."""
+    if side == "row":
+        return LowRank(change.left, change.right - unique.right)
+    return LowRank(change.left - unique.left, change.right)
+
+
+def _wanted(
+    changes: Mapping[str, LowRank],
+    unique: Mapping[str, LowRank],
+    shared: Mapping[str, LowRank],
+    squares: Mapping[str, float],
+    recipe: Recipe,
+) -> dict[str, LowRank]:
+    if recipe.component == "full":
+        return dict(changes)
+    if recipe.component == "shared":
+        return {name: shared.get(name, _zeroed(change)) for name, change in changes.items()}
+    total = sum(math.sqrt(square) for square in squares.values())
+    found = {}
+    for name, change in changes.items():
+        part = unique.get(name, change)
+        weight = recipe.shared_weight * math.sqrt(squares.get(name, 0.0)) / total if total else 0.0
+        found[name] = _plus(part, shared[name], weight, recipe.options.side) if weight else part
+    return found
+
+
+def _plus(unique: LowRank, shared: LowRank, weight: float, side: str) -> LowRank:
+    if side == "row":
+        return LowRank(unique.left, unique.right + weight * shared.right)
+    return LowRank(unique.left + weight * shared.left, unique.right)
+
+
+class _Norms:
+    """Squared norms of a change and of its parts, which have one factor in common: its Gram matrix is formed once."""
+
+    def __init__(self, change: LowRank, side: str) -> None:
+        self.side = side
+        common = (change.left.T if side == "row" else change.right).to(torch.float64)
+        self.gram = common @ common.T
+
+    def square(self, part: LowRank) -> float:
+        own = (part.right if self.side == "row" else part.left.T).to(torch.float64)
+        return float((self.gram * (own @ own.T)).sum().clamp_min(0))
+
+
+def _zeroed(change: LowRank) -> LowRank:
+    return replace(change, left=torch.zeros_like(change.left))
+
+
+def _check_angles(styles: Styles, options: Options) -> None:
+    if options.subspace == "angles" and options.pool == "joint" and len(styles.names) != 2:
+        raise ParameterError(f"subspace: angles is defined for two styles, not {len(styles.names)}; use chain or mean")
+
+
+def _refuse_dora(lora: Lora) -> None:
+    for layers in lora.values():
+        dora = [module for module in layers.modules if layers.is_dora(module)]
+        if dora:
+            raise CheckpointError(
+                f"{layers.label}: {len(dora)} of {len(layers.modules)} modules are DoRA (first: {dora[0]}), which "
+                "rescales the base's rows and has no column space of its own; mix plain LoRAs"
+            )
+
+
+def _places(loras: Mapping[str, Lora]) -> Iterator[Place]:
+    main = {name: {c for c in lora if not c.startswith("text_encoder")} for name, lora in loras.items()}
+    first, *others = main
+    for other in others:
+        if main[first] and main[other] and not main[first] & main[other]:
+            raise MismatchError(
+                f'"{first}" changes the {_words(main[first])}, "{other}" the {_words(main[other])}: LoRAs of different '
+                "models cannot be mixed"
+            )
+    for component in dict.fromkeys(c for lora in loras.values() for c in lora):
+        layers = {name: lora[component] for name, lora in loras.items() if component in lora}
+        for module in dict.fromkeys(m for own in layers.values() for m in own.modules):
+            yield _place(component, module, {name: own for name, own in layers.items() if module in own})
+
+
+def _words(components: set[str]) -> str:
+    return " and ".join(sorted(components))
+
+
+def _place(component: str, module: str, layers: Mapping[str, LoraLayers]) -> Place:
+    first, *others = layers
+    shape, kernel = layers[first].shape(module), layers[first].kernel(module)
+    for other in others:
+        if (layers[other].shape(module), layers[other].kernel(module)) != (shape, kernel):
+            raise MismatchError(
+                f'{component}.{module} is {list(shape)} in "{first}" and {list(layers[other].shape(module))} in '
+                f'"{other}": LoRAs of different models cannot be mixed'
+            )
+    ranks = {name: own.rank(module) for name, own in layers.items()}
+    return Place(component, module, shape, kernel, ranks, any(own.has_bias(module) for own in layers.values()))

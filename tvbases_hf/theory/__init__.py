@@ -1,0 +1,1 @@
+"""The constants of the error bounds, measured on models and data."""
