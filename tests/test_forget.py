@@ -119,6 +119,21 @@ def test_a_checkpoint_is_evaluated_alone_or_after_its_base(family: Family) -> No
     assert list(shown(family.tasks["math"], family.base)) == ["before", "math"]
 
 
+def test_a_model_that_accelerate_places_is_the_same_model(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    load_model, maps = AutoModelForCausalLM.from_pretrained, []
+
+    def noted(*given: Any, **options: Any) -> Any:
+        maps.append(options.get("device_map"))
+        return load_model(*given, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    placed, _ = load(family.base, Where("auto"))
+    assert torch.equal(logits(placed), logits_of(family.base))
+    assert maps == ["auto", None]
+
+
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(
     family: Family, adapters: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -113,6 +113,11 @@ def test_names_that_the_model_lacks_are_refused(model: nn.Module) -> None:
         InPlace(model, ("0.weight", "9.weight"))
 
 
+def test_weights_that_are_offloaded_are_refused() -> None:
+    with pytest.raises(MismatchError, match=r"1 of 1 weights that change are offloaded \(first: weight\)"):
+        InPlace(nn.Linear(2, 2, device="meta"), ("weight",))
+
+
 def test_a_reparametrised_model_answers_with_the_other_weights_and_their_gradient() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 2)

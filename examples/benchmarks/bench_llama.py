@@ -8,7 +8,7 @@ Every job is a process of its own; the median of --rounds is shown, and the rati
 * task_arithmetic and ties by mergekit, and by `tvbases merge` from the same YAML (float32 work, bfloat16 out);
 * ae_bases by `tvbases merge`, and inside mergekit;
 * the Gram matrix (`tvbases inspect`) and `tvbases compress`, beside plain reading of all bytes;
-* the native merge as two processes under accelerate, whose output must have the same bytes.
+* the native merge on one thread, and as two processes of one thread under accelerate, with the same bytes.
 
 Memory is what the operating system says: the peak of anonymous memory (allocated) and of resident memory, which counts
 pages of mapped files too. --cold drops the page cache before every job (root only). The outputs of native and
@@ -62,7 +62,7 @@ RATIOS = {
     "ae_bases in mergekit": "task_arithmetic, mergekit",
     "gram": "reading",
     "compress": "reading",
-    "task_arithmetic, two processes": "task_arithmetic, native",
+    "task_arithmetic, two processes": "task_arithmetic, one thread",
 }
 METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weight": 0.3},
@@ -197,7 +197,15 @@ def jobs(root: Path, out: Path) -> dict[str, list[str]]:
         "ties, mergekit": inside("ties"),
         "ties, mergekit with a stable sort": stable,
         "ties, native": native("ties"),
-        "task_arithmetic, two processes": [*launch, "-m", "tvbases_hf", *native("task_arithmetic")[3:]],
+        "task_arithmetic, one thread": [*native("task_arithmetic"), "--threads", "1"],
+        "task_arithmetic, two processes": [
+            *launch,
+            "-m",
+            "tvbases_hf",
+            *native("task_arithmetic")[3:],
+            "--threads",
+            "1",
+        ],
     }
 
 

@@ -23,11 +23,15 @@ from tvbases_hf.info import is_basis_directory
 from tvbases_hf.storage.checkpoint import WEIGHT_FILES, locate
 
 BEFORE = "before"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Where:
-    """Where models live: a device (None: a GPU if there is one) and a dtype (None: the stored one)."""
+    """Where models live: a device (None: a GPU if there is one) and a dtype (None: the stored one).
+
+    The device ``auto`` lets accelerate spread the model over all GPUs, and put on the CPU or the disk what is left.
+    """
 
     device: str | None = None
     dtype: torch.dtype | None = None
@@ -84,12 +88,14 @@ def load(source: str | Path, where: Where) -> tuple[Any, Any]:
     path = locate(str(source))
     try:
         with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=where.dtype or "auto")
+            spread = {"device_map": "auto"} if where.place == AUTO else {}
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=where.dtype or "auto", **spread)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f'"{source}" cannot be loaded as a causal language model ({reason})') from error
-    model.to(torch.device(where.place))  # type: ignore[arg-type]
+    if where.place != AUTO:
+        model.to(torch.device(where.place))  # type: ignore[arg-type]
     return model.eval(), tokenizer
 
 

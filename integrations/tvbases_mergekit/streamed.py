@@ -135,14 +135,17 @@ def _trimmed(
 
 
 def _largest(vectors: Vectors, found: Sequence[Cut]) -> Iterator[Tensor]:
-    seen = [0] * len(found)
+    left = [cut.equal for cut in found]
     for part in vectors.blocks():
         for row, cut in enumerate(found):
             magnitudes = part[row].float().abs()
-            keep = magnitudes > cut.limit
-            equal = (magnitudes == cut.limit).nonzero()[:, 0]
-            keep[equal[: max(0, cut.equal - seen[row])]] = True
-            seen[row] += len(equal)
+            keep = magnitudes >= cut.limit if left[row] > 0 else magnitudes > cut.limit
+            if left[row] > 0:
+                equal = magnitudes == cut.limit
+                count = int(equal.sum())
+                if count > left[row]:  # the last of them that are kept are in this piece
+                    keep[equal.nonzero()[left[row] :, 0]] = False
+                left[row] -= count
             part[row] *= keep
         yield part
 

@@ -32,7 +32,10 @@ Continuations = Annotated[
 Limit = Annotated[Optional[int], typer.Option(help="Documents of every task; for trying out.")]  # noqa: UP045
 Seed = Annotated[int, typer.Option(help="Of sampling.")]
 BatchSize = Annotated[int, typer.Option(help="Prompts at a time; samples depend on it.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, ...; left out: a GPU if there is one.")]  # noqa: UP045
+Device = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="cpu, cuda, auto (all GPUs, the rest offloaded); left out: a GPU if there is one."),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="Loaded as: auto, float32, bfloat16 or float16.")]
 
 

@@ -80,6 +80,12 @@ def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
             f"{len(missing)} of {len(wanted)} weights that change are not in the model (first: {missing[0]}; the model "
             f"has {next(iter(found), 'none')}); load the class of model that the base was saved from"
         )
+    absent = [name for name in wanted if found[name].device.type == "meta"]
+    if absent:
+        raise MismatchError(
+            f"{len(absent)} of {len(wanted)} weights that change are offloaded (first: {absent[0]}), where they cannot "
+            "be changed; load the model whole, or write the changed model and evaluate that"
+        )
     return {name: found[name] for name in wanted}
 
 
