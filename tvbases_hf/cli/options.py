@@ -83,7 +83,9 @@ def resources(threads: int | None, memory: str | None, resume: bool) -> Iterator
     """The block works with these, and with the other processes of this run if there are any."""
     from ..execution.run import current, using
 
-    with using(replace(current(), workers=threads, memory=parse_size(memory), resume=resume)):
+    run = current()
+    limit = run.memory if memory is None else parse_size(memory)
+    with using(replace(run, workers=threads or run.workers, memory=limit, resume=resume)):
         yield
 
 
