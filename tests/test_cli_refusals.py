@@ -222,3 +222,9 @@ def test_a_disk_that_fills_while_mergekit_writes_leaves_nothing(
     file = write_config(root(pair) / "merge.yml", merge_config(pair, num_bases=1))
     message = refused(root(pair), "mergekit-yaml", file, root(pair) / "out", "--quiet")
     assert f'the disk of "{root(pair)}" is full' in message and "Nothing was left behind" in message
+
+
+def test_a_memory_limit_is_kept_or_refused(pair: Family) -> None:
+    assert "give --memory" in compress_refused(pair, "-m", 1, "--memory", "1MB")
+    assert "leave it out" in compress_refused(pair, "--method", "tsv", "--memory", "1GB")
+    assert tvbases(*compress(pair, "-m", 1, "--quiet", "--memory", "100MB")).code == 0

@@ -18,6 +18,8 @@ from torch import Tensor
 # Numbers of all tasks together in one block: float64 work space of a few copies of 2 MB, whatever the tensor's size.
 # Blocks that stay in the processor's cache are several times faster than ones of 32 MB.
 BLOCK_NUMBERS = 1 << 18
+# What a thread takes that goes through the pieces of all tasks: a few float64 copies of one.
+PIECE_BYTES = 8 * 8 * BLOCK_NUMBERS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .delta import BLOCK_NUMBERS, Delta, Dense, delta_gram, dense
+from .delta import BLOCK_NUMBERS, PIECE_BYTES, Delta, Dense, delta_gram, dense
 from .errors import CheckpointError
 from .execution.parallel import rows
 from .taskvector import TaskVectors
@@ -87,9 +87,9 @@ def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
         return [*part.flatten().tolist(), square]
 
     size = lambda name: vectors.base.tensors[name].nbytes * (count + 1)  # noqa: E731
-    total = rows(vectors.names, products, count * count + 1, "Gram matrix", quiet, size, reads=vectors.stored).sum(
-        dim=0
-    )
+    width, need = count * count + 1, lambda _: PIECE_BYTES
+    table = rows(vectors.names, products, width, "Gram matrix", quiet, size, need, vectors.stored)
+    total = table.sum(dim=0)
     base_norm = None if vectors.are_adapters else float(total[-1]) ** 0.5
     return Gram(vectors.tasks, total[:-1].reshape(count, count), base_norm)
 

@@ -104,6 +104,14 @@ def ae_bases(
     )
 
 
+def fitted(method: str, gram: Tensor, encoder: Tensor) -> BasisWeights:
+    """The bases of an encoder [T, M] that was chosen by other means, with the decoder of least error."""
+    decoder = least_squares_decoder(gram, encoder)
+    spectral = float(torch.linalg.eigvalsh(gram)[: len(gram) - encoder.shape[1]].sum().clamp_min(0))
+    loss = squared_error(gram, encoder @ decoder)
+    return BasisWeights(method, encoder, decoder, loss, spectral, spectral, total=float(gram.trace()))
+
+
 def least_squares_decoder(gram: Tensor, encoder: Tensor) -> Tensor:
     """[M, T] the decoder of least reconstruction error for this encoder: (W^T G W)^+ W^T G."""
     # The bases' squared lengths if nothing cancelled: what cancelled is known only relative to that.

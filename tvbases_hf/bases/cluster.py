@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import MissingExtraError, ParameterError
-from .ae import least_squares_decoder
-from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
+from .ae import fitted
+from .weights import BasisWeights, check_gram, resolve_num_bases
 
 INNER = ("mean", "sum")
 # Our choice: the paper asks for a negative threshold and says that natural tasks rarely reach it.
@@ -81,17 +81,7 @@ def cluster_bases(
     _check_inner(inner)
     clusters = find_clusters(gram, num_bases, split_below=split_below, seed=seed)
     encoder = clusters.encoder(inner)
-    decoder = least_squares_decoder(gram, encoder)
-    spectral = float(torch.linalg.eigvalsh(gram)[: len(gram) - len(clusters)].sum().clamp_min(0))
-    return BasisWeights(
-        method="cluster",
-        encoder=encoder,
-        decoder=decoder,
-        loss=squared_error(gram, encoder @ decoder),
-        bound=spectral,
-        spectral_bound=spectral,
-        total=float(gram.trace()),
-    )
+    return fitted("cluster", gram, encoder)
 
 
 def find_clusters(

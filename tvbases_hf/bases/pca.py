@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import fix_signs, symmetric
-from .ae import least_squares_decoder
+from .ae import fitted
 from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
 
 
@@ -46,17 +46,7 @@ def pca_positive(gram: Tensor, num_bases: float) -> BasisWeights:
     num_bases = resolve_num_bases(num_bases, num_tasks)
     _, _, loadings = _components(gram, num_bases)
     encoder = torch.softmax(loadings.masked_fill(loadings <= 0, float("-inf")), dim=0)
-    decoder = least_squares_decoder(gram, encoder)
-    spectral = float(torch.linalg.eigvalsh(gram)[: num_tasks - num_bases].sum().clamp_min(0))
-    return BasisWeights(
-        method="pca_positive",
-        encoder=encoder,
-        decoder=decoder,
-        loss=squared_error(gram, encoder @ decoder),
-        bound=spectral,
-        spectral_bound=spectral,
-        total=float(gram.trace()),
-    )
+    return fitted("pca_positive", gram, encoder)
 
 
 def _components(gram: Tensor, num_bases: int) -> tuple[Tensor, Tensor, Tensor]:

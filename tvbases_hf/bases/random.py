@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ae import least_squares_decoder
-from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
+from .ae import fitted
+from .weights import BasisWeights, check_gram, resolve_num_bases
 
 
 def rand_select(gram: Tensor, num_bases: float, *, seed: int = 0) -> BasisWeights:
@@ -24,12 +24,7 @@ def rand_select(gram: Tensor, num_bases: float, *, seed: int = 0) -> BasisWeight
     order = torch.randperm(num_tasks, generator=torch.Generator().manual_seed(seed))
     kept = order[:num_bases].sort().values
     encoder = torch.eye(num_tasks, dtype=torch.float64)[:, kept]
-    decoder = least_squares_decoder(gram, encoder)
-    loss = squared_error(gram, encoder @ decoder)
-    spectral = float(torch.linalg.eigvalsh(gram)[: num_tasks - num_bases].sum().clamp_min(0))
-    return BasisWeights(
-        "rand_select", encoder, decoder, loss=loss, bound=spectral, spectral_bound=spectral, total=float(gram.trace())
-    )
+    return fitted("rand_select", gram, encoder)
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,11 @@ def compress(
     request = request.resolved(len(tasks)) if vectors.are_adapters else request
     if not vectors.are_adapters and (method == "joint" or alpha != 1):
         raise ParameterError("--method joint and --alpha are for adapters; these are full checkpoints")
+    if memory is not None and (vectors.are_adapters or method == "tsv" or options.get("inner", "mean") not in INNER):
+        raise ParameterError(
+            "--memory is kept by bases that are sums of full checkpoints; adapters, --method tsv and clusters that are "
+            "merged by another method take whole tensors: leave it out"
+        )
     with resources(threads, memory, resume):
         gram = gram_matrix(vectors, quiet=quiet)
         warn([*vectors.coverage.notes(), *gram.warnings()])

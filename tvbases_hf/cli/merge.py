@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from ..errors import ParameterError
 from .app import app, console
 from .options import Json, Memory, Quiet, Resume, Threads, check_json, parse_dtype, resources, write_report
 
@@ -44,6 +45,8 @@ def merge(
     from ..report import print_merge, warn
 
     check_json(json)
+    if memory is not None and adapter:
+        raise ParameterError("--memory is kept by merges into a checkpoint; an adapter is held whole: leave it out")
     request = native.Request(adapter, rank, parse_dtype(dtype), random_seed, quiet)
     with resources(threads, memory, resume):
         found = native.merge(config, out, request)

@@ -13,17 +13,17 @@ import torch
 
 from ..bases import ae_bases
 from ..bases.weights import resolve_num_bases
-from ..delta import BLOCK_NUMBERS
+from ..delta import PIECE_BYTES
 from ..errors import CheckpointError, ParameterError
 from ..storage.checkpoint import DTYPES, HUB_ID, Checkpoint, TensorInfo
 from ..storage.tensor_files import file_bytes
 from .parallel import default_workers
 from .run import shares
 
-# How often every model is read: ties finds two halves of its thresholds first, bases their Gram matrix.
-PASSES = {"gram": 1, "compress": 2, "linear": 1, "task_arithmetic": 1, "ties": 3, "dare": 2, "ae_bases": 2}
-# What a thread has of float64 and float32 numbers, in pieces of BLOCK_NUMBERS, and the tables of ties per model.
-PIECES, BYTES = 8, 8
+# How often every model is read: ties finds two halves of its thresholds first, dare its
+# lengths before and after, bases their Gram matrix.
+PASSES = {"gram": 1, "compress": 2, "linear": 1, "task_arithmetic": 1, "ties": 3, "dare": 3, "ae_bases": 2}
+# Of a thread, beside its pieces: the tables of ties per model.
 TABLES = {"ties": 2 * (1 << 16) * 8}
 MEASURED_BYTES, MEASURED_AT_ONCE = 1 << 30, 1 << 24
 
@@ -88,7 +88,7 @@ def plan(
         case _:
             written = file_bytes(stored)
     read = PASSES[job] * (models + 1) * size + (sum(i.nbytes for i in base.values()) - size if written else 0)
-    each = PIECES * BLOCK_NUMBERS * BYTES + TABLES.get(job, 0) * models
+    each = PIECE_BYTES + TABLES.get(job, 0) * models
     parts = shares(list(floating.values()), lambda info: info.nbytes, processes)
     traffic = read + written
     return Plan(

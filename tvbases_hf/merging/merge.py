@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..delta import BLOCK_NUMBERS, Delta, Dense, LowRank, pieces
+from ..delta import PIECE_BYTES, Delta, Dense, LowRank, pieces
 from ..gram import not_finite
 from ..storage.output import write_json
 from ..taskvector import TaskVectors
 from ..version import library_version
 
 MARKER = "tvbases_merge.json"
-# What a thread holds of float32 numbers: pieces of all models together, or whole tensors beside one per model.
-PIECES_AT_ONCE, WHOLE_AT_ONCE, BYTES = 8, 3, 4
+# Where a method needs whole tensors: how many float32 ones a thread holds beside one per model.
+WHOLE_AT_ONCE, BYTES = 3, 4
 
 
 # The flattened merged change of one weight in consecutive pieces, from the models' changes in full.
@@ -53,7 +53,7 @@ class Merge:
     def pieces(self, name: str) -> Iterator[Tensor]:
         """What the merge adds to one weight of the base, flattened, in consecutive pieces.
 
-        CheckpointError for NaN or infinity in the models, ParameterError for what overflows in the sum.
+        CheckpointError for NaN or infinity in the models, or for a sum that overflows.
         """
         deltas = self.vectors.deltas(name)
         whole = [delta for delta in deltas if isinstance(delta, Dense)]
@@ -70,7 +70,7 @@ class Merge:
         if name not in self.names:
             return 0
         if self.stream is not None and not self.vectors.are_adapters:
-            return PIECES_AT_ONCE * BLOCK_NUMBERS * BYTES
+            return PIECE_BYTES
         return (len(self.vectors) + WHOLE_AT_ONCE) * self.vectors.base.tensors[name].numel * BYTES
 
     def job(self, dtype: torch.dtype | None) -> dict[str, Any]:
