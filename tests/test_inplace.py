@@ -88,6 +88,7 @@ def test_an_exception_inside_and_one_half_way_restore_the_weights(model: nn.Modu
 def test_ctrl_c_restores_the_weights_even_while_they_are_being_restored(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background may ignore it
     before = bits(model)
     place = InPlace(model, NAMES)
     with pytest.raises(KeyboardInterrupt), place.changed(change):
