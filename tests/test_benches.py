@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module of the script that the test is parametrised with."""
+    monkeypatch.syspath_prepend(BENCHMARKS)  # where a script finds its neighbours
     name = f"bench_{request.param}"
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -129,3 +131,45 @@ def test_bench_of_style_mixing_measures_a_process_and_agrees_with_the_dense_rout
     assert json.loads((tmp_path / "x.json").read_text()) == found
     assert found["peak"] > 10**7 and found["one_weight"]["apart"] < 1e-5
     assert "linear layers" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("bench", ["llama"], indirect=True)
+def test_bench_of_llama_shapes_measures_what_the_plan_says(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = bench.Shape(hidden=64, intermediate=128, layers=1, key_value=64, vocabulary=500)
+    monkeypatch.setattr(bench, "QUICK", tiny)
+    file = tmp_path / "x.json"
+    bench.main(["--quick", "--only", "gram", "--only", "compress", "--workdir", str(tmp_path), "--json", str(file)])
+    report = json.loads(file.read_text())
+    numbers = sum(math.prod(shape) for shape in tiny.tensors().values())
+    assert report["bytes"] == 5 * 2 * numbers
+    for job, passes in (("gram", 1), ("compress", 2)):
+        figures = report["plans"][job]
+        assert figures["read"]["plan"] == figures["read"]["measured"] == passes * report["bytes"]
+        assert figures["written"]["plan"] == figures["written"]["measured"]
+        assert figures["memory"]["ratio"] == figures["memory"]["measured"] / figures["memory"]["plan"]
+        assert figures["memory"]["measured"] == report["jobs"][job]["process"] > 10**7
+    assert report["plans"]["compress"]["written"]["measured"] > 2 * 2 * numbers
+    printed = capsys.readouterr().out
+    assert "measured : planned" in printed and "compress" in printed
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("bench", ["llama"], indirect=True)
+def test_bench_of_llama_shapes_compares_every_pair_and_sees_a_difference(bench: ModuleType, tmp_path: Path) -> None:
+    known = bench.jobs(tmp_path, tmp_path / "out").keys()
+    assert {
+        *bench.RATIOS,
+        *bench.RATIOS.values(),
+        *bench.PLANS,
+        *(job for pair in bench.EQUAL for job in pair),
+    } <= known
+    assert all(f"{method}, native" in known for method in bench.METHODS)
+    tiny = bench.Shape(hidden=64, intermediate=128, layers=1, key_value=64, vocabulary=500)
+    for seed in (0, 1):
+        bench.write_model(tmp_path / str(seed), tiny, seed)
+    assert bench.difference(tmp_path / "0", tmp_path / "0") == {"ulps": 0, "share": 0}
+    apart = bench.difference(tmp_path / "0", tmp_path / "1")
+    assert apart["ulps"] > 0 and 0 < apart["share"] < 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .delta import BLOCK_NUMBERS, PIECE_BYTES, Delta, Dense, delta_gram, dense
+from .delta import BLOCK_NUMBERS, PIECE_BYTES, Delta, Dense, blocks, delta_gram, dense
 from .errors import CheckpointError
 from .execution.parallel import rows
 from .taskvector import TaskVectors
@@ -80,8 +80,10 @@ def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
 
     def products(name: str) -> list[float]:
         deltas = vectors.deltas(name)
-        part = delta_gram(deltas)
-        square = 0.0 if vectors.are_adapters else _square_norm(vectors.base.read(name))
+        if vectors.are_adapters:
+            part, square = delta_gram(deltas), 0.0
+        else:
+            part, square = _with_base(deltas, vectors.base.read(name))
         if not (torch.isfinite(part).all() and math.isfinite(square)):
             raise not_finite(vectors, name, deltas)
         return [*part.flatten().tolist(), square]
@@ -94,11 +96,15 @@ def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
     return Gram(vectors.tasks, total[:-1].reshape(count, count), base_norm)
 
 
-def _square_norm(tensor: Tensor) -> float:
-    flat = tensor.reshape(-1)
-    return sum(
-        float(flat[s : s + BLOCK_NUMBERS].to(torch.float64).square().sum()) for s in range(0, len(flat), BLOCK_NUMBERS)
-    )
+def _with_base(deltas: list[Delta], base: Tensor) -> tuple[Tensor, float]:
+    """delta_gram of changes that are not all low-rank, and the base's squared norm, in one pass over both."""
+    gram, square, start = torch.zeros(len(deltas), len(deltas), dtype=torch.float64), 0.0, 0
+    flat = base.reshape(-1)
+    for part in blocks(deltas):
+        gram += part @ part.T
+        square += float(flat[start : start + part.shape[1]].to(torch.float64).square().sum())
+        start += part.shape[1]
+    return gram, square
 
 
 def not_finite(vectors: TaskVectors, name: str, deltas: list[Delta]) -> CheckpointError:

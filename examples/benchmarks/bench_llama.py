@@ -14,8 +14,12 @@ Memory is what the operating system says: the peak of anonymous memory (allocate
 pages of mapped files too. --cold drops the page cache before every job (root only). The outputs of native and
 mergekit's merges are compared: largest difference in units in the last place, and the share of numbers that differ.
 Differences of 16-bit numbers have few values, and of entries equal in magnitude at its cut mergekit's ties keeps some
-by a sort that is not stable: which ones depends on the machine. --stable runs it once more with a stable sort, which
-keeps those that come first, as the native merge does. Linux only.
+by a sort that is not stable: which ones depends on the machine. --stable (on with --quick) runs it once more with a
+stable sort, which keeps those that come first, as the native merge does.
+
+The second table holds what `tvbases plan` predicts for every native job beside what was found: bytes of weights read
+(one more run of each job on one thread, see count_reads.py; --no-count leaves it out), bytes of the safetensors files
+written, and the peak of anonymous memory of the largest process. Linux only.
 """
 
 from __future__ import annotations
@@ -31,21 +35,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from llama import LLAMA_1B, Shape, difference, write_model
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 TASKS = ("math", "code", "law", "chat")
-SHARDS = 3
+TVBASES = [sys.executable, "-m", "tvbases_hf"]
+COUNT = [sys.executable, str(Path(__file__).with_name("count_reads.py"))]
 SAMPLE_SECONDS = 0.01
-WORDS, STEP = 15_485_863, 15_485_867  # primes near 2^24: patterns of numbers that do not repeat together
 READ = (
     "import sys\nfor path in sys.argv[1:]:\n    with open(path, 'rb', 0) as f:\n        while f.read(1 << 24): pass\n"
 )
@@ -64,6 +64,24 @@ RATIOS = {
     "compress": "reading",
     "task_arithmetic, two processes": "task_arithmetic, one thread",
 }
+EQUAL = (
+    ("task_arithmetic, native", "task_arithmetic, mergekit"),
+    ("ae_bases, native", "ae_bases in mergekit"),
+    ("ties, native", "ties, mergekit"),
+    ("ties, native", "ties, mergekit with a stable sort"),
+    ("task_arithmetic, two processes", "task_arithmetic, one thread"),
+    ("task_arithmetic, one thread", "task_arithmetic, native"),
+)
+# What `tvbases plan` is asked about a job, beside the models.
+PLANS: dict[str, list[str]] = {
+    "gram": ["gram"],
+    "compress": ["compress"],
+    "task_arithmetic, native": ["task_arithmetic"],
+    "ae_bases, native": ["ae_bases"],
+    "ties, native": ["ties"],
+    "task_arithmetic, one thread": ["task_arithmetic", "--threads", "1"],
+    "task_arithmetic, two processes": ["task_arithmetic", "--threads", "1", "--processes", "2"],
+}
 METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weight": 0.3},
     "ties": {"weight": 1.0, "density": 0.2},
@@ -71,79 +89,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    hidden: int = 2048
-    intermediate: int = 8192
-    layers: int = 16
-    key_value: int = 512
-    vocabulary: int = 128_256
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        h, f, kv = self.hidden, self.intermediate, self.key_value
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, h)}
-        for layer in range(self.layers):
-            attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
-            shapes |= {f"{attention}{name}_proj.weight": (h, h) for name in "qo"}
-            shapes |= {f"{attention}{name}_proj.weight": (kv, h) for name in "kv"}
-            shapes |= {
-                f"{mlp}gate_proj.weight": (f, h),
-                f"{mlp}up_proj.weight": (f, h),
-                f"{mlp}down_proj.weight": (h, f),
-            }
-            shapes |= {f"model.layers.{layer}.{n}_layernorm.weight": (h,) for n in ("input", "post_attention")}
-        return shapes | {"model.norm.weight": (h,)}
-
-    def config(self) -> dict[str, Any]:
-        heads = self.hidden // 64
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": max(1, self.key_value // 64),
-            "head_dim": 64,
-            "vocab_size": self.vocabulary,
-            "tie_word_embeddings": True,
-            "torch_dtype": "bfloat16",
-        }
-
-
 QUICK = Shape(hidden=512, intermediate=2048, layers=8, key_value=128, vocabulary=32_064)
-
-
-def write_model(directory: Path, shape: Shape, seed: int) -> int:
-    """A base (seed 0), or a fine-tune that differs from it by about one per cent; returns its bytes."""
-    base = torch.randn(WORDS, generator=torch.Generator().manual_seed(0)) * 0.02
-    step = torch.randn(STEP, generator=torch.Generator().manual_seed(seed)) * 2e-4 if seed else None
-    directory.mkdir()
-    names, start, total = list(shape.tensors().items()), 0, 0
-    weight_map: dict[str, str] = {}
-    every = sum(torch.Size(s).numel() for _, s in names)
-    shards: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
-    for name, size in names:
-        numbers = torch.Size(size).numel()
-        tensor = _cut(base, start, numbers)
-        if step is not None:
-            tensor += _cut(step, start, numbers)
-        index = min(SHARDS - 1, start * SHARDS // every)
-        shards[index][name] = tensor.to(torch.bfloat16).reshape(size)
-        weight_map[name] = f"model-{index + 1:05d}-of-{SHARDS:05d}.safetensors"
-        start, total = start + numbers, total + 2 * numbers
-    for index, shard in enumerate(shards):
-        save_file(shard, directory / f"model-{index + 1:05d}-of-{SHARDS:05d}.safetensors", {"format": "pt"})
-    index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index_file), encoding="utf-8")
-    (directory / "config.json").write_text(json.dumps(shape.config()), encoding="utf-8")
-    return total
-
-
-def _cut(pattern: Tensor, start: int, count: int) -> Tensor:
-    """``count`` numbers of the endlessly repeated pattern, from ``start``."""
-    start %= len(pattern)
-    return pattern.repeat((start + count) // len(pattern) + 1)[start : start + count]
 
 
 @contextmanager
@@ -167,66 +113,66 @@ def models(shape: Shape, workdir: Path | None) -> Iterator[tuple[Path, int]]:
 
 
 def jobs(root: Path, out: Path) -> dict[str, list[str]]:
-    tvbases = [sys.executable, "-m", "tvbases_hf"]
-    tasks = [part for task in TASKS for part in ("--task", f"{task}={root / task}")]
-    shared = ["--quiet", "--no-copy-tokenizer"]
+    base, tasks = str(root / "base"), [part for task in TASKS for part in ("--task", f"{task}={root / task}")]
     files = sorted(str(file) for name in ("base", *TASKS) for file in (root / name).glob("*.safetensors"))
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
-    native = lambda method: [*tvbases, "merge", str(root / f"{method}.yml"), str(out), "--quiet"]  # noqa: E731
-    inside = lambda method: [*tvbases, "mergekit-yaml", str(root / f"{method}.yml"), str(out), *shared]  # noqa: E731
-    stable = [sys.executable, "-c", STABLE, *inside("ties")[3:]]
+    native = lambda method: [*TVBASES, "merge", str(root / f"{method}.yml"), str(out), "--quiet"]  # noqa: E731
+    inside = lambda method: [  # noqa: E731
+        *TVBASES, "mergekit-yaml", str(root / f"{method}.yml"), str(out), "--quiet", "--no-copy-tokenizer"
+    ]  # fmt: skip
+    alone = [*native("task_arithmetic"), "--threads", "1"]
     return {
         "reading": [sys.executable, "-c", READ, *files],
-        "gram": [*tvbases, "inspect", "--base", str(root / "base"), *tasks, "--quiet"],
-        "compress": [
-            *tvbases,
-            "compress",
-            "--base",
-            str(root / "base"),
-            *tasks,
-            "-m",
-            "2",
-            "--out",
-            str(out),
-            "--quiet",
-        ],
+        "gram": [*TVBASES, "inspect", "--base", base, *tasks, "--quiet"],
+        "compress": [*TVBASES, "compress", "--base", base, *tasks, "-m", "2", "--out", str(out), "--quiet"],
         "task_arithmetic, mergekit": inside("task_arithmetic"),
         "task_arithmetic, native": native("task_arithmetic"),
         "ae_bases, native": native("ae_bases"),
         "ae_bases in mergekit": inside("ae_bases"),
         "ties, mergekit": inside("ties"),
-        "ties, mergekit with a stable sort": stable,
+        "ties, mergekit with a stable sort": [sys.executable, "-c", STABLE, *inside("ties")[3:]],
         "ties, native": native("ties"),
-        "task_arithmetic, one thread": [*native("task_arithmetic"), "--threads", "1"],
-        "task_arithmetic, two processes": [
-            *launch,
-            "-m",
-            "tvbases_hf",
-            *native("task_arithmetic")[3:],
-            "--threads",
-            "1",
-        ],
+        "task_arithmetic, one thread": alone,
+        "task_arithmetic, two processes": [*launch, *alone[1:]],
     }
 
 
-def measure(command: list[str], cold: bool) -> dict[str, float]:
-    """Seconds, and peaks of anonymous and resident memory in bytes, summed over the process and its children."""
+def measure(command: list[str], cold: bool = False) -> dict[str, float]:
+    """Seconds, and peaks of memory in bytes: anonymous and resident of all processes, anonymous of the largest one."""
     if cold:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")
-    started, anonymous, resident = time.perf_counter(), 0, 0
+    started, anonymous, resident, largest = time.perf_counter(), 0, 0, 0
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
         while process.poll() is None:
             usage = [_memory(pid) for pid in _family(process.pid)]
             anonymous = max(anonymous, sum(anon for anon, _ in usage))
             resident = max(resident, sum(rss for _, rss in usage))
+            largest = max(largest, *(anon for anon, _ in usage), 0)
             time.sleep(SAMPLE_SECONDS)
         seconds = time.perf_counter() - started
         if process.returncode:
             said.seek(0)
             raise RuntimeError(f"{command} failed:\n{said.read().decode(errors='replace')}")
-    return {"seconds": seconds, "anonymous": anonymous, "resident": resident}
+    return {"seconds": seconds, "anonymous": anonymous, "resident": resident, "process": largest}
+
+
+def predicted(root: Path, job: str) -> dict[str, Any]:
+    """What `tvbases plan` says of a job, see tvbases_hf.execution.planning.Plan; the bandwidth is of no use here."""
+    file = root / "plan.json"
+    models = ["--base", str(root / "base"), "--models", str(len(TASKS)), "-m", "2"]
+    options = ["--bandwidth", "1GB", "--json", str(file), "--quiet"]
+    measure([*TVBASES, "plan", *models, "--job", *PLANS[job], *options])
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_by(root: Path, command: list[str]) -> int:
+    """Bytes of weights that a native command reads."""
+    file = root / "reads.json"
+    measure([*COUNT, str(file), *command[len(TVBASES) :]])
+    shutil.rmtree(root / "out", ignore_errors=True)
+    return json.loads(file.read_text(encoding="utf-8"))["bytes"]
 
 
 def _family(pid: int) -> list[int]:
@@ -245,66 +191,44 @@ def _memory(pid: int) -> tuple[int, int]:
         return 0, 0
 
 
-def difference(first: Path, second: Path) -> dict[str, float]:
-    """Of two bfloat16 checkpoints: largest distance in units in the last place, share of numbers that differ."""
-    ours, theirs = _tensors(first), _tensors(second)
-    largest = differing = count = 0
-    for name in ours:
-        a, b = (_ordered(source[name](name)) for source in (ours, theirs))
-        apart = (a - b).abs()
-        largest, differing, count = (
-            max(largest, int(apart.max())),
-            differing + int((apart > 0).sum()),
-            count + a.numel(),
+def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every job, its plan, and the comparisons."""
+    out = root / "out"
+    wanted = {
+        job: command
+        for job, command in jobs(root, out).items()
+        if (job in options.only if options.only else options.stable or "stable" not in job)
+    }
+    found: dict[str, list[dict[str, float]]] = {}
+    kept: dict[str, Path] = {}
+    for _ in range(options.rounds):
+        for index, (job, command) in enumerate(wanted.items()):
+            found.setdefault(job, []).append(measure(command, options.cold))
+            if out.is_dir():
+                kept[job] = root / f"out{index}"
+                shutil.rmtree(kept[job], ignore_errors=True)
+                out.rename(kept[job])
+    report: dict[str, Any] = {"jobs": summary(found), "plans": {}, "equal": {}}
+    for job in wanted.keys() & PLANS.keys():
+        report["plans"][job] = comparison(
+            predicted(root, job),
+            read=read_by(root, wanted[job]) if options.count and PLANS[job][1:] == [] else None,
+            written=sum(file.stat().st_size for file in kept[job].glob("*.safetensors")) if job in kept else 0,
+            memory=report["jobs"][job]["process"],
         )
-    return {"ulps": largest, "share": differing / count}
-
-
-def _tensors(directory: Path) -> dict[str, Any]:
-    found = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        handle = safe_open(str(file), framework="pt")
-        found |= {name: handle.get_tensor for name in handle.keys()}  # noqa: SIM118
-    return found
-
-
-def _ordered(tensor: Tensor) -> Tensor:
-    """Neighbouring bfloat16 numbers as neighbouring integers."""
-    bits = tensor.reshape(-1).view(torch.int16).to(torch.int32)
-    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
-
-
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="models of 120 MB instead of 2.5 GB")
-    parser.add_argument("--cold", action="store_true", help="drop the page cache before every job (root only)")
-    parser.add_argument("--stable", action="store_true", help="compare ties with mergekit's under a stable sort too")
-    parser.add_argument("--rounds", type=int, default=1, help="how often every job is run, in turns")
-    parser.add_argument("--only", action="append", default=[], help="a job to run; repeat")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--workdir", type=Path, help="where the models are put; by default the system's temporary one")
-    options = parser.parse_args(arguments)
-    console = Console(width=120)
-    with models(QUICK if options.quick else Shape(), options.workdir) as (root, total):
-        found: dict[str, list[dict[str, float]]] = {}
-        kept: dict[str, Path] = {}
-        for _ in range(options.rounds):
-            for index, (job, command) in enumerate(jobs(root, root / "out").items()):
-                if (options.only and job not in options.only) or ("stable" in job and not options.stable):
-                    continue
-                found.setdefault(job, []).append(measure(command, options.cold))
-                if (root / "out").is_dir():
-                    kept[job] = root / f"out{index}"
-                    shutil.rmtree(kept[job], ignore_errors=True)
-                    (root / "out").rename(kept[job])
-        report: dict[str, Any] = {"bytes": total, "cold": options.cold, "jobs": summary(found), "equal": {}}
-        for one, other in [*RATIOS.items(), ("ties, native", "ties, mergekit with a stable sort")]:
-            if one in kept and other in kept and one.split(",")[0] == other.split(",")[0]:
-                report["equal"][f"{one} / {other}"] = difference(kept[one], kept[other])
-    show(report, console)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report["plans"] = {job: report["plans"][job] for job in PLANS if job in report["plans"]}
+    for one, other in EQUAL:
+        if one in kept and other in kept:
+            report["equal"][f"{one} / {other}"] = difference(kept[one], kept[other])
     return report
+
+
+def comparison(plan: dict[str, Any], **measured: float | None) -> dict[str, dict[str, float | None]]:
+    """By figure: planned, measured, and their ratio; None for what was not measured, and for nothing of nothing."""
+    return {
+        key: {"plan": plan[key], "measured": value, "ratio": value / plan[key] if value and plan[key] else None}
+        for key, value in measured.items()
+    }
 
 
 def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -314,6 +238,30 @@ def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, flo
         if job in rows and other in rows:
             rows[job]["ratio"] = rows[job]["seconds"] / rows[other]["seconds"]
     return rows
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="models of 90 MB instead of 2.5 GB; three minutes")
+    parser.add_argument("--cold", action="store_true", help="drop the page cache before every job (root only)")
+    parser.add_argument(
+        "--stable", action=argparse.BooleanOptionalAction, help="compare ties with mergekit's under a stable sort too"
+    )
+    parser.add_argument(
+        "--count", action=argparse.BooleanOptionalAction, default=True, help="run once more to count the bytes read"
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="how often every job is run, in turns")
+    parser.add_argument("--only", action="append", default=[], help="a job to run; repeat")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--workdir", type=Path, help="where the models are put; by default the system's temporary one")
+    options = parser.parse_args(arguments)
+    options.stable = options.quick if options.stable is None else options.stable
+    with models(QUICK if options.quick else LLAMA_1B, options.workdir) as (root, total):
+        report = {"bytes": total, "cold": options.cold, **run(root, options)}
+    show(report, Console(width=120))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -330,6 +278,16 @@ def show(report: dict[str, Any], console: Console) -> None:
         console.print(
             f"{pair}: {apart['ulps']} units in the last place at most, {apart['share']:.2%} of the numbers differ"
         )
+    title = "tvbases plan: planned / measured MB, and measured : planned"
+    table = Table("job", "read", "", "written", "", "memory of a process", "", title=title, title_justify="left")
+    for job, figures in report["plans"].items():
+        cells = [job]
+        for figure in figures.values():
+            measured = "-" if figure["measured"] is None else f"{figure['measured'] / 1e6:,.1f}"
+            ratio = "" if figure["ratio"] is None else f"{figure['ratio']:.3f}"
+            cells += [f"{figure['plan'] / 1e6:,.1f} / {measured}", ratio]
+        table.add_row(*cells)
+    console.print(table)
 
 
 if __name__ == "__main__":
