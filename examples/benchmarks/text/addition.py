@@ -1,0 +1,75 @@
+"""Study: one model for all tasks. Methods x kinds of vectors, over the bases and over the reconstructions.
+
+The alpha of every cell is chosen on validation sentences of all tasks; the accuracy is that on test sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tvbases_hf.merging import merged
+
+from .kinds import ALL, bytes_of, vectors_of, weights_of
+from .runner import Answer, Question, Study
+from .settings import Settings
+from .workshop import Workshop, start_of
+
+METHODS = {"task_arithmetic": "task arithmetic", "ties": "TIES", "tsv": "TSV-M"}
+MAIN = ("balanced", "ae_adam", "pca")
+MORE = ("normalize", "ae_varpro", "pca_positive")
+# Where the search for alpha begins; a sum begins at the weight that its tasks then have.
+STARTS = {"ties": lambda count: 1.0, "tsv": lambda count: max(1.0, 2.5 / count**0.5)}
+
+
+def questions(settings: Settings) -> Iterator[Question]:
+    """The main kinds with every fine-tuning seed, the others and PCA's reconstructions with the first."""
+    for seed in settings.seeds:
+        for method in METHODS:
+            yield _ask(method, ALL, len(settings.tasks), seed)
+        for num_bases in settings.num_bases:
+            for method in METHODS:
+                yield from (_ask(method, kind, num_bases, seed) for kind in MAIN)
+                yield from (_ask(method, "rand_select", num_bases, seed, draw=d) for d in _draws(settings, seed))
+                yield from (
+                    _ask(method, kind, num_bases, seed, "reconstructions")
+                    for kind in ("balanced", "ae_adam")
+                    if (method, kind) != ("task_arithmetic", "balanced")  # the same sum as all task vectors'
+                )
+    first = settings.seeds[0]
+    for num_bases in settings.num_bases:
+        for method in METHODS:
+            yield from (_ask(method, kind, num_bases, first) for kind in MORE)
+        yield _ask("tsv", "normalize", num_bases, first, "reconstructions")
+        yield _ask("tsv", "pca", num_bases, first, "reconstructions")
+
+
+def _draws(settings: Settings, seed: int) -> range:
+    """Subsets are numbered on from seed to seed, so that all are different."""
+    begin = settings.seeds.index(seed) * settings.draws
+    return range(begin, begin + settings.draws)
+
+
+def _ask(method: str, kind: str, num_bases: int, seed: int, over: str = "bases", draw: int = 0) -> Question:
+    return {"method": method, "kind": kind, "num_bases": num_bases, "over": over, "seed": seed, "draw": draw}
+
+
+def answer(workshop: Workshop, question: Question) -> Answer:
+    method, kind, num_bases, seed = (question[key] for key in ("method", "kind", "num_bases", "seed"))
+    vectors = vectors_of(workshop, kind, num_bases, over=question["over"], seed=seed, draw=question["draw"])
+    start = STARTS.get(method, lambda count: start_of(count, len(vectors.tasks)))(len(vectors))
+    tuned = workshop.tuned(merged(vectors, method), start, seed=seed)
+    # PCA's reconstructions need the mean vector too
+    kept = num_bases + (kind == "pca" and question["over"] == "reconstructions")
+    weights = None if kind == ALL else weights_of(workshop, kind, num_bases, seed, question["draw"])
+    return {
+        "accuracy": tuned.mean,
+        "tasks": tuned.test,
+        "alpha": tuned.alpha,
+        "curve": tuned.curve,
+        "bytes": bytes_of(vectors, kept),
+        "loss": weights and weights.loss / weights.total,
+        "effective": weights and weights.effective_weights.tolist(),
+    }
+
+
+STUDY = Study("addition", questions, answer)

@@ -1,0 +1,96 @@
+"""Studies of shared and unique components (DeVec): how much is shared, against chance, and what merging gains."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from tvbases_hf.delta import square_norm
+from tvbases_hf.merging import merged
+from tvbases_hf.merging.adamerging import adamerging, with_shared
+from tvbases_hf.shared import Options, chance_share, column_space, project, shared_subspace
+from tvbases_hf.vectors import Vectors
+
+from .kinds import ALL, vectors_of
+from .runner import Answer, Question, Study
+from .settings import START, Settings
+from .workshop import Workshop, start_of
+
+THRESHOLDS = (0.5, 0.7, 0.85)
+RANK_RULES = ("fraction:0.05", "fraction:0.1", "fraction:0.3", "energy:0.5", "gavish-donoho")
+ATTENTION = ("query.weight", "value.weight", "output.dense.weight")
+"""One kind of each matrix of a block is enough to see the shares; all of them take minutes."""
+STEPS = 25
+
+
+def fractions(settings: Settings) -> Iterator[Question]:
+    for kind in ("full", "lora"):
+        for rule in RANK_RULES if kind == "full" else ("numerical",):
+            yield {"kind": kind, "rule": rule}
+
+
+def shared_fraction(workshop: Workshop, question: Question) -> Answer:
+    """Share of the pairs' energy above each threshold, and the share that random subspaces of their ranks have."""
+    vectors = workshop.vectors(0, question["kind"])
+    pairs = list(itertools.combinations(range(len(vectors)), 2))
+    names = [n for n in vectors.names if n.endswith(ATTENTION) and "embeddings" not in n]
+    rank = "energy:0.9999" if question["rule"] == "numerical" else question["rule"]
+    shared, chance = (dict.fromkeys(THRESHOLDS, 0.0) for _ in range(2))
+    total, ranks, rows = 0.0, [], []
+    for name in names:
+        deltas = vectors.deltas(name)
+        spaces = [column_space(delta, rank) for delta in deltas]
+        energy = [square_norm(delta) for delta in deltas]
+        ranks += [space.shape[1] for space in spaces]
+        rows.append(spaces[0].shape[0])
+        for i, j in pairs:
+            total += energy[i] + energy[j]
+            for threshold in THRESHOLDS:
+                common = shared_subspace([spaces[i], spaces[j]], threshold, "angles")
+                shared[threshold] += sum(square_norm(project(common, deltas[k])) for k in (i, j))
+    typical = round(sum(ranks) / len(ranks)), round(sum(rows) / len(rows))
+    for threshold in THRESHOLDS:
+        chance[threshold] = chance_share(typical[1], (typical[0], typical[0]), threshold, "angles")
+    return {
+        "rank": typical[0],
+        "rows": typical[1],
+        "shared": {str(t): shared[t] / total for t in THRESHOLDS},
+        "chance": {str(t): chance[t] for t in THRESHOLDS},
+    }
+
+
+def gains(settings: Settings) -> Iterator[Question]:
+    for method in ("task_arithmetic", "adamerging"):
+        yield {"method": method, "components": "none", "rank": None, "threshold": None}
+        for rank, threshold in (("fraction:0.1", 0.5), ("fraction:0.3", 0.85)):
+            yield {"method": method, "components": "shared", "rank": rank, "threshold": threshold}
+
+
+def gain(workshop: Workshop, question: Question) -> Answer:
+    """Merging the vectors alone, or with the shared component of every pair as more vectors (Table 1)."""
+    vectors = vectors_of(workshop, ALL)
+    if question["components"] == "shared":
+        options = Options(pool="pairs", rank=question["rank"], threshold=question["threshold"])
+        vectors = with_shared(vectors, options)
+    if question["method"] == "task_arithmetic":
+        return _summed(workshop, vectors)
+    count = min(64, workshop.settings.validation)
+    data = workshop.data(vectors.tasks, count=count)
+    found = adamerging(vectors, workshop.model, data, start=_starts(vectors), lr=1e-2, steps=STEPS)
+    test = workshop.changed(found.change)
+    return {"accuracy": sum(test.values()) / len(test), "alpha": 1.0}
+
+
+def _summed(workshop: Workshop, vectors: Vectors) -> Answer:
+    tuned = workshop.tuned(merged(vectors, "task_arithmetic"), start_of(len(vectors.tasks), len(vectors.tasks)))
+    return {"accuracy": tuned.mean, "alpha": tuned.alpha}
+
+
+def _starts(vectors: Vectors) -> list[float]:
+    """The vectors as in task arithmetic, and nothing of the shared components: learning adds them."""
+    tasks = len(vectors.tasks)
+    return [START] * tasks + [0.0] * (len(vectors) - tasks)
+
+
+FRACTIONS = Study("fractions", fractions, shared_fraction)
+GAINS = Study("gains", gains, gain)

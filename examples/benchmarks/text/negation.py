@@ -1,0 +1,116 @@
+"""Study: forgetting one task while the other seven keep 95 % of the base's accuracy (AE paper, Table 4).
+
+The alpha is the largest of the grid at which they do so on validation sentences; the figures are of test sentences.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tvbases_hf.bases import ae_bases, pca_bases
+from tvbases_hf.bases.ae import fitted
+from tvbases_hf.bases.random import gaussian_rows
+from tvbases_hf.delta import Dense, add
+from tvbases_hf.evaluation.inplace import Change
+from tvbases_hf.evaluation.negation import negate
+
+from .kinds import random_span
+from .runner import Answer, Question, Study
+from .settings import Settings
+from .workshop import Workshop
+
+GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+TITLES = {
+    "true": "the task vector itself",
+    "ae_adam": "AE of the paper",
+    "balanced": "AE, balanced",
+    "normalize": "AE, balanced, normalised",
+    "pca": "PCA, M vectors and the mean",
+    "pca_fair": "PCA, M vectors with the mean",
+    "random_span": "random span of the task vectors",
+    "rand_proj": "RandProj",
+}
+
+
+def questions(settings: Settings) -> Iterator[Question]:
+    for kind in TITLES:
+        for task in settings.tasks:
+            yield {"kind": kind, "task": task, "num_bases": settings.half}
+
+
+def answer(workshop: Workshop, question: Question) -> Answer:
+    task, kind = question["task"], question["kind"]
+    index = workshop.settings.tasks.index(task)
+    change, error = reconstruction(workshop, kind, question["num_bases"], index)
+    found = negate(
+        workshop.place(), functools.cache(change), lambda m: _share(workshop.accuracy(m, "val")), task, alphas=GRID,
+        patience=1,
+    )  # fmt: skip
+    test = workshop.changed(change, -found.alpha)
+    base = workshop.accuracy(workshop.model)
+    return {
+        "alpha": found.alpha,
+        "target": test[task],
+        "control": _mean_without(test, task),
+        "target_before": base[task],
+        "control_before": _mean_without(base, task),
+        "error": error,
+    }
+
+
+def reconstruction(workshop: Workshop, kind: str, num_bases: int, index: int) -> tuple[Change, float]:
+    """tau_hat of one task, and |tau_hat - tau|^2 / |tau|^2."""
+    vectors, gram = workshop.vectors(), workshop.gram()
+    if kind == "rand_proj":
+        return projected(workshop, num_bases, index)
+    column = mixing(kind, gram, num_bases, index)
+    away = column - torch.eye(len(gram), dtype=torch.float64)[index]
+    return lambda name: add(vectors.deltas(name), column.tolist()), float(away @ gram @ away / gram[index, index])
+
+
+def mixing(kind: str, gram: Tensor, num_bases: int, index: int) -> Tensor:
+    """[T] how tau_hat is a sum of task vectors. PCA stores its mean too: ``pca_fair`` counts it as one of the M."""
+    made: dict[str, Callable[[], Tensor]] = {
+        "true": lambda: torch.eye(len(gram), dtype=torch.float64),
+        "ae_adam": lambda: ae_bases(gram, num_bases, solver="adam", balance=False).reconstruction,
+        "balanced": lambda: ae_bases(gram, num_bases).reconstruction,
+        "normalize": lambda: ae_bases(gram, num_bases, normalize=True).reconstruction,
+        "pca": lambda: pca_bases(gram, num_bases).reconstruction,
+        "pca_fair": lambda: pca_bases(gram, num_bases - 1).reconstruction,
+        "random_span": lambda: fitted("span", gram, random_span(len(gram), num_bases, index)).reconstruction,
+    }
+    return made[kind]()[:, index]
+
+
+def projected(workshop: Workshop, num_bases: int, index: int) -> tuple[Change, float]:
+    """Q Q^T tau for M random orthonormal directions of the whole space: almost nothing of tau is in them."""
+    vectors = workshop.vectors()
+    tau = [vectors.deltas(name)[index] for name in vectors.names]
+    sizes = [vectors.base.tensors[name].numel for name in vectors.names]
+    rows = [gaussian_rows(0, name, size, num_bases) for name, size in zip(vectors.names, sizes, strict=True)]
+    flat = [delta.block(0, size).reshape(-1) for delta, size in zip(tau, sizes, strict=True)]
+    q, r = torch.linalg.qr(torch.cat(rows).to(torch.float64))
+    coefficients = q.T @ torch.cat(flat).to(torch.float64)
+    sums = dict(zip(vectors.names, (q @ coefficients).split(sizes), strict=True))
+    norm = float(torch.cat(flat).to(torch.float64).square().sum())
+    shapes = {name: vectors.base.tensors[name].shape for name in vectors.names}
+    return (
+        lambda name: Dense(sums[name].float().reshape(shapes[name])),
+        1 - float(coefficients.square().sum()) / norm,
+    )
+
+
+def _share(accuracies: dict[str, float]) -> dict[str, float]:
+    return {task: value / 100 for task, value in accuracies.items()}
+
+
+def _mean_without(values: dict[str, float], task: str) -> float:
+    others: Sequence[float] = [value for name, value in values.items() if name != task]
+    return sum(others) / len(others)
+
+
+STUDY = Study("negation", questions, answer)

@@ -1,0 +1,135 @@
+"""What every study works with: the base in memory, the tasks, the task vectors, and the accuracy of any change."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tvbases_hf import TaskVectors, gram_matrix
+from tvbases_hf.demo import encoder
+from tvbases_hf.demo.encoder import Examples, Problem
+from tvbases_hf.evaluation.coefficients import grid_search
+from tvbases_hf.evaluation.data import TaskData, stratified
+from tvbases_hf.evaluation.inplace import Change, InPlace
+
+from . import models, sources
+from .settings import ALPHAS, START, Settings
+
+Accuracies = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The alpha that validation sentences chose, what each alpha on the way was worth there, and test accuracies."""
+
+    alpha: float
+    curve: dict[str, float]
+    test: Accuracies
+
+    @property
+    def mean(self) -> float:
+        return mean(self.test)
+
+
+class Workshop:
+    """One process's view of the work directory; what is read or computed once is kept."""
+
+    def __init__(self, workdir: Path, settings: Settings, source: str) -> None:
+        self.workdir, self.settings, self.source = workdir, settings, source
+
+    @functools.cached_property
+    def tasks(self) -> dict[str, sources.Task]:
+        """All tasks, those that are kept aside too."""
+        return sources.load_tasks((*self.settings.tasks, *self.settings.unseen), self.source)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Digest of all that decides an answer beside the question."""
+        return f"{self.settings.digest()}-{sources.digest(self.tasks)}"
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The base. Whoever changes its weights puts them back."""
+        return encoder.load(models.base_model(self.workdir))[0]
+
+    @functools.cached_property
+    def problems(self) -> dict[str, Problem]:
+        """Every task, tokenised and cut to size, with the head that the base makes of its labels."""
+        model, tokenizer = encoder.load(models.base_model(self.workdir))
+        return {name: self._cut(encoder.prepare(model, tokenizer, task, self.settings.recipe.max_tokens))
+                for name, task in self.tasks.items()}  # fmt: skip
+
+    def _cut(self, problem: Problem) -> Problem:
+        sizes = {"train": self.settings.train, "val": self.settings.validation, "test": self.settings.test}
+        return replace(problem, **{split: getattr(problem, split).first(size) for split, size in sizes.items()})
+
+    def path(self, task: str, seed: int = 0, kind: str = "full") -> Path:
+        return models.model_path(self.workdir, kind, seed, task)
+
+    @functools.cache  # noqa: B019 - a workshop lives as long as its process
+    def vectors(self, seed: int = 0, kind: str = "full") -> TaskVectors:
+        """The task vectors of the tasks that are merged."""
+        paths = {task: self.path(task, seed, kind) for task in self.settings.tasks}
+        return TaskVectors.open(models.base_model(self.workdir), paths)
+
+    @functools.cache  # noqa: B019
+    def gram(self, seed: int = 0, kind: str = "full") -> Tensor:
+        """[T, T] float64."""
+        return gram_matrix(self.vectors(seed, kind)).matrix
+
+    def place(self, seed: int = 0, kind: str = "full") -> InPlace:
+        return InPlace(self.model, self.vectors(seed, kind).names)
+
+    def accuracy(
+        self, model: nn.Module, split: str = "test", tasks: Sequence[str] | None = None, count: int | None = None
+    ) -> Accuracies:
+        """Per cent correct by task, of the tasks that are merged unless others are named."""
+        chosen = {task: self.problems[task] for task in tasks or self.settings.tasks}
+        asked = [(p.head, getattr(p, split)) for p in chosen.values()]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = encoder.accuracies(model, [(head, e.first(count or len(e))) for head, e in asked])
+        return dict(zip(chosen, found, strict=True))
+
+    def changed(
+        self, change: Change, alpha: float = 1.0, *, split: str = "test", tasks: Sequence[str] | None = None, **of: Any
+    ) -> Accuracies:
+        """Accuracies of theta_0 + alpha * change; ``of`` says whose weights change (seed, kind)."""
+        with self.place(**of).changed(change, alpha) as model:
+            return self.accuracy(model, split, tasks)
+
+    def tuned(self, change: Change, start: float, *, alphas: Sequence[float] = ALPHAS, **of: Any) -> Tuned:
+        """theta_0 + alpha * change at the alpha of the best mean accuracy on the validation sentences of all tasks."""
+        change = functools.cache(change)
+        curve = grid_search(
+            self.place(**of), change, lambda m: self.accuracy(m, "val"), alphas=alphas, start=start, patience=1
+        )
+        scores = {f"{alpha:g}": score for alpha, score in zip(curve.alphas, curve.scores, strict=True)}
+        return Tuned(curve.chosen, scores, self.changed(change, curve.chosen, **of))
+
+    def data(
+        self, tasks: Sequence[str], split: str = "val", count: int | None = None, batch: int = 16, seed: int = 0
+    ) -> list[TaskData]:
+        """For the methods that need data: ``count`` sentences a task, in which every label has its share."""
+        found = []
+        for task in tasks:
+            examples: Examples = getattr(self.problems[task], split)
+            rows = stratified(examples.labels.tolist(), min(count or len(examples), len(examples)), seed=seed)
+            parts = [rows[k : k + batch] for k in range(0, len(rows), batch)]
+            asked = [([examples.ids[i] for i in part], examples.labels[part]) for part in parts]
+            found.append(TaskData(task, asked, models.readout_of(self.problems[task])))
+        return found
+
+
+def start_of(num_vectors: int, num_tasks: int) -> float:
+    """Where the search for alpha begins: a sum of K vectors that stand for T tasks."""
+    return START * num_tasks / num_vectors
+
+
+def mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
