@@ -173,3 +173,33 @@ def test_bench_of_llama_shapes_compares_every_pair_and_sees_a_difference(bench: 
     assert bench.difference(tmp_path / "0", tmp_path / "0") == {"ulps": 0, "share": 0}
     apart = bench.difference(tmp_path / "0", tmp_path / "1")
     assert apart["ulps"] > 0 and 0 < apart["share"] < 1
+
+
+@pytest.mark.parametrize("bench", ["layers"], indirect=True)
+def test_bench_of_layers_compares_every_shape_with_the_full_decomposition(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "REFERENCE_SIDE", 400)
+    file = tmp_path / "x.json"
+    bench.main(["--quick", "--all-layers", "--device", "cpu", "--json", str(file)])
+    report = json.loads(file.read_text())
+    assert [row["layer"] for row in report["rows"]] == [layer for layer in bench.LAYERS for _ in bench.METHODS]
+    for row in report["rows"]:
+        affordable = row["method"] == "TSV-Merge" or row["rows"] <= 400
+        assert (row["ratio"] is not None) == (row["relative_difference"] is not None) == affordable
+        if affordable:
+            assert row["ratio"] == row["reference_seconds"] / row["seconds"] and row["ratio_cpu"] > 0
+            assert row["relative_difference"] < 1e-4
+        assert 0 < sum(row["shares"].values()) <= 1 and row["gflops"] > 0
+    assert {row["ratio"] is None for row in report["rows"]} == {True, False}
+    assert set(report["whole"]["seconds"]) == set(bench.METHODS) and report["plain_gflops"] > 0
+    assert "all layers, total time of DeVec" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bench", ["layers"], indirect=True)
+def test_bench_of_layers_counts_all_matrices_of_a_model(bench: ModuleType) -> None:
+    for shape, parameters in ((bench.LLAMA_1B, 1_235_814_400), (bench.LLAMA_8B, 8_030_261_248)):
+        numbers = sum(rows * columns * count for rows, columns, count in bench.matrices(shape).values())
+        norms = sum(size[0] for size in shape.tensors().values() if len(size) == 1)
+        assert numbers + norms == parameters  # of the published models
+    assert bench.matrices(bench.LLAMA_8B)["embedding"] == (128_256, 4096, 2)

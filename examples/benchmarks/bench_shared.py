@@ -46,7 +46,8 @@ def dense_route(spaces: Sequence[Tensor], changes: Sequence[Tensor]) -> tuple[li
     """Equations 7 to 14 as they are written: unique components and the combined shared one."""
     chain = functools.reduce(torch.matmul, [space @ space.T for space in spaces])
     values, vectors = torch.linalg.eig(chain)
-    chosen = torch.linalg.qr(vectors[:, values.real > THRESHOLD].real).Q
+    vectors = torch.where(values.imag < 0, vectors.imag, vectors.real)  # a plane of two conjugate eigenvectors
+    chosen = torch.linalg.qr(vectors[:, values.real > THRESHOLD]).Q
     projection = chosen @ chosen.T
     shared = [projection @ change for change in changes]
     norms = [part.norm() for part in shared]
