@@ -8,7 +8,7 @@ BIN       := .venv/bin
 STAMP     := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test lint format bench bench-text clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,10 +37,13 @@ format: $(STAMP)  ## repair what can be repaired automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## run every benchmark in turn
-	@set -e; for script in examples/benchmarks/bench_*.py; do \
+bench: $(STAMP)  ## run every benchmark in turn, but for the one on text
+	@set -e; for script in $(filter-out %/bench_text.py,$(wildcard examples/benchmarks/bench_*.py)); do \
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
+
+bench-text: $(STAMP)  ## the evidence: the papers' tables on real text (hours); ARGS=--quick for minutes
+	$(BIN)/python examples/benchmarks/bench_text.py $(ARGS)
 
 clean:  ## remove .venv, build outputs and caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -12,14 +12,14 @@ from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop, mean, start_of
 
-BUDGETS = (None, 0.75, 0.5, 0.25)
+BUDGETS = {"lora": (None, 0.75, 0.5, 0.25), "dora": (None, 0.5)}
 METHODS = ("chosen", "tsv")
 
 
 def questions(settings: Settings) -> Iterator[Question]:
     """``chosen``: the best within the budget; ``tsv``: every adapter truncated alone. No budget: the adapters."""
     for kind in ("lora", "dora"):
-        for budget in BUDGETS:
+        for budget in BUDGETS[kind]:
             for method in METHODS if budget else ("none",):
                 yield {"kind": kind, "budget": budget, "method": method}
 
@@ -42,9 +42,7 @@ def answer(workshop: Workshop, question: Question) -> Answer:
         for i, task in enumerate(vectors.tasks)
     }
     ones = [1.0] * len(vectors)
-    merged = workshop.tuned(
-        lambda name: add(changes(name), ones), start_of(len(vectors), len(vectors)), kind=kind
-    )
+    merged = workshop.tuned(lambda name: add(changes(name), ones), start_of(len(vectors), len(vectors)), kind=kind)
     return {
         "own": mean(own),
         "tasks": own,

@@ -18,11 +18,11 @@ METHODS = {"task_arithmetic": "task arithmetic", "ties": "TIES", "tsv": "TSV-M"}
 MAIN = ("balanced", "ae_adam", "pca")
 MORE = ("normalize", "ae_varpro", "pca_positive")
 # Where the search for alpha begins; a sum begins at the weight that its tasks then have.
-STARTS = {"ties": lambda count: 1.0, "tsv": lambda count: max(1.0, 2.5 / count**0.5)}
+STARTS = {"ties": lambda count: max(1.0, 3 / count**0.5), "tsv": lambda count: max(1.0, 2.5 / count**0.5)}
 
 
 def questions(settings: Settings) -> Iterator[Question]:
-    """The main kinds with every fine-tuning seed, the others and PCA's reconstructions with the first."""
+    """The main kinds with every fine-tuning seed; the other kinds and the reconstructions with the first."""
     for seed in settings.seeds:
         for method in METHODS:
             yield _ask(method, ALL, len(settings.tasks), seed)
@@ -30,15 +30,16 @@ def questions(settings: Settings) -> Iterator[Question]:
             for method in METHODS:
                 yield from (_ask(method, kind, num_bases, seed) for kind in MAIN)
                 yield from (_ask(method, "rand_select", num_bases, seed, draw=d) for d in _draws(settings, seed))
-                yield from (
-                    _ask(method, kind, num_bases, seed, "reconstructions")
-                    for kind in ("balanced", "ae_adam")
-                    if (method, kind) != ("task_arithmetic", "balanced")  # the same sum as all task vectors'
-                )
     first = settings.seeds[0]
     for num_bases in settings.num_bases:
         for method in METHODS:
-            yield from (_ask(method, kind, num_bases, first) for kind in MORE)
+            yield from (
+                _ask(method, kind, num_bases, first, "reconstructions")
+                for kind in ("balanced", "ae_adam")
+                if (method, kind) != ("task_arithmetic", "balanced")  # the same sum as all task vectors'
+            )
+            if num_bases == settings.half or method == "task_arithmetic":
+                yield from (_ask(method, kind, num_bases, first) for kind in MORE)
         yield _ask("tsv", "normalize", num_bases, first, "reconstructions")
         yield _ask("tsv", "pca", num_bases, first, "reconstructions")
 

@@ -13,7 +13,7 @@ from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
 
-TASKS = ("cr", "trec", "agnews")
+TASKS = ("cr", "trec")
 SENTENCES = 24
 ITERATIONS = 12
 """Of the power iteration: its estimate of L comes from below, so a bound that holds with it holds."""

@@ -25,9 +25,9 @@ REDRAWS = 20
 
 def sizes(settings: Settings) -> Iterator[Question]:
     """Task arithmetic over M vectors, where the study of addition has not asked already."""
-    others = [m for m in range(1, len(settings.tasks)) if m not in settings.num_bases and m % 2]
-    for num_bases in others:
-        for kind in ("balanced", "ae_adam", "pca"):
+    others = {m for m in (1, 3, 6) if m < len(settings.tasks)} - set(settings.num_bases)
+    for num_bases in sorted(others):  # balanced bases have the sum of all vectors, whatever M is
+        for kind in ("ae_adam", "pca"):
             yield {"kind": kind, "num_bases": num_bases, "draw": 0}
         for draw in range(min(settings.draws, 3)):
             yield {"kind": "rand_select", "num_bases": num_bases, "draw": draw}
@@ -59,7 +59,7 @@ def accuracy_at_temperature(workshop: Workshop, question: Question) -> Answer:
 
 
 def subsamples(settings: Settings) -> Iterator[Question]:
-    return ({"kind": kind} for kind in ("balanced", "ae_adam"))
+    return ({"kind": kind} for kind in ("ae_adam",))
 
 
 def accuracy_of_subsamples(workshop: Workshop, question: Question) -> Answer:
@@ -96,9 +96,7 @@ def data_right(workshop: Workshop, model: torch.nn.Module, task: str) -> list[bo
 
 def _best(workshop: Workshop, right: list[dict[str, list[bool]]], count: int, redraw: int, start: int) -> int:
     """Index of the alpha that a stratified subset prefers."""
-    rows = {
-        task: stratified(workshop.problems[task].val.labels.tolist(), count, seed=redraw) for task in right[0]
-    }
+    rows = {task: stratified(workshop.problems[task].val.labels.tolist(), count, seed=redraw) for task in right[0]}
     score = [sum(sum(found[task][i] for i in rows[task]) for task in rows) for found in right]
     return climb(lambda i: float(score[i]), len(score), start)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tvbases_hf.bases import BasisWeights, ae_bases, pca_bases, pca_positive, rand_select
+from tvbases_hf.bases import BasisWeights, ae_bases, pca_bases, pca_positive
 from tvbases_hf.demo.compare import selections
 from tvbases_hf.vectors import Vectors
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,7 +35,7 @@ def _always(workshop: Workshop, question: Question) -> bool:
 
 @dataclass(frozen=True)
 class Study:
-    """``version`` goes up when the same question gets another answer; ``holds`` says if a stored answer still counts."""
+    """``version`` goes up when a question gets another answer; ``holds`` says if a stored answer still counts."""
 
     name: str
     questions: Callable[[Settings], Iterable[Question]]
@@ -74,7 +75,10 @@ def run(studies: Sequence[Study], workshop: Workshop, processes: int, *, quiet: 
     """Answer what is not answered yet, study after study, and return all answers by study."""
     asked = {study.name: list(study.questions(workshop.settings)) for study in studies}
     open_questions = [
-        (study, question) for study in studies for question in asked[study.name] if not _known(workshop, study, question)
+        (study, question)
+        for study in studies
+        for question in asked[study.name]
+        if not _known(workshop, study, question)
     ]
     total = sum(len(questions) for questions in asked.values())
     with tqdm(total=total, initial=total - len(open_questions), disable=True if quiet else None) as bar:
@@ -119,7 +123,16 @@ _workshop: Workshop | None = None
 def _open(workdir: Path, settings: Settings, source: str) -> None:
     global _workshop
     torch.set_num_threads(1)  # one process per core: the matrices are small
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _workshop = Workshop(workdir, settings, source)
+
+
+def _end_with_parent() -> None:
+    """A killed run leaves no worker behind; what one was at is asked again."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _answer_in_worker(study: Study, question: Question) -> None:

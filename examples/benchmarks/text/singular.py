@@ -45,7 +45,7 @@ def compression(settings: Settings) -> Iterator[Question]:
 
 
 def compressed_accuracy(workshop: Workshop, question: Question) -> Answer:
-    """Every task's own accuracy with its truncated vector, and the bytes of all of them as a share of the dense ones."""
+    """Every task's own accuracy with its truncated vector, and what share of the bytes these have."""
     vectors = workshop.vectors()
     found = spectra(vectors)
     if question["budget"]:

@@ -104,7 +104,7 @@ HUB: dict[str, HubTask] = {
 
 
 def load_tasks(names: Sequence[str], source: str) -> dict[str, Task]:
-    """The tasks by name. ``source`` is a file, ``hub``, ``generated``, or ``auto``: a file if there is one, else the Hub.
+    """The tasks by name. ``source``: a file, ``hub``, ``generated``, or ``auto`` (a file if there is one, or hub).
 
     Raises:
         CheckpointError: a file that cannot be read, or that lacks a task.
@@ -156,12 +156,12 @@ def _from_hub(names: Sequence[str]) -> dict[str, Task]:
     for name in names:
         hub = HUB[name]
         rows = load_dataset(hub.id, hub.config)
-        tasks[name] = _cut(hub, {split: [dict(row) for row in rows[split]] for split in rows}, seen)
+        tasks[name] = _cut(hub, {str(split): [dict(row) for row in rows[split]] for split in rows}, seen)
     return tasks
 
 
 def _cut(hub: HubTask, rows: Mapping[str, list[dict[str, Any]]], seen: set[str]) -> Task:
-    """SIZES sentences for each split, shuffled by a fixed seed; what a data set lacks is taken from its training part."""
+    """SIZES sentences per split, shuffled by a fixed seed; a split that is absent is cut from the training part."""
     values = sorted({row[hub.label] for part in rows.values() for row in part})
     if hub.labels is None:
         labels = [f"Customer question about {str(value).replace('_', ' ')}." for value in values]

@@ -96,6 +96,11 @@ class Workshop:
             found = encoder.accuracies(model, [(head, e.first(count or len(e))) for head, e in asked])
         return dict(zip(chosen, found, strict=True))
 
+    @functools.cache  # noqa: B019
+    def zero_shot(self) -> Accuracies:
+        """The base's own test accuracies."""
+        return self.accuracy(self.model)
+
     def changed(
         self, change: Change, alpha: float = 1.0, *, split: str = "test", tasks: Sequence[str] | None = None, **of: Any
     ) -> Accuracies:

@@ -1,0 +1,12 @@
+"""The papers' tables on real weights and real tasks: fine-tunes all-MiniLM-L6-v2, asks every study, writes RESULTS.md.
+
+    python examples/benchmarks/bench_text.py [--quick] [--processes N] [--workdir DIR] [--tasks FILE] [--out FILE]
+
+An hour and a half on two cores, all of it cached: run it again and it goes on where it was. The tasks are read from
+tasks.json.gz in the directory that TVBASES_DATA names (or in data/ beside the repository), else from the Hub.
+"""
+
+from text.command import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""RESULTS.md and its figures, made of the answers alone."""

@@ -1,0 +1,167 @@
+"""The sections on addition: the main table, the other kinds, methods with data, and the bases' own choices."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+
+from .. import addition, with_data
+from ..kinds import ALL, TITLES
+from ..runner import Answers
+from ..settings import Settings
+from . import paper
+from .claims import average, merged_tasks
+from .markdown import megabytes, span, spread, standard_error, table
+
+Found = Mapping[str, Answers]
+MAIN = ("balanced", "ae_adam", "rand_select", "pca")
+
+
+def fine_tunes(found: Found, settings: Settings) -> str:
+    tuned = found["finetune"]
+    rows = []
+    for task in (*settings.tasks, *settings.unseen):
+        own = [spread([a["own"] for a in tuned.of(task=task, kind=kind)]) for kind in ("full", "lora", "dora")]
+        rows.append([task, f"{tuned.of(task=task)[0]['zero_shot']:.1f}", *own])
+    full, lora, dora = (merged_tasks(tuned, settings, kind) for kind in ("full", "lora", "dora"))
+    means = [f"**{statistics.mean(a['own'] for a in kind):.1f}**" for kind in (full, lora, dora)]
+    rows.append(["**mean of those merged**", f"**{statistics.mean(a['zero_shot'] for a in full):.1f}**", *means])
+    return table(["task", "zero-shot", "fine-tuned", f"LoRA, r = {settings.recipe.rank}", "DoRA"], rows)
+
+
+def main_table(found: Found, settings: Settings) -> str:
+    """Mean ± standard deviation over fine-tuning seeds, and draws where chance decides; alpha below."""
+    answers = found["addition"]
+    rows = [_main_row(answers, ALL, len(settings.tasks), settings)]
+    for num_bases in settings.num_bases:
+        rows += [_main_row(answers, kind, num_bases, settings) for kind in MAIN]
+    headers = ["vectors", "M", "MB kept", "task arithmetic", "TIES", "TSV-M", "runs", "s per run", "paper: TA", "TIES ",
+               "TSV-M "]  # fmt: skip
+    tuned = merged_tasks(found["finetune"], settings)
+    own, zero = (statistics.mean(a[key] for a in tuned) for key in ("own", "zero_shot"))
+    error = standard_error(own, settings.test * len(settings.tasks))
+    return (
+        f"Zero-shot {zero:.1f}, every task's own fine-tune {own:.1f} (paper: {paper.ZERO_SHOT} and "
+        f"{paper.FINE_TUNED}). That the test sentences are a sample gives an accuracy a standard error of about "
+        f"{error:.1f} points; methods are compared on the same sentences, so differences are known better.\n\n"
+        + table(headers, rows)
+    )
+
+
+def _main_row(answers: Answers, kind: str, num_bases: int, settings: Settings) -> list[object]:
+    cells = {m: answers.of(method=m, kind=kind, num_bases=num_bases, over="bases") for m in addition.METHODS}
+    one = next(iter(cells.values()))
+    published = [
+        f"{paper.ADDITION[m].get(kind, '')}" if kind == ALL or num_bases == settings.half else "" for m in cells
+    ]
+    return [
+        f"**{TITLES[kind]}**" if kind in (ALL, "balanced") else TITLES[kind],
+        num_bases,
+        megabytes(one[0]["bytes"]),
+        *(f"{spread([a['accuracy'] for a in cell])} (α {span(a['alpha'] for a in cell)})" for cell in cells.values()),
+        len(one),
+        " / ".join(f"{statistics.mean(a['processor_seconds'] for a in cell):.0f}" for cell in cells.values()),
+        *published,
+    ]
+
+
+def variants(found: Found, settings: Settings) -> str:
+    """Everything with the first fine-tuning seed: other kinds, and merging the reconstructions."""
+    answers, seed = found["addition"], settings.seeds[0]
+    rows = []
+    for over, kinds in (
+        ("bases", ("balanced", "normalize", "ae_varpro", "ae_adam", "pca_positive")),
+        ("reconstructions", ("balanced", "normalize", "ae_adam", "pca")),
+    ):
+        for num_bases in settings.num_bases:
+            for kind in kinds:
+                cells = [_cell(answers, m, kind, num_bases, over, seed) for m in addition.METHODS]
+                rows.append([TITLES[kind], over, num_bases, *cells])
+    everything = [_cell(answers, m, ALL, len(settings.tasks), "bases", seed) for m in addition.METHODS]
+    return table(
+        ["vectors", "merged", "M", *addition.METHODS.values()],
+        [[TITLES[ALL], "", len(settings.tasks), *everything], *rows],
+    )
+
+
+def _cell(answers: Answers, method: str, kind: str, num_bases: int, over: str, seed: int) -> str:
+    if over == "reconstructions" and (method, kind) == ("task_arithmetic", "balanced"):
+        return "as all vectors, exactly"
+    cell = answers.of(method=method, kind=kind, num_bases=num_bases, over=over, seed=seed)
+    return f"{cell[0]['accuracy']:.1f} (α {cell[0]['alpha']:g})" if cell else ""
+
+
+def methods(found: Found, settings: Settings) -> str:
+    answers = found["with_data"]
+    rows = []
+    for method, title in with_data.TITLES.items():
+        cells = [answers.one(method=method, kind=kind) for kind in with_data.KINDS]
+        published = paper.LOCALIZE if method == "localize" else {}
+        rows.append([
+            title,
+            *(f"{c['accuracy']:.1f}" + (f" (α {c['alpha']:g})" if method in with_data.SCALED else "") for c in cells),
+            " / ".join(megabytes(c["bytes"]) for c in cells),
+            " / ".join(f"{c['processor_seconds']:.0f}" for c in cells),
+            " / ".join(f"{published[kind]}" for kind in with_data.KINDS if kind in published),
+        ])  # fmt: skip
+    m = settings.half
+    kinds = [TITLES[kind] + (f", M = {m}" if kind != ALL else "") for kind in with_data.KINDS]
+    return table(["method", *kinds, "MB kept", "s", "paper (all / AE / RandSelect)"], rows)
+
+
+def sizes(found: Found, settings: Settings) -> str:
+    by_size = accuracy_by_size(found, settings)
+    counts = sorted({m for points in by_size.values() for m in points})
+    rows = [
+        [TITLES[kind], *(f"{points[m]:.1f}" if m in points else "" for m in counts)] for kind, points in by_size.items()
+    ]
+    losses = found["losses"]
+    rows.append(["*relative loss of the paper's AE*", *(_loss(losses, "ae_adam", m) for m in counts)])
+    rows.append(["*relative loss, balanced*", *(_loss(losses, "balanced", m) for m in counts)])
+    return table(["task arithmetic over", *(f"M = {m}" for m in counts)], rows)
+
+
+def _loss(losses: Answers, kind: str, num_bases: int) -> str:
+    cell = losses.of(kind=kind, num_bases=num_bases)
+    return f"*{cell[0]['loss']:.3f}*" if cell else "*0*"
+
+
+def accuracy_by_size(found: Found, settings: Settings) -> dict[str, dict[int, float]]:
+    """Task arithmetic: {kind: {M: accuracy}}, the first fine-tuning seed."""
+    seed, total = settings.seeds[0], len(settings.tasks)
+    everything = average(found["addition"], method="task_arithmetic", kind=ALL, seed=seed)
+    points: dict[str, dict[int, float]] = {}
+    for kind in MAIN:
+        by_m: dict[int, list[float]] = {}
+        for question, answer in found["addition"]:
+            wanted = ("task_arithmetic", kind, "bases", seed)
+            if tuple(question[key] for key in ("method", "kind", "over", "seed")) == wanted:
+                by_m.setdefault(question["num_bases"], []).append(answer["accuracy"])
+        for question, answer in found["sizes"]:
+            if question["kind"] == kind:
+                by_m.setdefault(question["num_bases"], []).append(answer["accuracy"])
+        points[kind] = {m: statistics.mean(values) for m, values in sorted(by_m.items())} | {total: everything}
+    return points
+
+
+def temperature(found: Found, settings: Settings) -> str:
+    rows = [
+        [
+            f"{q['temperature']:g}",
+            f"{a['accuracy']:.1f} (α {a['alpha']:g})",
+            f"{100 * (a['loss'] / a['bound'] - 1):.3f} %",
+            f"{a['effective'][0]:.2f}–{a['effective'][1]:.2f}",
+            paper.TEMPERATURE.get(q["temperature"], ""),
+        ]
+        for q, a in found["temperature"]
+    ]
+    headers = ["temperature", "task arithmetic", "loss above the bound", "weights of the tasks", "paper (normalised)"]
+    return table(headers, rows)
+
+
+def subsamples(found: Found, settings: Settings) -> str:
+    ((_, answer),) = found["subsamples"]
+    rows = [[count, f"{mean:.1f} ± {deviation:.1f}"] for count, (mean, deviation) in answer["by_count"].items()]
+    return table(["validation sentences per task", "test accuracy"], rows) + (
+        f"\n\nThe best alpha for the test sentences themselves would give {answer['best']:.1f}."
+    )
