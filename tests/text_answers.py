@@ -21,7 +21,7 @@ ACCURACY = {
     "pca_positive": 70.0,
 }
 METHOD = {"task_arithmetic": 0.0, "ties": 0.3, "tsv": 2.5}
-TARGET = {"rand_proj": 65.5, "ae_adam": 42.0}
+TARGET = {"rand_proj": 63.5, "ae_adam": 42.0}
 
 
 def made_up(settings: Settings) -> dict[str, Answers]:
@@ -37,11 +37,11 @@ def _answer(study: str, question: Mapping[str, Any]) -> dict[str, Any]:
         "finetune": {"zero_shot": 60.0, "own": 91.0},
         "losses": {"loss": 0.5, "bound": 0.49, "effective": [0.4, 0.6], "condition": 3.0},
         "negation": {
-            "target": TARGET.get(question.get("kind", ""), 30.0),
+            "target": TARGET.get(question.get("kind", ""), 28.0) + len(question.get("task", "")) / 2,
             "control": 65.0,
             "target_before": 66.0,
             "control_before": 68.0,
-            "error": 0.5,
+            "error": 0.3 + len(question.get("task", "")) / 20,
         },
         "online": {"accuracy": {"task_arithmetic": 79 + question.get("order", 0) / 7, "tsv": 78.0}},
         "temperature": {"loss": 0.51, "bound": 0.5, "effective": [0.2, 1.8]},

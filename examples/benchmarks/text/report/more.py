@@ -33,8 +33,8 @@ def forgetting(found: Found, settings: Settings) -> str:
     headers = ["what is negated", "target ↓", "control", "α", "squared error of τ̂", "paper: target / control"]
     return (
         f"Before: target {before[0]:.1f}, control {before[1]:.1f}.\n\n{table(headers, rows)}\n\nOver all tasks and "
-        "methods the correlation between the squared error of a task's reconstruction and what is forgotten, as a share "
-        f"of what the true vector forgets, is {error_and_forgetting(found):.2f}."
+        "methods the correlation between the squared error of a task's reconstruction and what is forgotten, as a "
+        f"share of what the true vector forgets, is {error_and_forgetting(found):.2f}."
     )
 
 
