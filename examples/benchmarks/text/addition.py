@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tvbases_hf.merging import merged
+from tvbases_hf.vectors import Vectors
 
 from .kinds import ALL, bytes_of, vectors_of, weights_of
 from .runner import Answer, Question, Study
@@ -17,8 +18,6 @@ from .workshop import Workshop, start_of
 METHODS = {"task_arithmetic": "task arithmetic", "ties": "TIES", "tsv": "TSV-M"}
 MAIN = ("balanced", "ae_adam", "pca")
 MORE = ("normalize", "ae_varpro", "pca_positive")
-# Where the search for alpha begins; a sum begins at the weight that its tasks then have.
-STARTS = {"ties": lambda count: max(1.0, 3 / count**0.5), "tsv": lambda count: max(1.0, 2.5 / count**0.5)}
 
 
 def questions(settings: Settings) -> Iterator[Question]:
@@ -57,8 +56,7 @@ def _ask(method: str, kind: str, num_bases: int, seed: int, over: str = "bases",
 def answer(workshop: Workshop, question: Question) -> Answer:
     method, kind, num_bases, seed = (question[key] for key in ("method", "kind", "num_bases", "seed"))
     vectors = vectors_of(workshop, kind, num_bases, over=question["over"], seed=seed, draw=question["draw"])
-    start = STARTS.get(method, lambda count: start_of(count, len(vectors.tasks)))(len(vectors))
-    tuned = workshop.tuned(merged(vectors, method), start, seed=seed)
+    tuned = workshop.tuned(merged(vectors, method), first_guess(method, kind, vectors), seed=seed)
     # PCA's reconstructions need the mean vector too
     kept = num_bases + (kind == "pca" and question["over"] == "reconstructions")
     weights = None if kind == ALL else weights_of(workshop, kind, num_bases, seed, question["draw"])
@@ -71,6 +69,15 @@ def answer(workshop: Workshop, question: Question) -> Answer:
         "loss": weights and weights.loss / weights.total,
         "effective": weights and weights.effective_weights.tolist(),
     }
+
+
+def first_guess(method: str, kind: str, vectors: Vectors) -> float:
+    """Where the search for alpha begins: it ends at the same alpha from elsewhere, but later."""
+    if kind == "rand_select":  # as long as task vectors are, and of few tasks
+        return 0.6 if method == "task_arithmetic" else 1.25
+    if method == "task_arithmetic":
+        return start_of(len(vectors), len(vectors.tasks))
+    return 1.25 if kind == ALL else 2.5
 
 
 STUDY = Study("addition", questions, answer)
