@@ -39,14 +39,17 @@ def forgetting(found: Found, settings: Settings) -> str:
 
 
 def error_and_forgetting(found: Found) -> float:
-    """Pearson's correlation over (method, task); RandProj, which forgets nothing, is left out."""
+    """Pearson's correlation over (method, task), or NaN; RandProj, which forgets nothing, is left out."""
     true = {q["task"]: a["target_before"] - a["target"] for q, a in found["negation"] if q["kind"] == "true"}
     pairs = [
         (a["error"], (a["target_before"] - a["target"]) / true[q["task"]])
         for q, a in found["negation"]
         if q["kind"] not in ("true", "rand_proj") and true[q["task"]] > 0
     ]
-    return statistics.correlation(*zip(*pairs, strict=True)) if len(set(pairs)) > 1 else float("nan")
+    try:
+        return statistics.correlation(*zip(*pairs, strict=True))
+    except statistics.StatisticsError:  # one of the two is the same everywhere
+        return float("nan")
 
 
 def in_order(found: Found, settings: Settings) -> str:
