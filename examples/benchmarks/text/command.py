@@ -34,6 +34,7 @@ STUDIES: tuple[Study, ...] = (
     choices.SIZES,
     choices.TEMPERATURE,
     choices.SUBSAMPLES,
+    singular.UNTUNED,
     singular.ABLATION,
     singular.COMPRESSION,
     ood.STUDY,

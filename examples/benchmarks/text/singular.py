@@ -81,5 +81,20 @@ def share_of_bytes(found: Spectra, ranks: Mapping[str, list[int]]) -> float:
     return kept / total
 
 
+def untuned(settings: Settings) -> Iterator[Question]:
+    """Alpha 1, the paper's, and T / M, which makes up for bases that are shorter than task vectors."""
+    for kind in ("balanced", "ae_adam", "rand_select"):
+        for draw in range(settings.draws if kind == "rand_select" else 1):
+            for alpha in (1.0, len(settings.tasks) / settings.half):
+                yield {"kind": kind, "num_bases": settings.half, "alpha": alpha, "draw": draw}
+
+
+def untuned_accuracy(workshop: Workshop, question: Question) -> Answer:
+    vectors = vectors_of(workshop, question["kind"], question["num_bases"], draw=question["draw"])
+    test = workshop.changed(merged(vectors, "tsv"), question["alpha"])
+    return {"accuracy": sum(test.values()) / len(test)}
+
+
+UNTUNED = Study("untuned", untuned, untuned_accuracy)
 ABLATION = Study("ablation", ablation, merged_accuracy)
 COMPRESSION = Study("compression", compression, compressed_accuracy)

@@ -25,12 +25,12 @@ def forgetting(found: Found, settings: Settings) -> str:
             spread([a["target"] for a in cell]),
             f"{statistics.mean(a['control'] for a in cell):.1f}",
             span(a["alpha"] for a in cell),
-            f"{statistics.mean(a['error'] for a in cell):.2f}",
+            f"{statistics.mean(a['error'] for a in cell):.2f} ({max(a['error'] for a in cell):.2f})",
             " / ".join(f"{value}" for value in published) if published else "",
         ])  # fmt: skip
     one = found["negation"].of(kind="true")
     before = statistics.mean(a["target_before"] for a in one), statistics.mean(a["control_before"] for a in one)
-    headers = ["what is negated", "target ↓", "control", "α", "squared error of τ̂", "paper: target / control"]
+    headers = ["what is negated", "target ↓", "control", "α", "squared error of τ̂ (largest)", "paper: target / control"]
     return (
         f"Before: target {before[0]:.1f}, control {before[1]:.1f}.\n\n{table(headers, rows)}\n\nOver all tasks and "
         "methods the correlation between the squared error of a task's reconstruction and what is forgotten, as a "
@@ -93,6 +93,16 @@ def singular_merge(found: Found, settings: Settings) -> str:
         for rank in singular.RANKS
     ]
     return table(["TSV-M's parts", "α 1", "best α", "normalised", "paper (normalised)"], rows)
+
+
+def untuned(found: Found, settings: Settings) -> str:
+    answers = found["untuned"]
+    alphas = list(dict.fromkeys(q["alpha"] for q, _ in answers))
+    rows = [
+        [TITLES[kind], *(spread([a["accuracy"] for a in answers.of(kind=kind, alpha=alpha)]) for alpha in alphas)]
+        for kind in dict.fromkeys(q["kind"] for q, _ in answers)
+    ]
+    return table([f"TSV-M over M = {settings.half}", *(f"α {alpha:g}" for alpha in alphas)], rows)
 
 
 def _ablated(answer: dict, own: float) -> Iterator[str]:

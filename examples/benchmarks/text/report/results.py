@@ -120,7 +120,12 @@ def sections(settings: Settings) -> list[tuple[str, str, list[Body]]]:
             f"aTLAS learns a coefficient per vector and weight from {settings.shots} sentences per label; M = {m}.",
             [more.unseen],
         ),
-        ("TSV-Merge", "All vectors, the first fine-tuning seed.", [more.singular_merge]),
+        (
+            "TSV-Merge",
+            "All vectors, the first fine-tuning seed. Below: over bases with an alpha that is not tuned; convex bases are "
+            "shorter than task vectors by T / M.",
+            [more.singular_merge, more.untuned],
+        ),
         (
             "TSV-Compress",
             "Every task's own accuracy with its own truncated vector.",
