@@ -122,8 +122,8 @@ def sections(settings: Settings) -> list[tuple[str, str, list[Body]]]:
         ),
         (
             "TSV-Merge",
-            "All vectors, the first fine-tuning seed. Below: over bases with an alpha that is not tuned; convex bases are "
-            "shorter than task vectors by T / M.",
+            "All vectors, the first fine-tuning seed. Below: over bases with an alpha that is not tuned; convex bases "
+            "are shorter than task vectors by T / M.",
             [more.singular_merge, more.untuned],
         ),
         (
