@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 from text import addition, command, finetune, kinds, models, negation, runner, sources
 from text.report import results
 from text.report.claims import Claim, claims
+from text.report.sections import sections
 from text.settings import FULL, Recipe, Settings
 from text.workshop import Workshop
 from text_answers import made_up
@@ -147,7 +148,7 @@ def test_the_report_says_what_the_answers_say(tmp_path):
     assert f"{statistics.mean(draws):.1f} ± {statistics.stdev(draws):.1f} (α 0.4)" in text
     assert "Zero-shot 60.0, every task's own fine-tune 91.0" in text
     assert "| negating RandProj forgets the target by | 0.6 | ≤ 2.0 | yes |" in text
-    titles = [title for title, *_ in results.sections(FULL)]
+    titles = [section.title for section in sections(FULL)]
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == ["What holds", *titles]
 
 

@@ -51,7 +51,7 @@ def answers(workdir: Path, settings: Settings, source: str, processes: int, quie
     models.base_model(workdir)
     workshop = Workshop(workdir, settings, source)
     tuned = run(STUDIES[:1], workshop, processes, quiet=quiet)
-    return tuned | run(STUDIES[1:], workshop, processes, quiet=quiet)
+    return tuned | run([s for s in STUDIES[1:] if settings.asks(s.name)], workshop, processes, quiet=quiet)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Claim]:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Claim]:
         "interrupted goes on where it stopped.",
         epilog="example: python examples/benchmarks/bench_text.py --quick --out /tmp/RESULTS.md",
     )
-    parser.add_argument("--quick", action="store_true", help="smaller data, one seed: about 15 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="less data, one seed, the main claims only: minutes")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one per core (the default)")
     parser.add_argument("--workdir", type=Path, default=WORKDIR, help=f"models and answers (default: {WORKDIR})")
     parser.add_argument(

@@ -12,11 +12,11 @@ from .workshop import Workshop
 
 def questions(settings: Settings) -> Iterator[Question]:
     """Full fine-tunes with every seed, adapters with the first; nobody merges the tasks that are kept aside."""
-    everything = (*settings.tasks, *settings.unseen)
+    everything = (*settings.tasks, *settings.unseen) if settings.asks("ood") else settings.tasks
     for seed in settings.seeds:
         for task in everything if seed == settings.seeds[0] else settings.tasks:
             yield {"kind": "full", "seed": seed, "task": task}
-    for kind in ("lora", "dora"):
+    for kind in ("lora", "dora") if settings.asks("adapters") else ():
         for task in settings.tasks:
             yield {"kind": kind, "seed": settings.seeds[0], "task": task}
 

@@ -49,6 +49,11 @@ class Settings:
     orders: int = 5
     shots: int = 16
     recipe: Recipe = field(default_factory=Recipe)
+    studies: tuple[str, ...] = ()
+    """What is asked beside the fine-tunes; all there is if empty."""
+
+    def asks(self, study: str) -> bool:
+        return not self.studies or study in self.studies
 
     @property
     def half(self) -> int:
@@ -58,6 +63,7 @@ class Settings:
     def digest(self) -> str:
         """Of what decides a single answer: not how many questions are asked."""
         sizes = asdict(replace(self, name="", seeds=(), num_bases=(), draws=0, orders=0))
+        del sizes["studies"]
         return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -68,10 +74,10 @@ QUICK = Settings(
     validation=50,
     test=100,
     seeds=(0,),
-    draws=3,
+    draws=2,
     orders=2,
-    shots=8,
-    recipe=Recipe(lr=1e-4, epochs=2, lora_epochs=1, lora_lr=2e-3),
+    recipe=Recipe(lr=1e-4),
+    studies=("addition", "losses", "negation", "online"),
 )
 TINY = Settings(
     name="tiny",

@@ -19,50 +19,49 @@ MAIN = ("balanced", "ae_adam", "rand_select", "pca")
 
 def fine_tunes(found: Found, settings: Settings) -> str:
     tuned = found["finetune"]
+    names = {"full": "fine-tuned", "lora": f"LoRA, r = {settings.recipe.rank}", "dora": "DoRA"}
+    kinds = {kind: name for kind, name in names.items() if tuned.of(kind=kind)}
     rows = []
-    for task in (*settings.tasks, *settings.unseen):
-        own = [spread([a["own"] for a in tuned.of(task=task, kind=kind)]) for kind in ("full", "lora", "dora")]
+    for task in dict.fromkeys(q["task"] for q, _ in tuned):
+        own = [spread([a["own"] for a in tuned.of(task=task, kind=kind)]) for kind in kinds]
         rows.append([task, f"{tuned.of(task=task)[0]['zero_shot']:.1f}", *own])
-    full, lora, dora = (merged_tasks(tuned, settings, kind) for kind in ("full", "lora", "dora"))
-    means = [f"**{statistics.mean(a['own'] for a in kind):.1f}**" for kind in (full, lora, dora)]
-    rows.append(["**mean of those merged**", f"**{statistics.mean(a['zero_shot'] for a in full):.1f}**", *means])
-    return table(["task", "zero-shot", "fine-tuned", f"LoRA, r = {settings.recipe.rank}", "DoRA"], rows)
+    merged = {kind: merged_tasks(tuned, settings, kind) for kind in kinds}
+    means = [statistics.mean(a["zero_shot"] for a in merged["full"])]
+    means += [statistics.mean(a["own"] for a in answers) for answers in merged.values()]
+    rows.append(["**mean of those merged**", *(f"**{mean:.1f}**" for mean in means)])
+    return table(["task", "zero-shot", *kinds.values()], rows)
 
 
 def main_table(found: Found, settings: Settings) -> str:
-    """Mean ± standard deviation over fine-tuning seeds, and draws where chance decides; alpha below."""
-    answers = found["addition"]
-    rows = [_main_row(answers, ALL, len(settings.tasks), settings)]
-    for num_bases in settings.num_bases:
-        rows += [_main_row(answers, kind, num_bases, settings) for kind in MAIN]
-    headers = ["vectors", "M", "MB kept", "task arithmetic", "TIES", "TSV-M", "runs", "s per run", "paper: TA", "TIES ",
-               "TSV-M "]  # fmt: skip
+    """Mean ± standard deviation over fine-tuning seeds, and draws where chance decides, with the alphas."""
+    answers, methods = found["addition"], addition.METHODS
+    accuracies, costs = [], []
+    for kind, m in rows_of(settings):
+        cells = [answers.of(method=method, kind=kind, num_bases=m, over="bases") for method in methods]
+        published = [paper.ADDITION[method].get(kind, "") if m != settings.num_bases[1] else "" for method in methods]
+        name = f"**{TITLES[kind]}**" if kind in (ALL, "balanced") else TITLES[kind]
+        texts = [f"{spread([a['accuracy'] for a in cell])} (α {span(a['alpha'] for a in cell)})" for cell in cells]
+        accuracies.append([name, m, *texts, *published])
+        seconds = [f"{statistics.mean(a['processor_seconds'] for a in cell):.0f}" for cell in cells]
+        costs.append([TITLES[kind], m, megabytes(cells[0][0]["bytes"]), len(cells[0]), *seconds])
+    titles = list(methods.values())
+    short = ["paper: TA", "TIES", "TSV-M"]
     tuned = merged_tasks(found["finetune"], settings)
     own, zero = (statistics.mean(a[key] for a in tuned) for key in ("own", "zero_shot"))
     error = standard_error(own, settings.test * len(settings.tasks))
-    return (
-        f"Zero-shot {zero:.1f}, every task's own fine-tune {own:.1f} (paper: {paper.ZERO_SHOT} and "
-        f"{paper.FINE_TUNED}). That the test sentences are a sample gives an accuracy a standard error of about "
-        f"{error:.1f} points; methods are compared on the same sentences, so differences are known better.\n\n"
-        + table(headers, rows)
-    )
+    return "\n\n".join([
+        f"Zero-shot {zero:.1f}, fine-tuned on the task {own:.1f} (paper: {paper.ZERO_SHOT} and {paper.FINE_TUNED}).",
+        table(["vectors", "M", *titles, *short], accuracies),
+        f"That the test sentences are a sample gives an accuracy a standard error of about {error:.1f} points; methods "
+        "are compared on the same sentences, so differences are known better. What it costs, in seconds of one core "
+        "with the search for alpha:",
+        table(["vectors", "M", "MB kept", "runs", *titles], costs),
+    ])  # fmt: skip
 
 
-def _main_row(answers: Answers, kind: str, num_bases: int, settings: Settings) -> list[object]:
-    cells = {m: answers.of(method=m, kind=kind, num_bases=num_bases, over="bases") for m in addition.METHODS}
-    one = next(iter(cells.values()))
-    published = [
-        f"{paper.ADDITION[m].get(kind, '')}" if kind == ALL or num_bases == settings.half else "" for m in cells
-    ]
-    return [
-        f"**{TITLES[kind]}**" if kind in (ALL, "balanced") else TITLES[kind],
-        num_bases,
-        megabytes(one[0]["bytes"]),
-        *(f"{spread([a['accuracy'] for a in cell])} (α {span(a['alpha'] for a in cell)})" for cell in cells.values()),
-        len(one),
-        " / ".join(f"{statistics.mean(a['processor_seconds'] for a in cell):.0f}" for cell in cells.values()),
-        *published,
-    ]
+def rows_of(settings: Settings) -> list[tuple[str, int]]:
+    """(kind, M) of the main table."""
+    return [(ALL, len(settings.tasks)), *((kind, m) for m in settings.num_bases for kind in MAIN)]
 
 
 def variants(found: Found, settings: Settings) -> str:

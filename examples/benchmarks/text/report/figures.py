@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from .. import addition, negation
 from ..kinds import ALL, TITLES
 from ..runner import Answers
 from ..settings import Settings
-from .addition import accuracy_by_size
+from .addition import accuracy_by_size, rows_of
 
 Found = Mapping[str, Answers]
 # Okabe and Ito's palette, distinct also for colour-blind readers.
@@ -33,7 +33,7 @@ COLOURS = {
 def draw(found: Found, settings: Settings, folder: Path) -> list[str]:
     """Write every figure and return the file names."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = {"addition": draw_addition, "sizes": draw_sizes, "negation": draw_negation, "bytes": draw_bytes}
+    made = {name: drawing for name, (needs, drawing) in FIGURES.items() if needs <= set(found)}
     for name, drawing in made.items():
         figure = Figure(figsize=(7.2, 4.2), dpi=130, facecolor="white", layout="constrained")
         drawing(figure.add_subplot(), found, settings)
@@ -43,9 +43,7 @@ def draw(found: Found, settings: Settings, folder: Path) -> list[str]:
 
 def draw_addition(axes: Any, found: Found, settings: Settings) -> None:
     """One group of dots per method: what is kept of accuracy by how many vectors."""
-    rows = [(ALL, len(settings.tasks))] + [
-        (kind, m) for m in settings.num_bases for kind in ("balanced", "ae_adam", "rand_select", "pca")
-    ]
+    rows = rows_of(settings)
     markers = {"task_arithmetic": "o", "ties": "s", "tsv": "D"}
     for place, (kind, m) in enumerate(reversed(rows)):
         for method, marker in markers.items():
@@ -64,7 +62,7 @@ def draw_addition(axes: Any, found: Found, settings: Settings) -> None:
     axes.set_yticks(range(len(rows)), [f"{TITLES[kind]}, M = {m}" for kind, m in reversed(rows)])
     axes.set(xlabel="accuracy over the tasks, %", title="One model for all tasks, from fewer vectors")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower left", fontsize="small")
+    axes.legend(loc="upper left", fontsize="small")
 
 
 def draw_sizes(axes: Any, found: Found, settings: Settings) -> None:
@@ -111,3 +109,12 @@ def draw_bytes(axes: Any, found: Found, settings: Settings) -> None:
     axes.set(xlabel="share of the bytes kept", ylabel="own accuracy, %", title="Accuracy against bytes", xscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
+
+
+# {file: (the studies that it shows, how)}
+FIGURES: dict[str, tuple[set[str], Callable[[Any, Found, Settings], None]]] = {
+    "addition": ({"addition"}, draw_addition),
+    "sizes": ({"addition", "sizes"}, draw_sizes),
+    "negation": ({"negation"}, draw_negation),
+    "bytes": ({"compression", "adapters"}, draw_bytes),
+}
