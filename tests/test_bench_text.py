@@ -146,7 +146,7 @@ def test_the_report_says_what_the_answers_say(tmp_path):
         assert f"(figures/{name}.png)" in text
     draws = [77.0 + draw + (draw >= 5) / 2 for draw in range(10)]
     assert f"{statistics.mean(draws):.1f} ± {statistics.stdev(draws):.1f} (α 0.4)" in text
-    assert "Zero-shot 60.0, every task's own fine-tune 91.0" in text
+    assert "Zero-shot 60.0, fine-tuned on the task 91.0" in text
     assert "| negating RandProj forgets the target by | 0.6 | ≤ 2.0 | yes |" in text
     titles = [section.title for section in sections(FULL)]
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == ["What holds", *titles]
