@@ -111,6 +111,13 @@ def test_another_version_size_or_text_is_another_answer(tmp_path):
     assert len({runner.answer_file(w, _study([]), {"n": 1}) for w in workshops}) == 1, "more questions, same answers"
 
 
+@pytest.mark.parametrize("last", range(7))
+def test_bisection_finds_the_last_alpha_that_holds(last):
+    asked = []
+    assert negation.largest(lambda index: asked.append(index) or index <= last, 7) == last
+    assert len(asked) <= 3 and 0 not in asked
+
+
 # --- the report ---
 
 

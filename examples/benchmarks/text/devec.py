@@ -21,6 +21,7 @@ RANK_RULES = ("fraction:0.05", "fraction:0.1", "fraction:0.3", "energy:0.5", "ga
 ATTENTION = ("query.weight", "value.weight", "output.dense.weight")
 """One kind of each matrix of a block is enough to see the shares; all of them take minutes."""
 STEPS = 25
+COMPONENTS = (("fraction:0.1", 0.5), ("fraction:0.3", 0.85))
 
 
 def fractions(settings: Settings) -> Iterator[Question]:
@@ -62,7 +63,7 @@ def shared_fraction(workshop: Workshop, question: Question) -> Answer:
 def gains(settings: Settings) -> Iterator[Question]:
     for method in ("task_arithmetic", "adamerging"):
         yield {"method": method, "components": "none", "rank": None, "threshold": None}
-        for rank, threshold in (("fraction:0.1", 0.5), ("fraction:0.3", 0.85)):
+        for rank, threshold in COMPONENTS if method == "task_arithmetic" else COMPONENTS[:1]:
             yield {"method": method, "components": "shared", "rank": rank, "threshold": threshold}
 
 

@@ -16,16 +16,14 @@ from tvbases_hf.bases.ae import fitted
 from tvbases_hf.bases.random import gaussian_rows
 from tvbases_hf.delta import Dense, add
 from tvbases_hf.evaluation.inplace import Change
-from tvbases_hf.evaluation.negation import negate
 
 from .kinds import random_span
 from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
 
-GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-# Of a projection on random directions hardly anything is left: two lengths are enough to see it.
-RANDOM_GRID = (1.0, 8.0)
+KEEP = 0.95
+GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 8.0)
 TITLES = {
     "true": "the task vector itself",
     "ae_adam": "AE of the paper",
@@ -48,19 +46,30 @@ def answer(workshop: Workshop, question: Question) -> Answer:
     index = workshop.settings.tasks.index(task)
     change, error = reconstruction(workshop, kind, question["num_bases"], index)
     change = functools.cache(change)
-    grid = RANDOM_GRID if kind == "rand_proj" else GRID
-    found = negate(
-        workshop.place(), change, lambda m: _share(workshop.accuracy(m, "val")), task, alphas=grid, patience=1
-    )
-    test, base = workshop.changed(change, -found.alpha), workshop.zero_shot()
+    before = _mean_without(workshop.zero_shot("val"), task)
+
+    def keeps(alpha: float) -> bool:
+        return _mean_without(workshop.changed(change, -alpha, split="val"), task) >= KEEP * before
+
+    alpha = GRID[largest(lambda index: keeps(GRID[index]), len(GRID))]
+    test, base = workshop.changed(change, -alpha), workshop.zero_shot()
     return {
-        "alpha": found.alpha,
+        "alpha": alpha,
         "target": test[task],
         "control": _mean_without(test, task),
         "target_before": base[task],
         "control_before": _mean_without(base, task),
         "error": error,
     }
+
+
+def largest(holds: Callable[[int], bool], count: int) -> int:
+    """The last index that holds, by bisection; what is lost grows with alpha. The first one always holds."""
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def reconstruction(workshop: Workshop, kind: str, num_bases: int, index: int) -> tuple[Change, float]:
@@ -104,13 +113,9 @@ def projected(workshop: Workshop, num_bases: int, index: int) -> tuple[Change, f
     )
 
 
-def _share(accuracies: dict[str, float]) -> dict[str, float]:
-    return {task: value / 100 for task, value in accuracies.items()}
-
-
 def _mean_without(values: dict[str, float], task: str) -> float:
     others: Sequence[float] = [value for name, value in values.items() if name != task]
     return sum(others) / len(others)
 
 
-STUDY = Study("negation", questions, answer)
+STUDY = Study("negation", questions, answer, version=2)

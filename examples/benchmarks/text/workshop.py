@@ -97,9 +97,9 @@ class Workshop:
         return dict(zip(chosen, found, strict=True))
 
     @functools.cache  # noqa: B019
-    def zero_shot(self) -> Accuracies:
-        """The base's own test accuracies."""
-        return self.accuracy(self.model)
+    def zero_shot(self, split: str = "test") -> Accuracies:
+        """The base's own accuracies."""
+        return self.accuracy(self.model, split)
 
     def changed(
         self, change: Change, alpha: float = 1.0, *, split: str = "test", tasks: Sequence[str] | None = None, **of: Any
