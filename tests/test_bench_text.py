@@ -118,6 +118,20 @@ def test_bisection_finds_the_last_alpha_that_holds(last):
     assert len(asked) <= 3 and 0 not in asked
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_span_with_even_errors_gives_no_task_up(seed):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(40, 8, generator=generator, dtype=torch.float64) * torch.logspace(0, 1, 8).to(torch.float64)
+    gram = vectors.T @ vectors
+    least_squares = torch.linalg.eigh(gram)[1][:, -4:]
+    even = kinds.relative_errors(gram, kinds.even_span(gram, 4))
+    assert kinds.relative_errors(gram, least_squares).max() > 0.9, "otherwise there is nothing to mend"
+    assert even.max() < 0.65
+    basis = torch.linalg.qr(vectors @ kinds.even_span(gram, 4))[0]
+    apart = (vectors - basis @ (basis.T @ vectors)).square().sum(0) / vectors.square().sum(0)
+    assert torch.allclose(even, apart, atol=1e-9)
+
+
 # --- the report ---
 
 

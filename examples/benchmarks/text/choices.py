@@ -29,7 +29,7 @@ def sizes(settings: Settings) -> Iterator[Question]:
     for num_bases in sorted(others):  # balanced bases have the sum of all vectors, whatever M is
         for kind in ("ae_adam", "pca"):
             yield {"kind": kind, "num_bases": num_bases, "draw": 0}
-        for draw in range(min(settings.draws, 3)):
+        for draw in range(min(settings.draws, 2)):
             yield {"kind": "rand_select", "num_bases": num_bases, "draw": draw}
 
 

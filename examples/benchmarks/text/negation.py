@@ -17,7 +17,7 @@ from tvbases_hf.bases.random import gaussian_rows
 from tvbases_hf.delta import Dense, add
 from tvbases_hf.evaluation.inplace import Change
 
-from .kinds import random_span
+from .kinds import even_span, random_span
 from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
@@ -31,6 +31,7 @@ TITLES = {
     "normalize": "AE, balanced, normalised",
     "pca": "PCA, its mean counted among the M",
     "random_span": "random span of the task vectors",
+    "even_span": "span with even errors",
     "rand_proj": "RandProj",
 }
 
@@ -90,6 +91,7 @@ def mixing(kind: str, gram: Tensor, num_bases: int, index: int) -> Tensor:
         "balanced": lambda: ae_bases(gram, num_bases).reconstruction,
         "normalize": lambda: ae_bases(gram, num_bases, normalize=True).reconstruction,
         "pca": lambda: pca_bases(gram, num_bases - 1).reconstruction,
+        "even_span": lambda: fitted("span", gram, even_span(gram, num_bases)).reconstruction,
         "random_span": lambda: fitted("span", gram, random_span(len(gram), num_bases, index)).reconstruction,
     }
     return made[kind]()[:, index]

@@ -16,7 +16,7 @@ from .settings import Settings
 from .workshop import Workshop
 
 KINDS = (ALL, "balanced", "ae_adam", "rand_select", "pca")
-DRAWS = 2
+DRAWS = 1
 EPOCHS = 10
 
 

@@ -84,7 +84,7 @@ def share_of_bytes(found: Spectra, ranks: Mapping[str, list[int]]) -> float:
 def untuned(settings: Settings) -> Iterator[Question]:
     """Alpha 1, the paper's, and T / M, which makes up for bases that are shorter than task vectors."""
     for kind in ("balanced", "ae_adam", "rand_select"):
-        for draw in range(settings.draws if kind == "rand_select" else 1):
+        for draw in range(min(settings.draws, 3) if kind == "rand_select" else 1):
             for alpha in (1.0, len(settings.tasks) / settings.half):
                 yield {"kind": kind, "num_bases": settings.half, "alpha": alpha, "draw": draw}
 

@@ -34,6 +34,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adamerging": {"lr": 1e-2, "steps": 25},
     "atlas": {"epochs": 3},
 }
+WITH_RANDOM = ("localize", "regmean")
+"""Whose paper, or whose statistics, a random selection is compared for."""
 SENTENCES = 64
 """Per task, for the methods that take gradients or statistics, at M = T."""
 SCALED = ("magmax", "fisher", "regmean", "localize")
@@ -42,7 +44,7 @@ SCALED = ("magmax", "fisher", "regmean", "localize")
 
 def questions(settings: Settings) -> Iterator[Question]:
     for method in TITLES:
-        for kind in KINDS:
+        for kind in KINDS if method in WITH_RANDOM else KINDS[:2]:
             yield {"method": method, "kind": kind, "num_bases": len(settings.tasks) if kind == ALL else settings.half}
 
 

@@ -94,11 +94,12 @@ def methods(found: Found, settings: Settings) -> str:
     answers = found["with_data"]
     rows = []
     for method, title in with_data.TITLES.items():
-        cells = [answers.one(method=method, kind=kind) for kind in with_data.KINDS]
+        cells = [answer for kind in with_data.KINDS for answer in answers.of(method=method, kind=kind)]
         published = paper.LOCALIZE if method == "localize" else {}
         rows.append([
             title,
             *(f"{c['accuracy']:.1f}" + (f" (α {c['alpha']:g})" if method in with_data.SCALED else "") for c in cells),
+            *[""] * (len(with_data.KINDS) - len(cells)),
             " / ".join(megabytes(c["bytes"]) for c in cells),
             " / ".join(f"{c['processor_seconds']:.0f}" for c in cells),
             " / ".join(f"{published[kind]}" for kind in with_data.KINDS if kind in published),
