@@ -20,7 +20,6 @@ from tvbases_hf.execution.run import Run, using
 from tvbases_hf.merging.merge import Merge
 from tvbases_hf.merging.write import write_checkpoint_merge
 from tvbases_hf.taskvector import TaskVectors
-from tvbases_mergekit import streamed as module
 from tvbases_mergekit.methods import merge_vectors
 from tvbases_mergekit.streamed import Vectors, can_stream, streamed, streamed_linear
 
@@ -32,7 +31,6 @@ EPS = torch.finfo(torch.float32).eps
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that every tensor has many, the last one shorter."""
-    monkeypatch.setattr(module, "BLOCK_NUMBERS", 300)
     monkeypatch.setattr(delta_module, "BLOCK_NUMBERS", 300)
 
 

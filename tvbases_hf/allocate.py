@@ -41,9 +41,9 @@ def spectra(vectors: TaskVectors, *, quiet: bool = True) -> Spectra:
     for name in track(vectors.names, "Singular values", quiet, lambda n: base[n].nbytes):
         deltas = vectors.deltas(name)
         if len(base[name].shape) == 2:
-            matrices[name] = [singular_values(delta) for delta in deltas]
+            matrices[name] = [singular_values(delta).cpu() for delta in deltas]
         else:
-            other += torch.stack([delta.block(0, base[name].numel).square().sum() for delta in deltas])
+            other += torch.stack([delta.block(0, base[name].numel).square().sum() for delta in deltas]).cpu()
     shapes = {name: (base[name].shape[0], base[name].shape[1]) for name in matrices}
     return Spectra(matrices, shapes, other)
 

@@ -79,7 +79,7 @@ class EncodedAtoms:
         info, start = self.tensors[name], 0
         atoms = torch.empty(info.shape[0], info.numel // info.shape[0], dtype=info.dtype)
         for part in blocks(self.vectors.deltas(name)):
-            atoms[:, start : start + part.shape[1]] = self.encoder.T @ part
+            atoms[:, start : start + part.shape[1]] = self.encoder.T.to(part.device) @ part
             start += part.shape[1]
         return [Dense(row) for row in atoms.reshape(info.shape)]
 
@@ -92,10 +92,11 @@ class EncodedAtoms:
         files = TensorFiles(directory, ATOMS_STEM, tensors)
 
         def write(name: str) -> list[float]:
-            inner, cross = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, count, dtype=torch.float64)
-            dtype, start = tensors[name].dtype, 0
+            products = torch.zeros(size, size + count, dtype=torch.float64, device=self.vectors.device)
+            inner, cross = products[:, :size], products[:, size:]
+            encoder, dtype, start = self.encoder.T.to(products.device), tensors[name].dtype, 0
             for part in blocks(self.vectors.deltas(name)):
-                stored = (self.encoder.T @ part).to(dtype)
+                stored = (encoder @ part).to(dtype)
                 rounded = stored.to(torch.float64)
                 _check_range(rounded, name, dtype)
                 for row in range(size):
@@ -164,7 +165,7 @@ class TruncatedAtoms:
             for index, (part, delta) in enumerate(zip(parts, self.vectors.deltas(name), strict=True)):
                 difference = dense(delta) - dense(part)
                 _check_range(difference, name, self.dtype or base[name].dtype)
-                lost[index] += difference.square().sum()
+                lost[index] += float(difference.square().sum())
             write_parts(files, name, parts)
         return info.with_errors(lost)
 
@@ -256,7 +257,8 @@ def _balanced(delta: LowRank) -> LowRank:
 
 
 def _empty(delta: Delta) -> LowRank:
-    return LowRank(torch.zeros(delta.shape[0], 0), torch.zeros(0, delta.shape[1]))
+    none = torch.zeros(delta.shape[0], 0, device=delta.device)
+    return LowRank(none, none.new_zeros(0, delta.shape[1]))
 
 
 def _check_range(values: Tensor, name: str, dtype: torch.dtype) -> None:

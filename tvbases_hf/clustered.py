@@ -75,7 +75,7 @@ def similar(vectors: Vectors, task: Vectors, threshold: float = SIMILAR, *, quie
     both = joined(vectors, task)
     gram = torch.zeros(len(both), len(both), dtype=torch.float64)
     for name in track(both.names, "Similarity", quiet, lambda n: both.base.tensors[n].nbytes):
-        gram += delta_gram(both.deltas(name))
+        gram += delta_gram(both.deltas(name)).cpu()
     norms = gram.diagonal().sqrt()
     cosines = torch.nan_to_num(gram[-1, :-1] / norms[-1] / norms[:-1]).tolist()
     order = sorted(range(len(vectors)), key=lambda index: -cosines[index])
@@ -144,7 +144,7 @@ class MergedAtoms:
         def write(name: str) -> list[float]:
             parts = self.parts(name)
             files.write(name, torch.stack([part.tuned for part in parts if isinstance(part, Dense)]))
-            products = torch.zeros(rows, rows + count, dtype=torch.float64)
+            products = torch.zeros(rows, rows + count, dtype=torch.float64, device=self.tasks.device)
             for part in blocks([*parts, *self.tasks.deltas(name)]):
                 products += part[:rows] @ part.T
             return products.flatten().tolist()

@@ -61,7 +61,7 @@ def _begin(base: Checkpoint, directory: Path) -> TensorFiles:
 
 
 def _edited(tensor: Tensor, change: Delta | None) -> Tensor:
-    return tensor if change is None else (tensor.to(torch.float64) + dense(change)).to(tensor.dtype)
+    return tensor if change is None else (tensor.to(change.device, torch.float64) + dense(change)).to(tensor.dtype)
 
 
 def _energies(split: Decomposition, deltas: list[Delta]) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 # Numbers of all tasks together in one block: float64 work space of a few copies of 2 MB, whatever the tensor's size.
 # Blocks that stay in the processor's cache are several times faster than ones of 32 MB.
 BLOCK_NUMBERS = 1 << 18
+# On a GPU, which has no such cache and takes a moment to begin with each operation.
+GPU_BLOCK_NUMBERS = 1 << 24
 # What a thread takes that goes through the pieces of all tasks: a few float64 copies of one.
 PIECE_BYTES = 8 * 8 * BLOCK_NUMBERS
 
@@ -32,6 +34,10 @@ class Dense:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tuned.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tuned.device
 
     def block(self, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened change, float64: the difference of the stored numbers is exact."""
@@ -49,6 +55,10 @@ class LowRank:
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.left.shape[0], self.right.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.left.device
 
     @property
     def rank(self) -> int:
@@ -78,6 +88,10 @@ class Dora:
     def shape(self) -> tuple[int, ...]:
         return self.low.shape
 
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
     def block(self, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened change, float64."""
         columns = self.shape[1]
@@ -91,6 +105,23 @@ class Dora:
 Delta = Dense | LowRank | Dora
 
 
+def moved(delta: Delta, device: torch.device) -> Delta:
+    """The change with all that it holds on ``device``; the same tensors where they are there."""
+    match delta:
+        case Dense():
+            return Dense(delta.tuned.to(device), None if delta.base is None else delta.base.to(device))
+        case LowRank():
+            return LowRank(delta.left.to(device), delta.right.to(device))
+        case _:
+            low = LowRank(delta.low.left.to(device), delta.low.right.to(device))
+            return Dora(delta.scale.to(device), delta.base.to(device), low)
+
+
+def block_numbers(device: torch.device) -> int:
+    """How many numbers of all tasks together are worked on at a time."""
+    return BLOCK_NUMBERS if device.type == "cpu" else GPU_BLOCK_NUMBERS
+
+
 def inner(a: Delta, b: Delta) -> Tensor:
     """Frobenius inner product <a, b>, float64 scalar.
 
@@ -102,21 +133,23 @@ def inner(a: Delta, b: Delta) -> Tensor:
             right = a.right.to(torch.float64) @ b.right.to(torch.float64).T
             return (left * right).sum()
         case _:
-            return sum((part[0] @ part[1] for part in blocks([a, b])), torch.zeros((), dtype=torch.float64))
+            zero = torch.zeros((), dtype=torch.float64, device=a.device)
+            return sum((part[0] @ part[1] for part in blocks([a, b])), zero)
 
 
 def pieces(delta: Delta, factor: float = 1.0) -> Iterator[Tensor]:
     """``factor`` times the flattened change in consecutive float64 pieces, whole rows of a factored one."""
     size, columns = math.prod(delta.shape), delta.shape[-1] if delta.shape else 1
-    step = BLOCK_NUMBERS if isinstance(delta, Dense) else max(1, BLOCK_NUMBERS // max(1, columns)) * columns
+    block = block_numbers(delta.device)
+    step = block if isinstance(delta, Dense) else max(1, block // max(1, columns)) * columns
     for start in range(0, size, max(1, step)):
         yield factor * delta.block(start, min(start + step, size))
 
 
 def blocks(deltas: Sequence[Delta]) -> Iterator[Tensor]:
-    """[T, k] float64 pieces of the flattened deltas, in order; k is bounded by BLOCK_NUMBERS / T."""
+    """[T, k] float64 pieces of the flattened deltas, in order; k is bounded by block_numbers / T."""
     size = math.prod(deltas[0].shape)
-    step = max(1, BLOCK_NUMBERS // len(deltas))
+    step = max(1, block_numbers(deltas[0].device) // len(deltas))
     for start in range(0, size, step):
         yield torch.stack([delta.block(start, min(start + step, size)) for delta in deltas])
 
@@ -124,13 +157,13 @@ def blocks(deltas: Sequence[Delta]) -> Iterator[Tensor]:
 def delta_gram(deltas: Sequence[Delta]) -> Tensor:
     """[T, T] float64 inner products of T deltas of one weight, in factor space when all are low-rank."""
     count = len(deltas)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=deltas[0].device)
     if all(isinstance(delta, LowRank) for delta in deltas):
-        gram = torch.zeros(count, count, dtype=torch.float64)
         for i in range(count):
             for j in range(i + 1):
                 gram[i, j] = gram[j, i] = inner(deltas[i], deltas[j])
         return gram
-    return sum((part @ part.T for part in blocks(deltas)), torch.zeros(count, count, dtype=torch.float64))
+    return sum((part @ part.T for part in blocks(deltas)), gram)
 
 
 def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -167,7 +200,8 @@ def add(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delt
     base = scaled[0][0].base
     if not all(_is_same(delta.base, base) for delta, _ in scaled):
         return _add_dense(deltas, weights)
-    rows = sum((weight * delta.scale.to(torch.float64) for delta, weight in scaled), torch.zeros(total.shape[0]))
+    none = torch.zeros(total.shape[0], device=total.device)
+    rows = sum((weight * delta.scale.to(torch.float64) for delta, weight in scaled), none)
     return Dora(rows.to(torch.float32), base, total)
 
 
@@ -204,7 +238,8 @@ def _add_low_rank(terms: Sequence[tuple[LowRank, float]], like: Delta) -> LowRan
         lefts[key] = lefts[key] + left if key in lefts else left
         rights[key] = delta.right
     if not terms:
-        return LowRank(torch.zeros(like.shape[0], 0), torch.zeros(0, like.shape[1]))
+        none = torch.zeros(like.shape[0], 0, device=like.device)
+        return LowRank(none, none.new_zeros(0, like.shape[1]))
     if len(lefts) == 1:
         return LowRank(*lefts.values(), *rights.values())
     return LowRank(torch.cat(list(lefts.values()), dim=1), torch.cat(list(rights.values()), dim=0))
@@ -225,8 +260,8 @@ def _add_dense(deltas: Sequence[Delta], weights: Sequence[float]) -> Dense:
     stored = [delta.tuned for delta in deltas if isinstance(delta, Dense)]
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in stored], torch.float32)
     shape = stored[0].shape if stored else deltas[0].shape  # a factored convolution is flattened
-    total = torch.empty(math.prod(shape), dtype=dtype)
-    coefficients, start = torch.tensor(weights, dtype=torch.float64), 0
+    total = torch.empty(math.prod(shape), dtype=dtype, device=deltas[0].device)
+    coefficients, start = torch.tensor(weights, dtype=torch.float64, device=total.device), 0
     for part in blocks(deltas):
         total[start : start + part.shape[1]] = coefficients @ part
         start += part.shape[1]

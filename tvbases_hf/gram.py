@@ -98,11 +98,11 @@ def gram_matrix(vectors: TaskVectors, *, quiet: bool = True) -> Gram:
 
 def _with_base(deltas: list[Delta], base: Tensor) -> tuple[Tensor, float]:
     """delta_gram of changes that are not all low-rank, and the base's squared norm, in one pass over both."""
-    gram, square, start = torch.zeros(len(deltas), len(deltas), dtype=torch.float64), 0.0, 0
-    flat = base.reshape(-1)
+    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64, device=deltas[0].device)
+    square, start, flat = 0.0, 0, base.reshape(-1)
     for part in blocks(deltas):
         gram += part @ part.T
-        square += float(flat[start : start + part.shape[1]].to(torch.float64).square().sum())
+        square += float(flat[start : start + part.shape[1]].to(part.device, torch.float64).square().sum())
         start += part.shape[1]
     return gram, square
 

@@ -45,7 +45,7 @@ def examine_layers(vectors: TaskVectors, options: Options = OPTIONS, *, quiet: b
         parts = [svd(delta, default_rank(len(deltas))) for delta in deltas]
         group = group_of(name)
         report.interference[group] = report.interference.get(group, 0.0) + interference(parts)
-        curves += torch.stack([_decay(singular_values(delta)) for delta in deltas])
+        curves += torch.stack([_decay(singular_values(delta).cpu()) for delta in deltas])
         spaces = [column_space(delta, options.rank) for delta in deltas]
         norms = [square_norm(delta) for delta in deltas]
         for index, (i, j) in enumerate(pairs):

@@ -75,7 +75,7 @@ class RankRule:
             energy = values.double().square().cumsum(0)
             wanted = 1 + int((energy < self.value * energy[-1] * (1 - 1e-12)).sum())
         elif self.kind == "gavish-donoho":
-            everything = torch.zeros(min(rows, columns), dtype=torch.float64)
+            everything = torch.zeros(min(rows, columns), dtype=torch.float64, device=values.device)
             everything[: len(values)] = values
             wanted = int((everything > _gavish_donoho(rows, columns) * everything.quantile(0.5)).sum())
         else:

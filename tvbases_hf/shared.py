@@ -292,20 +292,10 @@ def _ranks(spaces: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _zero_like(delta: Delta) -> Delta:
-    shape, device = delta.shape, _device(delta)
+    shape, device = delta.shape, delta.device
     if len(shape) == 2:
         return LowRank(torch.zeros(shape[0], 0, device=device), torch.zeros(0, shape[1], device=device))
     return Dense(torch.zeros(shape, device=device))
-
-
-def _device(delta: Delta) -> torch.device:
-    match delta:
-        case Dense():
-            return delta.tuned.device
-        case LowRank():
-            return delta.left.device
-        case _:
-            return delta.scale.device
 
 
 def _transpose(delta: Delta) -> Delta:

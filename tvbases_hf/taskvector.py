@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .adapters.adapter import Adapter, is_adapter
-from .delta import Delta, Dense, LowRank
+from .delta import Delta, Dense, LowRank, moved
 from .errors import MismatchError, ParameterError
 from .storage.checkpoint import Checkpoint, locate
 
@@ -53,15 +53,24 @@ class TaskVectors:
     """T task vectors tau_i = theta_i - theta_0 over the tensors of one base, none of them in memory.
 
     ``names`` are the floating-point tensors of the base, in its order; integer buffers carry no task vector.
+    ``device`` is where changes are, and so whatever is computed of them.
     """
 
-    def __init__(self, base: Checkpoint, models: Mapping[str, Model], *, skip_mismatched: bool = False) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        models: Mapping[str, Model],
+        *,
+        skip_mismatched: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> None:
         """Check that every model fits the base.
 
         Args:
             base: the pretrained model.
             models: fine-tuned models or adapters by task name, in the order of the Gram matrix.
             skip_mismatched: leave out tensors whose shapes differ instead of raising.
+            device: where each weight's changes are moved to when they are read; see execution.device.find_device.
 
         Raises:
             ParameterError: no task.
@@ -70,6 +79,7 @@ class TaskVectors:
         if not models:
             raise ParameterError("no task given; name at least one, for example --task math=path/to/math")
         self.base = base
+        self.device = torch.device(device)
         self.models = dict(models)
         self.tasks = tuple(models)
         checkpoints = {task: model for task, model in self.models.items() if isinstance(model, Checkpoint)}
@@ -90,26 +100,31 @@ class TaskVectors:
         self.are_adapters = not checkpoints
 
     @classmethod
-    def open(cls, base: str | Path, tasks: Mapping[str, str | Path]) -> TaskVectors:
+    def open(
+        cls, base: str | Path, tasks: Mapping[str, str | Path], *, device: str | torch.device = "cpu"
+    ) -> TaskVectors:
         """Open checkpoints or adapters by path or Hub id; see Checkpoint.open, Adapter.open and __init__."""
         opened = Checkpoint.open(base)
-        return cls(opened, {task: open_model(source, opened) for task, source in tasks.items()})
+        return cls(opened, {task: open_model(source, opened) for task, source in tasks.items()}, device=device)
 
     def __len__(self) -> int:
         return len(self.tasks)
 
     def deltas(self, name: str) -> list[Delta]:
-        """One delta per task for the tensor ``name``; a tensor that a task lacks is unchanged in it."""
-        return [self._delta(model, name) for model in self.models.values()]
+        """One delta per task for the tensor ``name``, on the device; a tensor that a task lacks is unchanged in it."""
+        models = self.models.values()
+        # One tensor for all models, on another device one copy of it.
+        base = None if self.are_adapters else self.base.read(name).to(self.device)
+        return [moved(self._delta(model, name, base), self.device) for model in models]
 
     def stored(self, name: str) -> list[Tensor]:
         """What is mapped of the base and the full checkpoints when ``deltas(name)`` is computed."""
         models = [model for model in self.models.values() if isinstance(model, Checkpoint) and name in model.tensors]
         return [model.read(name) for model in [self.base, *models]] if models else []
 
-    def _delta(self, model: Model, name: str) -> Delta:
+    def _delta(self, model: Model, name: str, base: Tensor | None) -> Delta:
         if isinstance(model, Checkpoint):
-            base = self.base.read(name)
+            assert base is not None
             return Dense(model.read(name) if name in model.tensors else base, base)
         return model.delta(name) or _no_change(self.base, name)
 

@@ -2,8 +2,9 @@
 
     accelerate launch --num_processes 2 --cpu -m tvbases_hf compress --base llama/ --task math=math/ ...
 
-Every process reads and writes its own weights; what they exchange is small (a row of numbers per weight), so they talk
-over gloo whatever the device. Several machines need a file system that all of them share.
+Every process reads and writes its own weights, with ``--device cuda`` on a GPU of its own; what they exchange is small
+(a row of numbers per weight, on the CPU), so they talk over gloo whatever the device. Several machines need a file
+system that all of them share.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class Processes:
     @property
     def size(self) -> int:
         return self._state.num_processes
+
+    @property
+    def local_rank(self) -> int:
+        return self._state.local_process_index
 
     def sum(self, tensor: Tensor) -> Tensor:
         def reduce() -> Tensor:

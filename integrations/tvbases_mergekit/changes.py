@@ -93,7 +93,7 @@ def merged(method: MergeMethod, deltas: Sequence[Delta], settings: Settings, wei
         case _:
             vectors = [dense(delta, _work_dtype(deltas)).reshape(weight.shape) for delta in deltas]
             # What is drawn comes from the one global generator.
-            with _DRAWING, torch.random.fork_rng(devices=[]):
+            with _DRAWING, torch.random.fork_rng([vectors[0].device] if vectors[0].is_cuda else []):
                 torch.manual_seed(weight.own_seed)
                 return Dense(merge_vectors(method, vectors[0], vectors, settings))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
@@ -42,8 +43,8 @@ class Inputs:
         return [model for model in self.models if isinstance(opened[str(model)], Checkpoint)]
 
 
-def open_inputs(config: MergeConfiguration, out: Path) -> Inputs:
-    """Open everything, headers only.
+def open_inputs(config: MergeConfiguration, out: Path, device: str | torch.device = "cpu") -> Inputs:
+    """Open everything, headers only; changes of weights will be on ``device``.
 
     Raises:
         ParameterError: no base that all adapters share, no model, or one model under two spellings.
@@ -62,7 +63,7 @@ def open_inputs(config: MergeConfiguration, out: Path) -> Inputs:
     paths = {model: _locate(model, reference, base_path) for model in models}
     check_distinct({ref: (path, None) for ref, path in {reference: base_path, **paths}.items()}, out)
     opened: dict[str, Model] = {str(model): _open(model, path, base) for model, path in paths.items()}
-    vectors = TaskVectors(base, opened)
+    vectors = TaskVectors(base, opened, device=device)
     _check_changeable(vectors)
     return Inputs(vectors, tuple(models), reference, config.base_model is not None or reference in listed)
 

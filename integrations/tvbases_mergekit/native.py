@@ -52,6 +52,7 @@ class Request:
     dtype: torch.dtype | None = None
     seed: int = 0
     quiet: bool = False
+    device: str | torch.device = "cpu"
 
 
 def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
     check_structure(config, method)
     dtype = request.dtype or _dtype(config)
     with reported(request.quiet):
-        inputs = open_inputs(config, out)
+        inputs = open_inputs(config, out, request.device)
         planned = plan(config, method, inputs, file.read_text(encoding="utf-8"), request)
         if request.adapter:
             _check_adapter(planned, inputs)

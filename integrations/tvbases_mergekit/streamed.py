@@ -18,7 +18,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import ConsensusMethod, 
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from tvbases_hf.delta import BLOCK_NUMBERS, Dense
+from tvbases_hf.delta import Dense, block_numbers
 from tvbases_hf.merging.addition import NO_SUM, linear_shares, normalized
 from tvbases_hf.merging.threshold import Cut, cuts
 
@@ -40,6 +40,10 @@ class Vectors:
     def size(self) -> int:
         return self.deltas[0].tuned.numel()
 
+    @property
+    def device(self) -> torch.device:
+        return self.deltas[0].device
+
     @functools.cached_property
     def dtype(self) -> torch.dtype:
         """Of the work: what is stored, float32 at least."""
@@ -47,18 +51,18 @@ class Vectors:
 
     def blocks(self) -> Iterator[Tensor]:
         """[K, k] consecutive pieces of the flattened vectors."""
-        step = max(1, BLOCK_NUMBERS // len(self.deltas))
-        flats = [(d.tuned.reshape(-1), None if d.base is None else d.base.reshape(-1)) for d in self.deltas]
-        mixing = None if self.mixing is None else self.mixing.T.to(self.dtype)
+        step = max(1, block_numbers(self.device) // len(self.deltas))
+        flats = [(d.tuned.reshape(-1), d.base) for d in self.deltas]
+        mixing = None if self.mixing is None else self.mixing.T.to(self.device, self.dtype)
         for start in range(0, self.size, step):
-            part = torch.empty(len(flats), min(step, self.size - start), dtype=self.dtype)
-            known: dict[int, Tensor] = {}  # the base's piece, converted once
+            part = torch.empty(len(flats), min(step, self.size - start), dtype=self.dtype, device=self.device)
+            known: dict[int, Tensor] = {}  # the base's piece, converted once: TaskVectors gives all models one base
             for row, (tuned, base) in zip(part, flats, strict=True):
                 row.copy_(tuned[start : start + step])
                 if base is not None:
-                    if base.data_ptr() not in known:
-                        known[base.data_ptr()] = base[start : start + step].to(self.dtype)
-                    row.sub_(known[base.data_ptr()])
+                    if id(base) not in known:
+                        known[id(base)] = base.reshape(-1)[start : start + step].to(self.dtype)
+                    row.sub_(known[id(base)])
             yield part if mixing is None else mixing @ part
 
 
@@ -76,7 +80,7 @@ def streamed(
         seed: of the weight, for what is drawn at random.
     """
     assert isinstance(method, GeneralizedTaskArithmeticMerge)
-    weights = torch.tensor(settings["weight"], dtype=vectors.dtype)
+    weights = torch.tensor(settings["weight"], dtype=vectors.dtype, device=vectors.device)
     alpha *= settings["lambda"]
     if is_plain_sum(method):
         shares = torch.tensor(normalized(settings["weight"], settings["normalize"]), dtype=torch.float64)
@@ -100,7 +104,8 @@ def streamed_linear(
 ) -> Iterator[Tensor]:
     """The weighted mean of models as what it adds to the base; see tvbases_hf.merging.linear."""
     shares, rest = linear_shares(weights, base_weight, normalize)
-    yield from _weighted(Vectors([*deltas, Dense(base)]), torch.tensor([*shares, rest], dtype=torch.float64), 1.0)
+    whole = Dense(base.to(deltas[0].device))
+    yield from _weighted(Vectors([*deltas, whole]), torch.tensor([*shares, rest], dtype=torch.float64), 1.0)
 
 
 def _weighted(vectors: Vectors, shares: Tensor, alpha: float) -> Iterator[Tensor]:
@@ -108,10 +113,10 @@ def _weighted(vectors: Vectors, shares: Tensor, alpha: float) -> Iterator[Tensor
     weights = shares if vectors.mixing is None else vectors.mixing @ shares
     kept = [index for index, weight in enumerate(weights.tolist()) if weight != 0]
     if not kept:
-        yield torch.zeros(vectors.size, dtype=vectors.dtype)
+        yield torch.zeros(vectors.size, dtype=vectors.dtype, device=vectors.device)
         return
     chosen = Vectors([vectors.deltas[index] for index in kept])
-    row = weights[kept].to(vectors.dtype)
+    row = weights[kept].to(vectors.device, vectors.dtype)
     for part in chosen.blocks():
         yield alpha * (row @ part)
 
@@ -155,7 +160,9 @@ def _drawn(vectors: Vectors, densities: Sequence[float], seed: int) -> Iterator[
     for part in vectors.blocks():
         for row, (density, generator) in enumerate(zip(densities, generators, strict=True)):
             if density < 1:
-                part[row] *= torch.empty_like(part[row]).bernoulli_(density, generator=generator)
+                # Drawn on the CPU: a seed means the same entries whatever computes the rest.
+                drawn = torch.empty(part.shape[1], dtype=part.dtype).bernoulli_(density, generator=generator)
+                part[row] *= drawn.to(part.device)
         yield part
 
 

@@ -10,6 +10,7 @@ import typer
 from ..errors import ParameterError
 from .app import app, console
 from .options import (
+    Device,
     Json,
     Memory,
     OptionalBase,
@@ -105,6 +106,7 @@ def compress(
         str,
         typer.Option("--dtype", help="Stored as: auto (the base's or adapters' own), float32, bfloat16 or float16."),
     ] = "auto",
+    device: Device = "cpu",
     threads: Threads = None,
     memory: Memory = None,
     resume: Resume = True,
@@ -128,6 +130,7 @@ def compress(
     from ..bases.cluster import INNER, SPLIT_BELOW, check_split
     from ..bases.weights import resolve_num_bases
     from ..basis import METHODS, Basis
+    from ..execution.device import find_device
     from ..gram import gram_matrix
     from ..info import is_basis_directory
     from ..merging import find_method
@@ -146,7 +149,9 @@ def compress(
     tasks = parse_tasks(task)
     resolve_num_bases(0.5 if num_bases is None else num_bases, len(tasks))
     targets = parse_targets(target or (), tasks)
-    vectors = TaskVectors.open(base, tasks)
+    vectors = TaskVectors.open(base, tasks, device=find_device(device))
+    if vectors.are_adapters and vectors.device.type != "cpu":
+        raise ParameterError("--device is for full checkpoints; factors of adapters are small: leave it out")
     options: dict[str, Any] = {"balance": balance, "solver": solver, "seed": seed}
     if targets:
         if (method or "ae") != "ae" or (vectors.are_adapters and method is None):

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ParameterError
 from .app import app, console
-from .options import Base, Json, Quiet, Task, check_json, write_report
+from .options import Base, Device, Json, Quiet, Task, check_json, write_report
 
 
 @app.command(epilog="Example: tvbases inspect --base llama/ --task math=math/ --task code=code/")
@@ -34,11 +34,13 @@ def inspect(
     label_column: Annotated[str, typer.Option(help="--data: the column of labels, for classifiers.")] = "label",
     max_rows: Annotated[int, typer.Option(help="--data: rows to read of each task.")] = 256,
     batch_size: Annotated[int, typer.Option(help="--data: rows a batch.")] = 16,
+    device: Device = "cpu",
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
     """How long and how similar task vectors are, how many bases they need, and whether the base is theirs."""
     from ..bases.weights import resolve_num_bases
+    from ..execution.device import find_device
     from ..gram import gram_matrix
     from ..layers import examine_layers
     from ..report import inspection, print_inspection, warn
@@ -47,7 +49,10 @@ def inspect(
     check_json(json)
     if bounds != bool(data):
         raise ParameterError("--bounds and --data NAME=FILE go together: a bound is about the losses on data")
-    vectors = TaskVectors.open(base, parse_tasks(task))
+    place = find_device(device)
+    if bounds and place.type != "cpu":
+        raise ParameterError("--bounds are computed on the CPU; leave --device out")
+    vectors = TaskVectors.open(base, parse_tasks(task), device=place)
     loaded, losses = _prepare(vectors.base, data or [], text_column, label_column, max_rows, batch_size)
     gram = gram_matrix(vectors, quiet=quiet)
     found = inspection(vectors, gram)
@@ -103,11 +108,13 @@ def decompose(
     rank: Annotated[
         str, typer.Option(help="Dimensions of a task's subspace: energy:0.95, 0.25, 16, ...")
     ] = "energy:0.95",
+    device: Device = "cpu",
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
     """Split task vectors into what they share and what is unique to each (DeVec), as checkpoints."""
     from ..components import is_components, write_components
+    from ..execution.device import find_device
     from ..report import print_components, warn
     from ..shared import Options
     from ..storage.output import check_output
@@ -115,7 +122,7 @@ def decompose(
 
     options = Options(threshold, subspace, pool, side, rank)
     check_output(out, is_components)
-    vectors = TaskVectors.open(base, parse_tasks(task))
+    vectors = TaskVectors.open(base, parse_tasks(task), device=find_device(device))
     warn(vectors.coverage.notes())
     found = write_components(vectors, options, out, quiet=quiet)
     if not quiet:

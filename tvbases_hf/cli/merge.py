@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ParameterError
 from .app import app, console
-from .options import Json, Memory, Quiet, Resume, Threads, check_json, parse_dtype, resources, write_report
+from .options import Device, Json, Memory, Quiet, Resume, Threads, check_json, parse_dtype, resources, write_report
 
 
 @app.command(epilog="Example: tvbases merge merge.yml merged-lora/ --adapter --rank 16")
@@ -30,6 +30,7 @@ def merge(
         ),
     ] = "auto",
     random_seed: Annotated[int, typer.Option(help="Of methods that draw at random, such as dare_ties.")] = 0,
+    device: Device = "cpu",
     threads: Threads = None,
     memory: Memory = None,
     resume: Resume = True,
@@ -42,12 +43,16 @@ def merge(
     register()  # before anything that needs mergekit is imported: its message names the extra
     from tvbases_mergekit import native
 
+    from ..execution.device import find_device
     from ..report import print_merge, warn
 
     check_json(json)
+    place = find_device(device)
+    if place.type != "cpu" and adapter:
+        raise ParameterError("--device is of merges into a checkpoint; factors of adapters are small: leave it out")
     if memory is not None and adapter:
         raise ParameterError("--memory is kept by merges into a checkpoint; an adapter is held whole: leave it out")
-    request = native.Request(adapter, rank, parse_dtype(dtype), random_seed, quiet)
+    request = native.Request(adapter, rank, parse_dtype(dtype), random_seed, quiet, place)
     with resources(threads, memory, resume):
         found = native.merge(config, out, request)
     warn(found["warnings"])

@@ -31,6 +31,9 @@ Memory = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--memory", help="What the work may take in memory beside the program, for example 1.5GB."),
 ]
+Device = Annotated[
+    str, typer.Option(help="Where changes are computed: cpu, cuda (of several processes each takes one), cuda:1.")
+]
 Resume = Annotated[
     bool, typer.Option(help="Go on where a killed or interrupted run of this very command was, if there is one.")
 ]

@@ -26,6 +26,11 @@ class Team(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def local_rank(self) -> int:
+        """Its number among those on the same machine."""
+        ...
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on each of them."""
         ...
@@ -43,6 +48,7 @@ class Team(Protocol):
 class Alone:
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor

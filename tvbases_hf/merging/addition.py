@@ -62,7 +62,7 @@ def linear(
     if rest == 0:
         return task_arithmetic(deltas, shares)
     assert base is not None
-    return add([*deltas, Dense(base)], [*shares, rest])
+    return add([*deltas, Dense(base.to(deltas[0].device))], [*shares, rest])
 
 
 def linear_shares(weights: Sequence[float], base_weight: float, normalize: bool) -> tuple[list[float], float]:

@@ -20,8 +20,8 @@ def by_entry(deltas: Sequence[Delta], weights: Sequence[float], merge: Callable[
     stored = [delta.tuned for delta in deltas if isinstance(delta, Dense)]
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in stored], torch.float32)
     shape = stored[0].shape if stored else deltas[0].shape  # a factored convolution is flattened
-    merged, start = torch.empty(math.prod(shape), dtype=dtype), 0
-    column = torch.tensor(list(weights), dtype=torch.float64)[:, None]
+    merged, start = torch.empty(math.prod(shape), dtype=dtype, device=deltas[0].device), 0
+    column = torch.tensor(list(weights), dtype=torch.float64, device=merged.device)[:, None]
     for part in blocks(deltas):
         merged[start : start + part.shape[1]] = merge(part, column)
         start += part.shape[1]

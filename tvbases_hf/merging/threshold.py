@@ -82,7 +82,7 @@ def tensor_thresholds(deltas: Sequence[Delta], density: float) -> list[float]:
 
 def trimmed(values: Tensor, limits: Sequence[float]) -> Tensor:
     """[K, k] ``values`` with the entries below each vector's threshold set to zero."""
-    floor = torch.tensor(list(limits), dtype=torch.float32)[:, None]
+    floor = torch.tensor(list(limits), dtype=torch.float32, device=values.device)[:, None]
     return torch.where(values.to(torch.float32).abs() >= floor, values, torch.zeros_like(values))
 
 
@@ -91,14 +91,14 @@ def _count(parts: Iterable[Tensor], high: Tensor | None) -> Tensor:
     counts = torch.zeros(0, BINS, dtype=torch.int64)
     for part in parts:
         if not len(counts):
-            counts = torch.zeros(len(part), BINS, dtype=torch.int64)
+            counts = torch.zeros(len(part), BINS, dtype=torch.int64, device=part.device)
         bits = part.to(torch.float32).abs().view(torch.int32)
         for row, pattern in enumerate(bits):
             upper = pattern >> HALF
             # One bin more for what is not of interest: selecting entries takes longer than counting them.
             found = upper if high is None else torch.where(upper == high[row], pattern & (BINS - 1), BINS)
             counts[row] += torch.bincount(found, minlength=BINS + 1)[:BINS]
-    return counts
+    return counts.cpu()
 
 
 def _bin_of(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ def stream_model(
         for update in _unchanged(tensor) if (found := changes(name)) is None else found:
             part = tensor[start : start + len(update)]
             if found is not None:
-                part = part.to(torch.promote_types(part.dtype, update.dtype)) + update
+                part = part.to(update.device, torch.promote_types(part.dtype, update.dtype)) + update
             files.write(name, part.to(tensors[name].dtype), start)
             start += len(update)
         if start != len(tensor):

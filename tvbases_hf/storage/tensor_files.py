@@ -60,7 +60,7 @@ class TensorFiles:
             (directory / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Put ``values`` (any shape, the tensor's dtype) at element ``start`` of the flattened tensor ``name``."""
+        """Put ``values`` (any shape, the tensor's dtype, any device) at element ``start`` of the flattened ``name``."""
         slot = self._slots[name]
         if values.dtype != slot.info.dtype or start + values.numel() > slot.info.numel:
             raise ValueError(f"{name}: {values.numel()} {values.dtype} at {start} do not fit {slot.info}")
@@ -68,7 +68,7 @@ class TensorFiles:
             with open(slot.file, "r+b") as stream:
                 stream.seek(slot.offset + start * slot.info.dtype.itemsize)
                 # Not numpy's tofile: its OSError for a full disk does not say that the disk is full.
-                stream.write(values.reshape(-1).contiguous().view(torch.uint8).numpy().data)
+                stream.write(values.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data)
 
     def finished(self, name: str) -> tuple[float, ...] | None:
         """The numbers that were recorded with a tensor that a killed run of this job has written, if it is intact."""
