@@ -173,6 +173,14 @@ def test_the_report_says_what_the_answers_say(tmp_path):
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == ["What holds", *titles]
 
 
+def test_the_readme_quotes_the_main_table_of_the_results():
+    repository = Path(__file__).parents[1]
+    text = (repository / "examples" / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    table = text.split("## Addition")[1].split("| vectors |")[1].split("\n\n")[0]
+    assert len(table.splitlines()) == 2 + 1 + 4 * len(FULL.num_bases)
+    assert f"| vectors |{table}" in (repository / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_claim_that_does_not_hold_is_reported_as_such(tmp_path):
     found = made_up(FULL)
     for _, answer in found["negation"]:

@@ -72,7 +72,8 @@ def sections(settings: Settings) -> list[Section]:
             "Online",
             {"online"},
             f"Tasks arrive one after another, {settings.orders} orders, memory for M = {m} vectors (the last four: "
-            "for the merged one). Alpha is fixed beforehand, as in the paper. ± is over the orders.",
+            "for the merged one). Alpha is fixed beforehand, as in the paper; continual TIES, MagMax and OPCM stay as "
+            "long as they are. ± is over the orders.",
             [more.in_order],
         ),
         Section(
