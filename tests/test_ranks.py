@@ -125,7 +125,7 @@ def test_accelerate_launches_them(job: str, root: Path, alone: dict[str, bytes],
 class Blind:
     """Two processes, the second of which has another file system."""
 
-    rank, size = 0, 2
+    rank, size, local_rank = 0, 2, 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
