@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,15 +46,15 @@ class InPlace:
                     weight.copy_(self.merged(name, change, alpha))
             yield self.model
         finally:
-            # Here and not in a function: Python looks for signals when one is entered, before it could guard anything.
-            waiting: KeyboardInterrupt | None = None
-            while True:
+            # Ctrl-C may come while _uninterrupted is being entered: then begin again, and let it through afterwards.
+            waiting, done = None, False
+            while not done:
                 try:
-                    with torch.no_grad():
+                    with _uninterrupted(), torch.no_grad():
                         for name, weight in self.weights.items():
                             weight.copy_(self._originals[name])
-                    break
-                except KeyboardInterrupt as interrupt:  # begin again, and let it through afterwards
+                        done = True
+                except KeyboardInterrupt as interrupt:
                     waiting = interrupt
             if waiting is not None:
                 raise waiting
@@ -94,3 +96,19 @@ def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
             "be changed; load the model whole, or write the changed model and evaluate that"
         )
     return {name: found[name] for name in wanted}
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block. Only the main thread gets signals, so only there is anything to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[Any, Any]] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if waiting and callable(previous):
+            previous(*waiting[0])
