@@ -2,7 +2,8 @@
 
     python examples/benchmarks/bench_text.py [--quick] [--processes N] [--workdir DIR] [--tasks FILE] [--out FILE]
 
-An hour and a half on two cores, all of it cached: run it again and it goes on where it was. The tasks are read from
+It takes 207 minutes of one core, shared by one process per core; run it again and it goes on where it was. --quick asks
+the main claims only, of less data. The tasks are read from
 tasks.json.gz in the directory that TVBASES_DATA names (or in data/ beside the repository), else from the Hub.
 """
 

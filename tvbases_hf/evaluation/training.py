@@ -41,7 +41,7 @@ def fine_tune(
     total = epochs * sum(_length(task) for task in tasks)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     _check(lr, epochs, warmup, total, len(weights))
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=True)  # a pass, not ten
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=True)  # one pass over the weights
     warm = max(1, round(warmup * total))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / warm, (total - k) / total))
     title = f"Fine-tuning {tasks[0].name}" if len(tasks) == 1 else f"Fine-tuning {len(tasks)} tasks jointly"

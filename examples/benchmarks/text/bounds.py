@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tvbases_hf.evaluation.data import TaskData, stratified
+from tvbases_hf.demo.encoder import problem_data
 from tvbases_hf.theory.bounds import measure_bounds
 from tvbases_hf.theory.hessian import cross_entropy
 
-from . import models
 from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
@@ -26,20 +25,15 @@ def questions(settings: Settings) -> Iterator[Question]:
 
 def answer(workshop: Workshop, question: Question) -> Answer:
     task = question["task"]
-    terms = {task: cross_entropy(exact_data(workshop, task, question["sentences"]))}
+    # Training sentences, whose gradient at the fine-tune the theorem takes for 0; in float32.
+    count = question["sentences"]
+    data = problem_data(task, workshop.problems[task], "train", count=count, batch=count)
+    terms = {task: cross_entropy(data)}
     vectors = workshop.vectors()
     found = measure_bounds(
         workshop.model, vectors, terms, question["num_bases"], tolerance=0.02, max_iterations=ITERATIONS
     )
     return found.to_json()
-
-
-def exact_data(workshop: Workshop, task: str, count: int) -> TaskData:
-    """Training sentences, whose gradient at the fine-tune the theorem takes for 0, in float32."""
-    problem = workshop.problems[task]
-    rows = stratified(problem.train.labels.tolist(), count)
-    batch = ([problem.train.ids[i] for i in rows], problem.train.labels[rows])
-    return TaskData(task, [batch], models.readout_of(problem, exact=True))
 
 
 STUDY = Study("bounds", questions, answer)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from tvbases_hf.bases import ae_bases
+from tvbases_hf.demo import encoder
 from tvbases_hf.evaluation.coefficients import climb
 from tvbases_hf.evaluation.data import stratified
 from tvbases_hf.merging import merged
@@ -86,8 +87,6 @@ def accuracy_of_subsamples(workshop: Workshop, question: Question) -> Answer:
 
 def data_right(workshop: Workshop, model: torch.nn.Module, task: str) -> list[bool]:
     """Which validation sentences of a task are answered rightly."""
-    from tvbases_hf.demo import encoder
-
     problem = workshop.problems[task]
     with torch.autocast("cpu", torch.bfloat16):
         embeddings = encoder.embed(model, problem.val.ids)

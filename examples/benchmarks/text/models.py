@@ -76,14 +76,14 @@ def batches(examples: Examples, batch: int, epochs: int, seed: int) -> Iterator[
             yield [examples.ids[row] for row in parts[index]], examples.labels[parts[index]]
 
 
-def readout_of(problem: Problem, exact: bool = False):
-    """Logits of the frozen zero-shot head, for one batch of (token ids, labels); bfloat16 unless ``exact``.
+def readout_of(problem: Problem):
+    """Logits of the frozen zero-shot head, for one batch of (token ids, labels), in bfloat16.
 
     The autocast is entered for every batch, because weights are cast once for as long as it lasts.
     """
 
     def readout(model: nn.Module, asked: tuple[list[list[int]], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+        with torch.autocast("cpu", torch.bfloat16):
             embeddings = encoder.forward(model, asked[0])
         return encoder.logits(embeddings, problem.head), asked[1]
 

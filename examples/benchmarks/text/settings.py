@@ -79,18 +79,3 @@ QUICK = Settings(
     recipe=Recipe(lr=1e-4),
     studies=("addition", "losses", "negation", "online"),
 )
-TINY = Settings(
-    name="tiny",
-    tasks=("tense", "voice", "question", "sentiment"),
-    unseen=("number",),
-    train=64,
-    validation=12,
-    test=16,
-    seeds=(0, 1),
-    num_bases=(2, 1),
-    draws=2,
-    orders=2,
-    shots=2,
-    recipe=Recipe(lr=3e-4, epochs=1, lora_lr=3e-3),
-)
-"""On generated tasks: for tests of the machinery, not for figures."""

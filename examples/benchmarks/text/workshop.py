@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tvbases_hf import TaskVectors, gram_matrix
 from tvbases_hf.demo import encoder
-from tvbases_hf.demo.encoder import Examples, Problem
+from tvbases_hf.demo.encoder import Problem
 from tvbases_hf.evaluation.coefficients import grid_search
-from tvbases_hf.evaluation.data import TaskData, stratified
+from tvbases_hf.evaluation.data import TaskData
 from tvbases_hf.evaluation.inplace import Change, InPlace
 
 from . import models, sources
@@ -86,14 +86,12 @@ class Workshop:
     def place(self, seed: int = 0, kind: str = "full") -> InPlace:
         return InPlace(self.model, self.vectors(seed, kind).names)
 
-    def accuracy(
-        self, model: nn.Module, split: str = "test", tasks: Sequence[str] | None = None, count: int | None = None
-    ) -> Accuracies:
+    def accuracy(self, model: nn.Module, split: str = "test", tasks: Sequence[str] | None = None) -> Accuracies:
         """Per cent correct by task, of the tasks that are merged unless others are named."""
         chosen = {task: self.problems[task] for task in tasks or self.settings.tasks}
         asked = [(p.head, getattr(p, split)) for p in chosen.values()]
         with torch.autocast("cpu", torch.bfloat16):
-            found = encoder.accuracies(model, [(head, e.first(count or len(e))) for head, e in asked])
+            found = encoder.accuracies(model, asked)
         return dict(zip(chosen, found, strict=True))
 
     @functools.cache  # noqa: B019
@@ -108,27 +106,22 @@ class Workshop:
         with self.place(**of).changed(change, alpha) as model:
             return self.accuracy(model, split, tasks)
 
-    def tuned(self, change: Change, start: float, *, alphas: Sequence[float] = ALPHAS, **of: Any) -> Tuned:
+    def tuned(self, change: Change, start: float, **of: Any) -> Tuned:
         """theta_0 + alpha * change at the alpha of the best mean accuracy on the validation sentences of all tasks."""
         change = functools.cache(change)
         curve = grid_search(
-            self.place(**of), change, lambda m: self.accuracy(m, "val"), alphas=alphas, start=start, patience=1
+            self.place(**of), change, lambda m: self.accuracy(m, "val"), alphas=ALPHAS, start=start, patience=1
         )
         scores = {f"{alpha:g}": score for alpha, score in zip(curve.alphas, curve.scores, strict=True)}
         return Tuned(curve.chosen, scores, self.changed(change, curve.chosen, **of))
 
-    def data(
-        self, tasks: Sequence[str], split: str = "val", count: int | None = None, batch: int = 16, seed: int = 0
-    ) -> list[TaskData]:
-        """For the methods that need data: ``count`` sentences a task, in which every label has its share."""
-        found = []
-        for task in tasks:
-            examples: Examples = getattr(self.problems[task], split)
-            rows = stratified(examples.labels.tolist(), min(count or len(examples), len(examples)), seed=seed)
-            parts = [rows[k : k + batch] for k in range(0, len(rows), batch)]
-            asked = [([examples.ids[i] for i in part], examples.labels[part]) for part in parts]
-            found.append(TaskData(task, asked, models.readout_of(self.problems[task])))
-        return found
+    def data(self, tasks: Sequence[str], count: int) -> list[TaskData]:
+        """For the methods that need data: ``count`` validation sentences a task, in which every label has its share."""
+        problems = {task: self.problems[task] for task in tasks}
+        return [
+            replace(encoder.problem_data(task, problem, count=count), readout=models.readout_of(problem))
+            for task, problem in problems.items()
+        ]
 
 
 def start_of(num_vectors: int, num_tasks: int) -> float:
