@@ -42,7 +42,7 @@ bench: $(STAMP)  ## run every benchmark in turn, but for the one on text
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
-bench-text: $(STAMP)  ## the evidence: the papers' tables on real text (hours); ARGS=--quick for minutes
+bench-text: $(STAMP)  ## the evidence: the papers' tables on real text (an hour or two); ARGS=--quick or --all for less or more
 	$(BIN)/python examples/benchmarks/bench_text.py $(ARGS)
 
 clean:  ## remove .venv, build outputs and caches

@@ -24,6 +24,12 @@ class Outcome:
     """Its output and messages."""
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(
     arguments: list[str],
     size: int = 2,
@@ -32,9 +38,7 @@ def launch(
     envs: list[dict[str, str]] | None = None,
 ) -> list[Outcome]:
     """Run the command as ``size`` processes, with the environment that accelerate gives them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(size):
         env = os.environ | {"OMP_NUM_THREADS": "1", **(envs[rank] if envs else {})}

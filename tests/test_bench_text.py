@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import statistics
 import sys
@@ -17,11 +18,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
-from text import addition, command, finetune, kinds, models, negation, runner, sources
+from text import addition, command, finetune, kinds, models, negation, runner, sources, with_data
 from text.report import results
+from text.report.addition import product
 from text.report.claims import Claim, claims
 from text.report.sections import sections
-from text.settings import FULL, Recipe, Settings
+from text.settings import EVERYTHING, FULL, QUICK, Recipe, Settings
 from text.workshop import Workshop
 from text_answers import made_up
 
@@ -135,10 +137,23 @@ def test_a_span_with_even_errors_gives_no_task_up(seed):
 # --- the report ---
 
 
-def test_all_questions_of_a_study_are_different():
+@pytest.mark.parametrize("settings", [QUICK, FULL, EVERYTHING], ids=["quick", "full", "all"])
+def test_all_questions_of_a_study_are_different(settings):
     for study in command.STUDIES:
-        asked = [json.dumps(dict(question)) for question in study.questions(FULL)]
+        asked = [json.dumps(dict(question)) for question in study.questions(settings)]
         assert asked and len(asked) == len(set(asked)), study.name
+
+
+def test_all_of_it_is_the_product_of_methods_kinds_sides_and_sizes_and_holds_what_less_asks():
+    asked = [q for study in (addition, with_data) for q in study.questions(EVERYTHING)]
+    cells = {(q["method"], q["kind"], q["num_bases"], q["over"]) for q in asked if q["kind"] != kinds.ALL}
+    methods = [*addition.METHODS, *with_data.TITLES]
+    everything = set(itertools.product(methods, kinds.KINDS, FULL.num_bases, kinds.SIDES))
+    assert everything - cells == {("task_arithmetic", "balanced", m, "reconstructions") for m in FULL.num_bases}
+    assert cells <= everything
+    for study in command.STUDIES:
+        less = [json.dumps(dict(question)) for question in study.questions(FULL)]
+        assert set(less) <= {json.dumps(dict(question)) for question in study.questions(EVERYTHING)}, study.name
 
 
 def test_at_least_ten_random_subsets_of_either_size_all_different():
@@ -153,9 +168,19 @@ def test_at_least_ten_random_subsets_of_either_size_all_different():
         assert len(draws) == len(chosen) >= 10
 
 
-def test_the_report_says_what_the_answers_say(tmp_path):
-    found = made_up(FULL)
-    results.write(found, FULL, tmp_path / "RESULTS.md")
+def test_the_table_of_all_methods_shows_what_was_asked():
+    for settings, count in ((FULL, 1 + 2 + 2), (EVERYTHING, 1 + 2 * 2 * len(kinds.KINDS))):
+        lines = product(made_up(settings), settings).splitlines()[2:]
+        assert len(lines) == count
+        assert all(len(line.split("|")) == 2 + 3 + len(addition.METHODS) + len(with_data.TITLES) for line in lines)
+        empty = sum(cell.isspace() for line in lines[1:] for cell in line.split("|")[1:-1])
+        assert (empty == 0) == settings.everything
+
+
+@pytest.mark.parametrize("settings", [FULL, EVERYTHING], ids=["full", "all"])
+def test_the_report_says_what_the_answers_say(tmp_path, settings):
+    found = made_up(settings)
+    results.write(found, settings, tmp_path / "RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {
         "addition.png",
@@ -169,7 +194,7 @@ def test_the_report_says_what_the_answers_say(tmp_path):
     assert f"{statistics.mean(draws):.1f} ± {statistics.stdev(draws):.1f} (α 0.4)" in text
     assert "Zero-shot 60.0, fine-tuned on the task 91.0" in text
     assert "| negating RandProj forgets the target by | 0.6 | ≤ 2.0 | yes |" in text
-    titles = [section.title for section in sections(FULL)]
+    titles = [section.title for section in sections(settings)]
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == ["What holds", *titles]
 
 

@@ -50,7 +50,7 @@ def test_bench_of_autoencoder_bases_reports_every_solver(
 def test_bench_of_memory_measures_processes_and_removes_its_models(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "QUICK", (bench.Layout("tiny", 64, 128, 1),))
+    monkeypatch.setattr(bench, "QUICK", {"tiny": bench.Shape(64, 128, 1, key_value=64, vocabulary=512)})
     every = bench.commands
     kept = ("start-up", "load", "gram")
     monkeypatch.setattr(bench, "commands", lambda *given: {job: every(*given)[job] for job in kept})
@@ -60,7 +60,7 @@ def test_bench_of_memory_measures_processes_and_removes_its_models(
     assert list(tmp_path.iterdir()) == []
     assert "share of load" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="no such module"):
-        bench.peak_memory([sys.executable, "-c", "raise SystemExit('no such module')"])
+        bench.measure([sys.executable, "-c", "raise SystemExit('no such module')"])
 
 
 @pytest.mark.parametrize("bench", ["adapter_basis"], indirect=True)

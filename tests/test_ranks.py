@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import SHAPES, random_state, save_checkpoint, tune
-from ranks import launch
+from ranks import free_port, launch
 from torch import Tensor
 
 from tvbases_hf.cli.options import parse_size
@@ -111,14 +111,32 @@ def test_bad_input_is_told_by_each_process_under_its_number(root: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("machines", [1, 2])
 @pytest.mark.parametrize("job", ["compress"], indirect=True)
-def test_accelerate_launches_them(job: str, root: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
-    command += ["-m", "tvbases_hf", *arguments(job, root, tmp_path / "out")]
-    found = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert found.returncode == 0, found.stderr
+def test_accelerate_launches_them_on_one_machine_or_on_each_of_several(
+    machines: int, job: str, root: Path, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Every "machine" is a launcher of its own, as the machines of a cluster with a shared file system have them."""
+    options, env = ["--cpu", "--num_processes", "2"], os.environ | {"OMP_NUM_THREADS": "1"}
+    if machines > 1:
+        options += ["--num_machines", str(machines), "--main_process_ip", "127.0.0.1"]
+        options += ["--main_process_port", str(free_port())]
+    launchers = []
+    for machine in range(machines):
+        command = [str(Path(sys.executable).with_name("accelerate")), "launch", *options]
+        command += ["--machine_rank", str(machine)] if machines > 1 else []
+        command += ["-m", "tvbases_hf", *arguments(job, root, tmp_path / "out")]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        launchers.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        for launcher in launchers:
+            said, _ = launcher.communicate(timeout=120)
+            assert launcher.returncode == 0, said
+    finally:
+        for launcher in launchers:
+            launcher.kill()
     assert contents(tmp_path / "out") == alone
 
 

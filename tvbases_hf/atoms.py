@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .bases import BasisWeights
-from .delta import PIECE_BYTES, Delta, Dense, LowRank, blocks, dense
+from .delta import ENCODE_BYTES, Delta, Dense, LowRank, blocks, dense
 from .errors import CheckpointError, ParameterError
 from .execution.parallel import written
 from .execution.progress import track
@@ -108,7 +108,7 @@ class EncodedAtoms:
 
         weight = lambda name: base[name].nbytes * (count + 1)  # noqa: E731
         width, reads = size * (size + count), self.vectors.stored
-        table = written(files, self.names, write, width, "Writing bases", quiet, weight, lambda _: PIECE_BYTES, reads)
+        table = written(files, self.names, write, width, "Writing bases", quiet, weight, lambda _: ENCODE_BYTES, reads)
         total = table.sum(dim=0)
         inner, cross = total[: size * size].reshape(size, size), total[size * size :].reshape(size, count)
         return info.refitted(*refit(inner, cross, self.has_mean))

@@ -26,26 +26,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llama import LLAMA_1B, Shape, difference, write_model
+from processes import measure
 from rich.console import Console
 from rich.table import Table
 
 TASKS = ("math", "code", "law", "chat")
 TVBASES = [sys.executable, "-m", "tvbases_hf"]
 COUNT = [sys.executable, str(Path(__file__).with_name("count_reads.py"))]
-SAMPLE_SECONDS = 0.01
 READ = (
     "import sys\nfor path in sys.argv[1:]:\n    with open(path, 'rb', 0) as f:\n        while f.read(1 << 24): pass\n"
 )
@@ -129,33 +126,13 @@ def jobs(root: Path, out: Path) -> dict[str, list[str]]:
         "task_arithmetic, native": native("task_arithmetic"),
         "ae_bases, native": native("ae_bases"),
         "ae_bases in mergekit": inside("ae_bases"),
-        "ties, mergekit": inside("ties"),
-        "ties, mergekit with a stable sort": [sys.executable, "-c", STABLE, *inside("ties")[3:]],
         "ties, native": native("ties"),
         "task_arithmetic, one thread": alone,
         "task_arithmetic, two processes": [*launch, *alone[1:]],
+        # Last, because it fills the memory: what came after would find nothing left in the page cache.
+        "ties, mergekit": inside("ties"),
+        "ties, mergekit with a stable sort": [sys.executable, "-c", STABLE, *inside("ties")[3:]],
     }
-
-
-def measure(command: list[str], cold: bool = False) -> dict[str, float]:
-    """Seconds, and peaks of memory in bytes: anonymous and resident of all processes, anonymous of the largest one."""
-    if cold:
-        os.sync()
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-    started, anonymous, resident, largest = time.perf_counter(), 0, 0, 0
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            usage = [_memory(pid) for pid in _family(process.pid)]
-            anonymous = max(anonymous, sum(anon for anon, _ in usage))
-            resident = max(resident, sum(rss for _, rss in usage))
-            largest = max(largest, *(anon for anon, _ in usage), 0)
-            time.sleep(SAMPLE_SECONDS)
-        seconds = time.perf_counter() - started
-        if process.returncode:
-            said.seek(0)
-            raise RuntimeError(f"{command} failed:\n{said.read().decode(errors='replace')}")
-    return {"seconds": seconds, "anonymous": anonymous, "resident": resident, "process": largest}
 
 
 def predicted(root: Path, job: str) -> dict[str, Any]:
@@ -173,22 +150,6 @@ def read_by(root: Path, command: list[str]) -> int:
     measure([*COUNT, str(file), *command[len(TVBASES) :]])
     shutil.rmtree(root / "out", ignore_errors=True)
     return json.loads(file.read_text(encoding="utf-8"))["bytes"]
-
-
-def _family(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [pid, *(each for child in children for each in _family(int(child)))]
-
-
-def _memory(pid: int) -> tuple[int, int]:
-    try:
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return tuple(1024 * int(lines[key].split()[0]) for key in ("RssAnon", "VmRSS"))  # type: ignore[return-value]
-    except (OSError, KeyError, ValueError):  # it has ended
-        return 0, 0
 
 
 def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -78,6 +79,7 @@ if __name__ == "__main__":
     file = Path(sys.argv[1])
     sys.argv = ["tvbases", *sys.argv[2:]]
     try:
+        torch.set_num_threads(1)
         with using(Run(workers=1)), Reads() as reads:
             main()
     except SystemExit as done:

@@ -1,4 +1,4 @@
-"""Models in the shapes of Llama 3: their tensors, and checkpoints of them with made-up numbers, compared."""
+"""Models in the shapes of Llama: their tensors, and checkpoints of them with made-up numbers, compared."""
 
 from __future__ import annotations
 
@@ -43,6 +43,15 @@ class Shape:
         shapes["model.norm.weight"] = (h,)
         return shapes if self.tied else shapes | {"lm_head.weight": (self.vocabulary, h)}
 
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers in each tensor."""
+        return [torch.Size(shape).numel() for shape in self.tensors().values()]
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * sum(self.sizes)
+
     def config(self) -> dict[str, Any]:
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -63,30 +72,30 @@ LLAMA_1B = Shape(hidden=2048, intermediate=8192, layers=16, key_value=512)
 LLAMA_8B = Shape(hidden=4096, intermediate=14_336, layers=32, key_value=1024, head=128, tied=False)
 
 
-def write_model(directory: Path, shape: Shape, seed: int) -> int:
-    """A base (seed 0), or a fine-tune that differs from it by about one per cent; returns its bytes."""
+def write_model(directory: Path, shape: Shape, seed: int, shards: int = SHARDS) -> int:
+    """A base (seed 0), or a fine-tune that differs from it by about one per cent, in bfloat16; returns its bytes."""
     base = torch.randn(WORDS, generator=torch.Generator().manual_seed(0)) * 0.02
     step = torch.randn(STEP, generator=torch.Generator().manual_seed(seed)) * 2e-4 if seed else None
     directory.mkdir()
-    names, start, total = list(shape.tensors().items()), 0, 0
+    files = [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
+    parts: list[dict[str, Tensor]] = [{} for _ in files]
     weight_map: dict[str, str] = {}
-    every = sum(torch.Size(s).numel() for _, s in names)
-    shards: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
-    for name, size in names:
+    start, total = 0, sum(shape.sizes)
+    for name, size in shape.tensors().items():
         numbers = torch.Size(size).numel()
         tensor = _cut(base, start, numbers)
         if step is not None:
             tensor += _cut(step, start, numbers)
-        index = min(SHARDS - 1, start * SHARDS // every)
-        shards[index][name] = tensor.to(torch.bfloat16).reshape(size)
-        weight_map[name] = f"model-{index + 1:05d}-of-{SHARDS:05d}.safetensors"
-        start, total = start + numbers, total + 2 * numbers
-    for index, shard in enumerate(shards):
-        save_file(shard, directory / f"model-{index + 1:05d}-of-{SHARDS:05d}.safetensors", {"format": "pt"})
-    index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = min(shards - 1, start * shards // total)
+        parts[index][name] = tensor.to(torch.bfloat16).reshape(size)
+        weight_map[name] = files[index]
+        start += numbers
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, directory / file, {"format": "pt"})
+    index_file = {"metadata": {"total_size": shape.nbytes}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index_file), encoding="utf-8")
     (directory / "config.json").write_text(json.dumps(shape.config()), encoding="utf-8")
-    return total
+    return shape.nbytes
 
 
 def _cut(pattern: Tensor, start: int, count: int) -> Tensor:

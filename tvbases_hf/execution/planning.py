@@ -13,7 +13,7 @@ import torch
 
 from ..bases import ae_bases
 from ..bases.weights import resolve_num_bases
-from ..delta import PIECE_BYTES
+from ..delta import ENCODE_BYTES, PIECE_BYTES
 from ..errors import CheckpointError, ParameterError
 from ..storage.checkpoint import DTYPES, HUB_ID, Checkpoint, TensorInfo
 from ..storage.tensor_files import file_bytes
@@ -88,7 +88,7 @@ def plan(
         case _:
             written = file_bytes(stored)
     read = PASSES[job] * (models + 1) * size + (sum(i.nbytes for i in base.values()) - size if written else 0)
-    each = PIECE_BYTES + TABLES.get(job, 0) * models
+    each = (ENCODE_BYTES if job == "compress" else PIECE_BYTES) + TABLES.get(job, 0) * models
     parts = shares(list(floating.values()), lambda info: info.nbytes, processes)
     traffic = read + written
     return Plan(

@@ -5,23 +5,28 @@ The alpha of every cell is chosen on validation sentences of all tasks; the accu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from tvbases_hf.merging import merged
 from tvbases_hf.vectors import Vectors
 
-from .kinds import ALL, bytes_of, vectors_of, weights_of
+from .kinds import ALL, KINDS, SIDES, bytes_of, kept, vectors_of, weights_of
 from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop, start_of
 
 METHODS = {"task_arithmetic": "task arithmetic", "ties": "TIES", "tsv": "TSV-M"}
 MAIN = ("balanced", "ae_adam", "pca")
-MORE = ("normalize", "ae_varpro", "pca_positive")
 
 
 def questions(settings: Settings) -> Iterator[Question]:
-    """The main kinds with every fine-tuning seed; the other kinds and the reconstructions with the first."""
+    """The main kinds with every fine-tuning seed; with the first also every kind and the reconstructions, if asked."""
+    asked = [*_main(settings), *(_product(settings) if settings.everything else _merged_reconstructions(settings))]
+    yield from {tuple(question.values()): question for question in asked}.values()
+
+
+def _main(settings: Settings) -> Iterator[Question]:
     for seed in settings.seeds:
         for method in METHODS:
             yield _ask(method, ALL, len(settings.tasks), seed)
@@ -29,18 +34,22 @@ def questions(settings: Settings) -> Iterator[Question]:
             for method in METHODS:
                 yield from (_ask(method, kind, num_bases, seed) for kind in MAIN)
                 yield from (_ask(method, "rand_select", num_bases, seed, draw=d) for d in _draws(settings, seed))
-    first = settings.seeds[0]
+
+
+def _merged_reconstructions(settings: Settings) -> Iterator[Question]:
     for num_bases in settings.num_bases:
-        for method in METHODS:
-            yield from (
-                _ask(method, kind, num_bases, first, "reconstructions")
-                for kind in ("balanced", "ae_adam")
-                if (method, kind) != ("task_arithmetic", "balanced")  # the same sum as all task vectors'
-            )
-            if num_bases == settings.half or method == "task_arithmetic":
-                yield from (_ask(method, kind, num_bases, first) for kind in MORE)
-        yield _ask("tsv", "normalize", num_bases, first, "reconstructions")
-        yield _ask("tsv", "pca", num_bases, first, "reconstructions")
+        yield _ask("tsv", "balanced", num_bases, settings.seeds[0], "reconstructions")
+
+
+def _product(settings: Settings) -> Iterator[Question]:
+    for over, num_bases, kind, method in itertools.product(SIDES, settings.num_bases, KINDS, METHODS):
+        if not known_exactly(method, kind, over):
+            yield _ask(method, kind, num_bases, settings.seeds[0], over)
+
+
+def known_exactly(method: str, kind: str, over: str) -> bool:
+    """The reconstructions of balanced bases have the sum of all task vectors."""
+    return (method, kind, over) == ("task_arithmetic", "balanced", "reconstructions")
 
 
 def _draws(settings: Settings, seed: int) -> range:
@@ -54,18 +63,16 @@ def _ask(method: str, kind: str, num_bases: int, seed: int, over: str = "bases",
 
 
 def answer(workshop: Workshop, question: Question) -> Answer:
-    method, kind, num_bases, seed = (question[key] for key in ("method", "kind", "num_bases", "seed"))
-    vectors = vectors_of(workshop, kind, num_bases, over=question["over"], seed=seed, draw=question["draw"])
+    method, kind, num_bases, over, seed = (question[key] for key in ("method", "kind", "num_bases", "over", "seed"))
+    vectors = vectors_of(workshop, kind, num_bases, over=over, seed=seed, draw=question["draw"])
     tuned = workshop.tuned(merged(vectors, method), first_guess(method, kind, vectors), seed=seed)
-    # PCA's reconstructions need the mean vector too
-    kept = num_bases + (kind == "pca" and question["over"] == "reconstructions")
     weights = None if kind == ALL else weights_of(workshop, kind, num_bases, seed, question["draw"])
     return {
         "accuracy": tuned.mean,
         "tasks": tuned.test,
         "alpha": tuned.alpha,
         "curve": tuned.curve,
-        "bytes": bytes_of(vectors, kept),
+        "bytes": bytes_of(vectors, kept(kind, num_bases, over)),
         "loss": weights and weights.loss / weights.total,
         "effective": weights and weights.effective_weights.tolist(),
     }

@@ -17,7 +17,7 @@ from . import with_data as methods
 from .report import results
 from .report.claims import Claim, claims
 from .runner import Answers, Study, run
-from .settings import FULL, QUICK, Settings
+from .settings import EVERYTHING, FULL, QUICK, Settings
 from .workshop import Workshop
 
 WORKDIR = Path("~/.cache/tvbases-hf/text")
@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Claim]:
         "interrupted goes on where it stopped.",
         epilog="example: python examples/benchmarks/bench_text.py --quick --out /tmp/RESULTS.md",
     )
-    parser.add_argument("--quick", action="store_true", help="less data, one seed, the main claims only: minutes")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="less data, one seed, the main claims only: minutes")
+    size.add_argument("--all", action="store_true", help="every cell of every table; goes on from a run without")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one per core (the default)")
     parser.add_argument("--workdir", type=Path, default=WORKDIR, help=f"models and answers (default: {WORKDIR})")
     parser.add_argument(
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Claim]:
         "--out", type=Path, help="the results; default: RESULTS.md beside this script, not with --quick"
     )
     options = parser.parse_args(arguments)
-    settings = QUICK if options.quick else FULL
+    settings = QUICK if options.quick else EVERYTHING if options.all else FULL
     workdir = options.workdir.expanduser().absolute()
     out = options.out or (workdir / "quick" / RESULTS.name if options.quick else RESULTS)
     try:

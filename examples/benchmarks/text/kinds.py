@@ -15,6 +15,7 @@ from tvbases_hf.vectors import Vectors
 from .workshop import Workshop
 
 ALL = "all"
+SIDES = ("bases", "reconstructions")
 
 # (Gram matrix, M, number of the draw) -> bases
 KINDS: dict[str, Callable[[Tensor, int, int], BasisWeights]] = {
@@ -51,6 +52,11 @@ def vectors_of(
     if kind == ALL:
         return Vectors.of_tasks(vectors)
     return Vectors.mixed(vectors, weights_of(workshop, kind, num_bases, seed, draw), over)
+
+
+def kept(kind: str, num_bases: int, over: str) -> int:
+    """Vectors to keep on disk: PCA's reconstructions need its mean too."""
+    return num_bases + (kind == "pca" and over == "reconstructions")
 
 
 def bytes_of(vectors: Vectors, count: int) -> int:

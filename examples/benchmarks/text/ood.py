@@ -16,14 +16,14 @@ from .settings import Settings
 from .workshop import Workshop
 
 KINDS = (ALL, "balanced", "ae_adam", "rand_select", "pca")
-DRAWS = 1
+DRAWS = 3
 EPOCHS = 10
 
 
 def questions(settings: Settings) -> Iterator[Question]:
     for task in settings.unseen:
         for kind in KINDS:
-            for draw in range(min(DRAWS, settings.draws)):
+            for draw in range(DRAWS if settings.everything else 1):
                 yield {
                     "task": task,
                     "kind": kind,

@@ -13,7 +13,7 @@ UNSEEN = ("mr", "sst5")
 
 # M convex bases are shorter than T task vectors by T / M, so the grid goes far beyond 1; a search leaves it when it is
 # past the optimum.
-ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0)
+ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 # A sum of T task vectors is best near this weight per task; a search starts there.
 START = 0.4
 
@@ -51,6 +51,8 @@ class Settings:
     recipe: Recipe = field(default_factory=Recipe)
     studies: tuple[str, ...] = ()
     """What is asked beside the fine-tunes; all there is if empty."""
+    everything: bool = False
+    """Every cell of the tables: all methods over all kinds of vectors, bases and reconstructions."""
 
     def asks(self, study: str) -> bool:
         return not self.studies or study in self.studies
@@ -63,11 +65,12 @@ class Settings:
     def digest(self) -> str:
         """Of what decides a single answer: not how many questions are asked."""
         sizes = asdict(replace(self, name="", seeds=(), num_bases=(), draws=0, orders=0))
-        del sizes["studies"]
+        del sizes["studies"], sizes["everything"]
         return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
 
 
 FULL = Settings()
+EVERYTHING = replace(FULL, everything=True)
 QUICK = Settings(
     name="quick",
     train=400,

@@ -1,4 +1,4 @@
-"""Study: the other merging methods of the papers over all vectors, balanced bases and a random selection.
+"""Study: the other merging methods of the papers, over all vectors, over bases and over their reconstructions.
 
 Over M vectors a method sees n M / T of the n validation sentences of each task, stratified (AE paper, section 3.2.2).
 Those that learn coefficients take fewer and longer steps than published, to fit a processor.
@@ -7,6 +7,7 @@ Those that learn coefficients take fewer and longer steps than published, to fit
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from tvbases_hf.merging.learned import held
 from tvbases_hf.merging.localize import Stitched
 from tvbases_hf.vectors import Vectors
 
-from .kinds import ALL, bytes_of, vectors_of
+from .kinds import ALL, KINDS, SIDES, bytes_of, kept, vectors_of
 from .runner import Answer, Question, Study
 from .settings import START, Settings
 from .workshop import Tuned, Workshop
@@ -28,14 +29,12 @@ TITLES = {
     "adamerging": "AdaMerging",
     "atlas": "aTLAS",
 }
-KINDS = (ALL, "balanced", "rand_select")
+MAIN = ("balanced", "rand_select")
 OPTIONS: dict[str, dict[str, Any]] = {
     "localize": {"epochs": 3},
     "adamerging": {"lr": 1e-2, "steps": 25},
     "atlas": {"epochs": 3},
 }
-WITH_RANDOM = ("localize", "regmean")
-"""Whose paper, or whose statistics, a random selection is compared for."""
 SENTENCES = 64
 """Per task, for the methods that take gradients or statistics, at M = T."""
 SCALED = ("magmax", "fisher", "regmean", "localize")
@@ -43,15 +42,20 @@ SCALED = ("magmax", "fisher", "regmean", "localize")
 
 
 def questions(settings: Settings) -> Iterator[Question]:
-    for method in TITLES:
-        for kind in KINDS if method in WITH_RANDOM else KINDS[:2]:
-            yield {"method": method, "kind": kind, "num_bases": len(settings.tasks) if kind == ALL else settings.half}
+    """With the first fine-tuning seed: everything if all is asked, else over the bases at M = 50 %."""
+    cells = [(ALL, len(settings.tasks), "bases")]
+    if settings.everything:
+        cells += [(kind, m, over) for over in SIDES for m in settings.num_bases for kind in KINDS]
+    else:
+        cells += [(kind, settings.half, "bases") for kind in MAIN]
+    for (kind, num_bases, over), method in itertools.product(cells, TITLES):
+        yield {"method": method, "kind": kind, "num_bases": num_bases, "over": over}
 
 
 def answer(workshop: Workshop, question: Question) -> Answer:
-    method, kind = question["method"], question["kind"]
-    vectors = vectors_of(workshop, kind, question["num_bases"])
-    size = bytes_of(vectors, len(vectors))
+    method, kind, num_bases, over = (question[key] for key in ("method", "kind", "num_bases", "over"))
+    vectors = vectors_of(workshop, kind, num_bases, over=over)
+    size = bytes_of(vectors, kept(kind, num_bases, over))
     if method in METHODS:
         change = merged(vectors, method)
     else:
@@ -60,11 +64,16 @@ def answer(workshop: Workshop, question: Question) -> Answer:
         change = functools.cache(found.change)
         size = found.vectors.nbytes if isinstance(found, Stitched) else size
     if method in SCALED:
-        tuned = workshop.tuned(change, 1.0)
+        tuned = workshop.tuned(change, first_guess(kind, vectors))
     else:
         test = workshop.changed(change)
         tuned = Tuned(1.0, {}, test)
     return {"accuracy": tuned.mean, "tasks": tuned.test, "alpha": tuned.alpha, "bytes": size}
+
+
+def first_guess(kind: str, vectors: Vectors) -> float:
+    """Where the search for alpha begins: convex bases are shorter than task vectors by T / M."""
+    return 1.25 if kind == "rand_select" else 1.25 * len(vectors.tasks) / len(vectors)
 
 
 def data_of(workshop: Workshop, vectors: Vectors):
@@ -82,4 +91,4 @@ def options_of(method: str, vectors: Vectors) -> dict[str, Any]:
     return options
 
 
-STUDY = Study("with_data", questions, answer)
+STUDY = Study("with_data", questions, answer, version=2)

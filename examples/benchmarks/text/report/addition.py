@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping
 
 from .. import addition, with_data
-from ..kinds import ALL, TITLES
+from ..kinds import ALL, KINDS, SIDES, TITLES
 from ..runner import Answers
 from ..settings import Settings
 from . import paper
@@ -64,49 +65,51 @@ def rows_of(settings: Settings) -> list[tuple[str, int]]:
     return [(ALL, len(settings.tasks)), *((kind, m) for m in settings.num_bases for kind in MAIN)]
 
 
-def variants(found: Found, settings: Settings) -> str:
-    """Everything with the first fine-tuning seed: other kinds, and merging the reconstructions."""
-    answers, seed = found["addition"], settings.seeds[0]
+def product(found: Found, settings: Settings) -> str:
+    """All methods x kinds of vectors, over the bases and over the reconstructions, with the first fine-tuning seed."""
+    titles = addition.METHODS | with_data.TITLES
     rows = []
-    for over, kinds in (
-        ("bases", ("balanced", "normalize", "ae_varpro", "ae_adam", "pca_positive")),
-        ("reconstructions", ("balanced", "normalize", "ae_adam", "pca")),
-    ):
-        for num_bases in settings.num_bases:
-            for kind in kinds:
-                cells = [_cell(answers, m, kind, num_bases, over, seed) for m in addition.METHODS]
-                rows.append([TITLES[kind], over, num_bases, *cells])
-    everything = [_cell(answers, m, ALL, len(settings.tasks), "bases", seed) for m in addition.METHODS]
-    return table(
-        ["vectors", "merged", "M", *addition.METHODS.values()],
-        [[TITLES[ALL], "", len(settings.tasks), *everything], *rows],
-    )
+    for over, num_bases, kind in places(settings):
+        cells = [_cell(found, method, kind, num_bases, over, settings.seeds[0]) for method in titles]
+        if any(cells):
+            rows.append([TITLES[kind], "" if kind == ALL else over, num_bases, *cells])
+    return table(["vectors", "merged", "M", *titles.values()], rows)
 
 
-def _cell(answers: Answers, method: str, kind: str, num_bases: int, over: str, seed: int) -> str:
-    if over == "reconstructions" and (method, kind) == ("task_arithmetic", "balanced"):
+def places(settings: Settings) -> list[tuple[str, int, str]]:
+    """(merged, M, kind) of all rows that there can be."""
+    mixed = itertools.product(SIDES, settings.num_bases, KINDS)
+    return [("bases", len(settings.tasks), ALL), *mixed]
+
+
+def _cell(found: Found, method: str, kind: str, num_bases: int, over: str, seed: int) -> str:
+    if addition.known_exactly(method, kind, over):
         return "as all vectors, exactly"
-    cell = answers.of(method=method, kind=kind, num_bases=num_bases, over=over, seed=seed)
-    return f"{cell[0]['accuracy']:.1f} (α {cell[0]['alpha']:g})" if cell else ""
+    asked = {"method": method, "kind": kind, "num_bases": num_bases, "over": over}
+    if method in with_data.TITLES:
+        cell = found["with_data"].of(**asked) if "with_data" in found else []
+    else:
+        cell = found["addition"].of(**asked, seed=seed)[:1]  # the first draw
+    scaled = method in addition.METHODS or method in with_data.SCALED
+    return f"{cell[0]['accuracy']:.1f}" + (f" (α {cell[0]['alpha']:g})" if scaled else "") if cell else ""
 
 
-def methods(found: Found, settings: Settings) -> str:
+def costs(found: Found, settings: Settings) -> str:
+    """Of the methods that need data: bytes kept, seconds of one core, and what the paper reports."""
     answers = found["with_data"]
+    shown = [(ALL, len(settings.tasks)), *((kind, settings.half) for kind in with_data.MAIN)]
     rows = []
     for method, title in with_data.TITLES.items():
-        cells = [answer for kind in with_data.KINDS for answer in answers.of(method=method, kind=kind)]
+        cells = [answers.one(method=method, kind=kind, num_bases=m, over="bases") for kind, m in shown]
         published = paper.LOCALIZE if method == "localize" else {}
         rows.append([
             title,
-            *(f"{c['accuracy']:.1f}" + (f" (α {c['alpha']:g})" if method in with_data.SCALED else "") for c in cells),
-            *[""] * (len(with_data.KINDS) - len(cells)),
             " / ".join(megabytes(c["bytes"]) for c in cells),
             " / ".join(f"{c['processor_seconds']:.0f}" for c in cells),
-            " / ".join(f"{published[kind]}" for kind in with_data.KINDS if kind in published),
+            " / ".join(f"{published[kind]}" for kind, _ in shown if kind in published),
         ])  # fmt: skip
-    m = settings.half
-    kinds = [TITLES[kind] + (f", M = {m}" if kind != ALL else "") for kind in with_data.KINDS]
-    return table(["method", *kinds, "MB kept", "s", "paper (all / AE / RandSelect)"], rows)
+    names = f"all / balanced AE, M = {settings.half} / RandSelect"
+    return table(["method", f"MB kept ({names})", "seconds", "paper's accuracy"], rows)
 
 
 def sizes(found: Found, settings: Settings) -> str:

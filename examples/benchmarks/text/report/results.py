@@ -38,9 +38,10 @@ def head(found: Found, settings: Settings) -> str:
     spent = {name: sum(a["processor_seconds"] for _, a in answers) for name, answers in found.items()}
     costs = ", ".join(f"{name} {seconds / 60:.0f}" for name, seconds in spent.items() if seconds >= 30)
     recipe = settings.recipe
+    options = " ARGS=--quick" if settings.name == "quick" else " ARGS=--all" if settings.everything else ""
     return f"""# Results on real text
 
-Written by `make bench-text`{" ARGS=--quick" if settings.name == "quick" else ""}; do not edit.
+Written by `make bench-text{options}`; do not edit.
 
 all-MiniLM-L6-v2 (22 M parameters) with a frozen zero-shot head, fine-tuned on {len(settings.tasks)} text tasks
 ({", ".join(settings.tasks)}) that are merged, and on {len(settings.unseen)} ({", ".join(settings.unseen)}) that

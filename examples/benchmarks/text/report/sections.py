@@ -34,19 +34,14 @@ def sections(settings: Settings) -> list[Section]:
             [addition.main_table, "addition"],
         ),
         Section(
-            "Other bases, and merging the reconstructions",
-            {"addition"},
-            "The first fine-tuning seed. `varpro` and Adam solve the same problem; balanced rows make the sum of the "
-            "bases the sum of the task vectors; normalised: every task's error counts relative to its own length. "
-            "PCA's reconstructions need its mean, one more vector.",
-            [addition.variants],
-        ),
-        Section(
-            "Methods that learn, or average by statistics",
-            {"with_data"},
-            "The first fine-tuning seed. Over M vectors a method sees M / T of the sentences. Those that learn take "
-            "fewer and longer steps than published.",
-            [addition.methods],
+            "Every method, over bases and over reconstructions",
+            {"addition", "with_data"},
+            "The first fine-tuning seed, and the first selection of RandSelect. `varpro` and Adam solve the same "
+            "problem; balanced rows make the sum of the bases the sum of the task vectors; normalised: every task's "
+            "error counts relative to its own length. PCA's reconstructions need its mean, one more vector. Over M "
+            "bases a method that needs data sees M / T of the sentences. Those that learn (the last three) take fewer "
+            "and longer steps than published, and find their own length.",
+            [addition.product, addition.costs],
         ),
         Section(
             "Accuracy against M",
