@@ -169,7 +169,7 @@ def test_at_least_ten_random_subsets_of_either_size_all_different():
 
 
 def test_the_table_of_all_methods_shows_what_was_asked():
-    for settings, count in ((FULL, 1 + 2 + 2), (EVERYTHING, 1 + 2 * 2 * len(kinds.KINDS))):
+    for settings, count in ((FULL, 1 + 2 * 4 + 2), (EVERYTHING, 1 + 2 * 2 * len(kinds.KINDS))):
         lines = product(made_up(settings), settings).splitlines()[2:]
         assert len(lines) == count
         assert all(len(line.split("|")) == 2 + 3 + len(addition.METHODS) + len(with_data.TITLES) for line in lines)
