@@ -15,6 +15,7 @@ from tvbases_hf.errors import CheckpointError, ParameterError
 from tvbases_hf.execution.planning import PASSES, headers, plan
 from tvbases_hf.merging.merge import Merge
 from tvbases_hf.merging.write import write_checkpoint_merge
+from tvbases_hf.report import readable_time
 from tvbases_hf.storage.checkpoint import Checkpoint, TensorInfo
 
 TASKS = ("a", "b", "c")
@@ -105,8 +106,34 @@ def test_the_command_prints_the_plan(tmp_path: Path) -> None:
     assert "ties of 3 models" in done.out and "read by each of 2 processes" in done.out and "at 1 MB/s" in done.out
     report = json.loads((tmp_path / "plan.json").read_text())
     floating = sum(torch.Size(shape).numel() for shape in SHAPES.values())
+    assert readable_time(report["seconds"]) in done.out, "of the disk, which the processes share"
+    assert report["seconds"] == (report["read"] + report["written"]) / 1e6
     assert report["numbers"] == floating and report["models"] == 3
     assert report["read"] == 3 * 4 * 4 * floating + 8 * 20  # three passes, float32, and the base's integers
+
+
+# Numbers as Meta publishes them: 3.21 B, 8.03 B and 405.85 B.
+LLAMAS = {
+    "3.2-3B": ((3072, 8192, 28, 24), True, 3_212_749_824),
+    "3.1-8B": ((4096, 14336, 32, 32), False, 8_030_261_248),
+    "3.1-405B": ((16384, 53248, 126, 128), False, 405_853_388_800),
+}
+
+
+@pytest.mark.parametrize(("name", "models"), [("3.2-3B", 5), ("3.1-8B", 8), ("3.1-8B", 72), ("3.1-405B", 8)])
+def test_plans_of_large_models_from_their_configuration(name: str, models: int, tmp_path: Path) -> None:
+    (hidden, intermediate, layers, heads), tied, numbers = LLAMAS[name]
+    config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": intermediate, "head_dim": 128}
+    config |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8}
+    config |= {"vocab_size": 128_256, "tie_word_embeddings": tied, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    infos = headers(str(tmp_path / "config.json"))
+    found = plan(infos, models, "ae_bases", num_bases=2, processes=4)
+    assert found.numbers == numbers
+    assert found.read == 2 * (models + 1) * 2 * numbers and sum(found.ranks) == found.read
+    assert 2 * numbers < found.written < 2 * numbers + 1_000_000, "the headers of the shards"
+    assert found.memory < 1_500_000_000
+    assert max(found.ranks) < 1.03 * min(found.ranks)
 
 
 @pytest.mark.parametrize(

@@ -206,16 +206,20 @@ def print_plan(found: dict[str, Any], console: Console) -> None:
         ("read", readable_size(found["read"])),
         ("written", readable_size(found["written"])),
         ("peak memory of a process", f"about {readable_size(found['memory'])}"),
-        ("arithmetic", f"{found['operations'] / 1e9:,.3g} billion operations"),
+        ("arithmetic", f"{_billions(found['operations'])} billion operations"),
     ):
         table.add_row(label, value)
     if found["seconds"] is not None:
         rate = f"{readable_size(found['bandwidth'])}/s"
-        table.add_row(f"reading and writing at {rate}", readable_time(found["seconds"] / len(found["ranks"])))
+        table.add_row(f"reading and writing at {rate}", readable_time(found["seconds"]))
     if len(found["ranks"]) > 1:
         shares = [readable_size(size) for size in (min(found["ranks"]), max(found["ranks"]))]
         table.add_row(f"read by each of {len(found['ranks'])} processes", " to ".join(shares))
     console.print(table)
+
+
+def _billions(count: float) -> str:
+    return f"{count / 1e9:,.0f}" if count >= 1e12 else f"{count / 1e9:.3g}"
 
 
 def readable_time(seconds: float) -> str:

@@ -25,7 +25,9 @@ def plan(
     threads: Threads = None,
     bandwidth: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Of the disk, per second, for example 2GB; left out: measured on a local base."),
+        typer.Option(
+            help="Of the disk that all processes share, per second, as 2GB; left out: measured on a local base."
+        ),
     ] = None,
     quiet: Quiet = False,
     json: Json = None,
