@@ -405,6 +405,9 @@ BAD_WORDS: dict[str, tuple[dict[str, Any], str]] = {
     "a scale for nobody": ({"scales": {"aa": 1.0}}, "which is no style"),
     "a scale that is none": ({"scales": {"a": float("inf")}}, "finite number"),
     "a scale in words": ({"scales": {"a": "strong"}}, "finite number"),
+    "an adapter called like a part of PEFT": ({"adapter_name": "training"}, "is no name for an adapter"),
+    "an adapter with a dot": ({"adapter_name": "a.b"}, "is no name for an adapter"),
+    "an adapter without a name": ({"adapter_name": ""}, "is no name for an adapter"),
 }
 
 

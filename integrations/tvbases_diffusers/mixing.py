@@ -56,6 +56,9 @@ def mix_styles(
     """
     require_loader(pipe)
     recipe = Recipe(component, Options(threshold, subspace, pool, side, factored_rank=rank), shared_weight)
+    # PEFT keeps adapters in a ModuleDict, whose own attributes and dots are no names.
+    if not adapter_name or "." in adapter_name or hasattr(torch.nn.ModuleDict(), adapter_name):
+        raise ParameterError(f'"{adapter_name}" is no name for an adapter: PEFT cannot have one; give another')
     if adapter_name in adapters(pipe):
         raise ParameterError(f'an adapter "{adapter_name}" is loaded already; unload it, or give adapter_name')
     opened = Styles({name: open_style(pipe, name, source) for name, source in styles.items()})
