@@ -1,7 +1,8 @@
 """Study: the other merging methods of the papers, over all vectors, over bases and over their reconstructions.
 
 Over M vectors a method sees n M / T of the n validation sentences of each task, stratified (AE paper, section 3.2.2).
-Those that learn coefficients take fewer and longer steps than published, to fit a processor.
+Those that learn coefficients take fewer and longer steps than published, and Fisher draws one label a sentence, to fit
+a processor.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tvbases_hf.merging.learned import held
 from tvbases_hf.merging.localize import Stitched
 from tvbases_hf.vectors import Vectors
 
-from .kinds import ALL, KINDS, SIDES, bytes_of, kept, vectors_of
+from .kinds import ALL, KINDS, bytes_of, kept, vectors_of
 from .runner import Answer, Question, Study
 from .settings import START, Settings
 from .workshop import Tuned, Workshop
@@ -31,6 +32,7 @@ TITLES = {
 }
 MAIN = ("balanced", "rand_select")
 OPTIONS: dict[str, dict[str, Any]] = {
+    "fisher": {"samples": 1},
     "localize": {"epochs": 3},
     "adamerging": {"lr": 1e-2, "steps": 25},
     "atlas": {"epochs": 3},
@@ -42,10 +44,11 @@ SCALED = ("magmax", "fisher", "regmean", "localize")
 
 
 def questions(settings: Settings) -> Iterator[Question]:
-    """With the first fine-tuning seed: everything if all is asked, else over the bases at M = 50 %."""
+    """With the first fine-tuning seed: every kind, the reconstructions at M = 50 %; if less is asked, the main bases."""
     cells = [(ALL, len(settings.tasks), "bases")]
     if settings.everything:
-        cells += [(kind, m, over) for over in SIDES for m in settings.num_bases for kind in KINDS]
+        cells += [(kind, m, "bases") for m in settings.num_bases for kind in KINDS]
+        cells += [(kind, settings.half, "reconstructions") for kind in KINDS]
     else:
         cells += [(kind, settings.half, "bases") for kind in MAIN]
     for (kind, num_bases, over), method in itertools.product(cells, TITLES):
