@@ -44,7 +44,7 @@ SCALED = ("magmax", "fisher", "regmean", "localize")
 
 
 def questions(settings: Settings) -> Iterator[Question]:
-    """With the first fine-tuning seed: every kind, the reconstructions at M = 50 %; if less is asked, the main bases."""
+    """With the first fine-tuning seed; of the reconstructions, and of the kinds if not all is asked, M = 50 % alone."""
     cells = [(ALL, len(settings.tasks), "bases")]
     if settings.everything:
         cells += [(kind, m, "bases") for m in settings.num_bases for kind in KINDS]

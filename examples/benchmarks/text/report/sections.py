@@ -40,7 +40,8 @@ def sections(settings: Settings) -> list[Section]:
             "problem; balanced rows make the sum of the bases the sum of the task vectors; normalised: every task's "
             "error counts relative to its own length. PCA's reconstructions need its mean, one more vector. Over M "
             "bases a method that needs data sees M / T of the sentences. Those that learn (the last three) take fewer "
-            "and longer steps than published, and find their own length.",
+            "and longer steps than published; AdaMerging and aTLAS find their own length. Fisher draws one label a "
+            "sentence.",
             [addition.product, addition.costs],
         ),
         Section(
