@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,13 @@ from .storage.output import writing
 
 
 def plot_inspection(found: dict[str, Any], file: Path) -> None:
+    """The picture of an inspection as a PNG file. Raises MissingExtraError without matplotlib."""
+    picture = picture_of(found)
+    with writing(file):
+        file.write_bytes(picture)
+
+
+def picture_of(found: dict[str, Any]) -> bytes:
     """Cosine similarities, energy left by M bases, STI per layer group and decay of the singular values, as one PNG."""
     try:
         import matplotlib
@@ -17,15 +25,16 @@ def plot_inspection(found: dict[str, Any], file: Path) -> None:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise MissingExtraError('--plot needs matplotlib; pip install "tvbases-hf[plot]"') from error
+        raise MissingExtraError('a picture needs matplotlib; pip install "tvbases-hf[plot]"') from error
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
     _similarity(axes[0, 0], found)
     _losses(axes[0, 1], found)
     _interference(axes[1, 0], found["layers"])
     _decay(axes[1, 1], found["layers"])
-    with writing(file):
-        figure.savefig(file, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
     plt.close(figure)
+    return drawn.getvalue()
 
 
 def _similarity(axis: Any, found: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -9,7 +10,7 @@ import typer
 
 from ..errors import ParameterError
 from .app import app, console
-from .options import Base, Device, Json, Quiet, Task, check_json, write_report
+from .options import Base, Device, Json, Quiet, Task, check_file, check_json, write_report
 
 
 @app.command(epilog="Example: tvbases inspect --base llama/ --task math=math/ --task code=code/")
@@ -18,6 +19,10 @@ def inspect(
     task: Task,
     layers: Annotated[bool, typer.Option("--layers", help="Also interference and sharing by layer (slower).")] = False,
     plot: Annotated[Optional[Path], typer.Option(help="Draw everything; implies --layers.", metavar="PNG")] = None,  # noqa: UP045
+    html: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="All of it on one page, pictures too; implies --layers.", metavar="FILE"),
+    ] = None,
     bounds: Annotated[bool, typer.Option("--bounds", help="Also the error bounds, both sides; needs --data.")] = False,
     data: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -43,10 +48,12 @@ def inspect(
     from ..execution.device import find_device
     from ..gram import gram_matrix
     from ..layers import examine_layers
-    from ..report import inspection, print_inspection, warn
+    from ..report import inspection, warn
     from ..taskvector import TaskVectors, parse_tasks
 
     check_json(json)
+    check_file(plot, "--plot")
+    check_file(html, "--html")
     if bounds != bool(data):
         raise ParameterError("--bounds and --data NAME=FILE go together: a bound is about the losses on data")
     place = find_device(device)
@@ -64,18 +71,9 @@ def inspect(
         count = resolve_num_bases(found["suggested_num_bases"] if num_bases is None else num_bases, len(vectors))
         measured = measure_bounds(loaded, vectors, losses, count, gram=gram, alpha=alpha, quiet=quiet)
         found["bounds"] = measured.to_json()
-    if layers or plot:
+    if layers or plot or html:
         found["layers"] = vars(examine_layers(vectors, quiet=quiet))
-    if plot:
-        from ..plots import plot_inspection
-
-        plot_inspection(found, plot)
-    if not quiet:
-        print_inspection(found, console)
-        if measured:
-            from ..theory.report import print_bounds
-
-            print_bounds(measured, console)
+    _show(found, measured, plot, html, quiet)
     write_report(json, found)
 
 
@@ -90,6 +88,30 @@ def _prepare(base: Any, data: list[str], *columns: Any) -> tuple[Any, dict[str, 
     read, sources = Columns(*columns), parse_tasks(data)
     loaded = TaskModel.load(base)
     return loaded.model, {name: cross_entropy(loaded.data(name, source, read)) for name, source in sources.items()}
+
+
+def _show(found: dict[str, Any], measured: Any, plot: Path | None, html: Path | None, quiet: bool) -> None:
+    """As tables on the terminal, as a picture and as a page; files are written by the first process."""
+    from ..execution.run import current
+    from ..report import print_inspection
+
+    tables = [functools.partial(print_inspection, found)]
+    if measured:
+        from ..theory.report import print_bounds
+
+        tables.append(functools.partial(print_bounds, measured))
+    leading = current().team.rank == 0
+    if plot and leading:
+        from ..plots import plot_inspection
+
+        plot_inspection(found, plot)
+    if html and leading:
+        from ..page import write_page
+
+        write_page(found, tables, html)
+    if not quiet:
+        for show in tables:
+            show(console)
 
 
 @app.command(epilog="Example: tvbases decompose --base llama/ --task toxic=toxic/ --task chat=chat/ --out parts/")

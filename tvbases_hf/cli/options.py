@@ -77,8 +77,13 @@ def check_choice(option: str, value: str, known: Iterable[str]) -> None:
 
 
 def check_json(file: Path | None) -> None:
+    check_file(file, "--json")
+
+
+def check_file(file: Path | None, option: str) -> None:
+    """Before any work: OutputError for a file that could not be written after it."""
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise OutputError(f'--json "{file}": not a file in a directory that exists')
+        raise OutputError(f'{option} "{file}": not a file in a directory that exists')
 
 
 @contextlib.contextmanager
