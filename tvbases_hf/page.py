@@ -42,7 +42,7 @@ def write_page(found: dict[str, Any], tables: Sequence[Callable[[Console], None]
 
     Raises MissingExtraError without matplotlib, OutputError for a file that cannot be written.
     """
-    console = Console(record=True, file=io.StringIO(), width=WIDTH)
+    console = Console(record=True, file=io.StringIO(), width=WIDTH, highlight=False)
     for show in tables:
         show(console)
     page = PAGE.format(
