@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -26,6 +27,11 @@ from .options import (
     resources,
     write_report,
 )
+
+if TYPE_CHECKING:
+    from ..adapters.basis import Request
+    from ..basis import Basis
+    from ..taskvector import TaskVectors
 
 
 @app.command(
@@ -127,13 +133,11 @@ def compress(
         raise ParameterError(f"{new[0]}: plain paths go with --online; give --task NAME={new[0]}")
     from ..adapters.basis import Request
     from ..bases.ae import SOLVERS
-    from ..bases.cluster import INNER, SPLIT_BELOW, check_split
     from ..bases.weights import resolve_num_bases
     from ..basis import METHODS, Basis
     from ..execution.device import find_device
     from ..gram import gram_matrix
     from ..info import is_basis_directory
-    from ..merging import find_method
     from ..report import compression, print_compression, warn
     from ..storage.output import check_output
     from ..taskvector import TaskVectors, parse_tasks
@@ -143,50 +147,83 @@ def compress(
     check_output(out, is_basis_directory)
     check_choice("--method", method or "ae", (*METHODS, "tsv", "joint"))
     check_choice("--solver", solver, SOLVERS)
-    if method != "cluster" and (inner is not None or split_below is not None):
+    if method == "cluster":
+        options = _cluster_options(inner, split_below, seed)
+    elif inner is not None or split_below is not None:
         raise ParameterError("--inner and --split-below are of --method cluster; add it, or leave them out")
+    else:
+        options = {"balance": balance, "solver": solver, "seed": seed}
     stored = parse_dtype(dtype)
     tasks = parse_tasks(task)
     resolve_num_bases(0.5 if num_bases is None else num_bases, len(tasks))
     targets = parse_targets(target or (), tasks)
     vectors = TaskVectors.open(base, tasks, device=find_device(device))
-    if vectors.are_adapters and vectors.device.type != "cpu":
-        raise ParameterError("--device is for full checkpoints; factors of adapters are small: leave it out")
-    options: dict[str, Any] = {"balance": balance, "solver": solver, "seed": seed}
+    _check_kind(vectors, method, options, alpha=alpha, targets=targets, memory=memory)
     if targets:
-        if (method or "ae") != "ae" or (vectors.are_adapters and method is None):
-            raise ParameterError("--target is of --method ae; add it, or leave --target out")
         options["target_weights"] = targets
-    if method == "cluster":
-        split_below = SPLIT_BELOW if split_below is None else split_below
-        options = {"inner": inner or "mean", "split_below": split_below, "seed": seed}
-        check_split(split_below)
-        if options["inner"] not in INNER:
-            find_method(options["inner"])
     request = Request(method, budget, num_bases, rank, alpha, options)
     request = request.resolved(len(tasks)) if vectors.are_adapters else request
-    if not vectors.are_adapters and (method == "joint" or alpha != 1):
-        raise ParameterError("--method joint and --alpha are for adapters; these are full checkpoints")
-    if memory is not None and (vectors.are_adapters or method == "tsv" or options.get("inner", "mean") not in INNER):
-        raise ParameterError(
-            "--memory is kept by bases that are sums of full checkpoints; adapters, --method tsv and clusters that are "
-            "merged by another method take whole tensors: leave it out"
-        )
     with resources(threads, memory, resume):
         gram = gram_matrix(vectors, quiet=quiet)
         warn([*vectors.coverage.notes(), *gram.warnings()])
-        how: dict[str, Any] = {"dtype": stored, "gram": gram, "quiet": quiet}
-        if vectors.are_adapters:
-            built = Basis.of_adapters(vectors, request, **how)
-        elif method == "tsv":
-            built = Basis.truncate(vectors, rank, budget=budget, **how)
-        else:
-            chosen = method or "ae"
-            number = 0.5 if num_bases is None and chosen != "cluster" else num_bases
-            used = {"ae": options, "cluster": options, "rand_select": {"seed": seed}}.get(chosen, {})
-            built = Basis.build(vectors, number, method=chosen, **how, **used)
+        built = _built(vectors, request, dtype=stored, gram=gram, quiet=quiet)
         built.save_pretrained(out, quiet=quiet)
         found = compression(Basis.from_pretrained(out), vectors, gram, out)
     if not quiet:
         print_compression(found, console)
     write_report(json, found)
+
+
+def _cluster_options(inner: str | None, split_below: float | None, seed: int) -> dict[str, Any]:
+    from ..bases.cluster import INNER, SPLIT_BELOW, check_split
+    from ..merging import find_method
+
+    options = {
+        "inner": inner or "mean",
+        "split_below": SPLIT_BELOW if split_below is None else split_below,
+        "seed": seed,
+    }
+    check_split(options["split_below"])
+    if options["inner"] not in INNER:
+        find_method(options["inner"])
+    return options
+
+
+def _check_kind(
+    vectors: TaskVectors,
+    method: str | None,
+    options: Mapping[str, Any],
+    *,
+    alpha: float,
+    targets: object,
+    memory: str | None,
+) -> None:
+    """Adapters and full checkpoints do not take the same options."""
+    from ..bases.cluster import INNER
+
+    adapters = vectors.are_adapters
+    if adapters and vectors.device.type != "cpu":
+        raise ParameterError("--device is for full checkpoints; factors of adapters are small: leave it out")
+    if targets and ((method or "ae") != "ae" or (adapters and method is None)):
+        raise ParameterError("--target is of --method ae; add it, or leave --target out")
+    if not adapters and (method == "joint" or alpha != 1):
+        raise ParameterError("--method joint and --alpha are for adapters; these are full checkpoints")
+    if memory is not None and (adapters or method == "tsv" or options.get("inner", "mean") not in INNER):
+        raise ParameterError(
+            "--memory is kept by bases that are sums of full checkpoints; adapters, --method tsv and clusters that are "
+            "merged by another method take whole tensors: leave it out"
+        )
+
+
+def _built(vectors: TaskVectors, request: Request, **how: Any) -> Basis:
+    """``how`` is what all ways to build take: dtype, gram, quiet."""
+    from ..basis import Basis
+
+    if vectors.are_adapters:
+        return Basis.of_adapters(vectors, request, **how)
+    if request.method == "tsv":
+        return Basis.truncate(vectors, request.rank, budget=request.budget, **how)
+    method = request.method or "ae"
+    number = 0.5 if request.num_bases is None and method != "cluster" else request.num_bases
+    used = {"ae": request.options, "cluster": request.options, "rand_select": {"seed": request.options["seed"]}}
+    return Basis.build(vectors, number, method=method, **how, **used.get(method, {}))
