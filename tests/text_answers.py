@@ -25,8 +25,9 @@ TARGET = {"rand_proj": 63.5, "ae_adam": 42.0}
 
 
 def made_up(settings: Settings) -> dict[str, Answers]:
-    """All studies' answers."""
-    return {s.name: Answers([(q, _answer(s.name, q)) for q in s.questions(settings)]) for s in STUDIES}
+    """The answers of all studies that are asked."""
+    asked = [study for study in STUDIES if study.name == "finetune" or settings.asks(study.name)]
+    return {s.name: Answers([(q, _answer(s.name, q)) for q in s.questions(settings)]) for s in asked}
 
 
 def _answer(study: str, question: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """The papers' tables on real weights and real tasks: fine-tunes all-MiniLM-L6-v2, asks every study, writes RESULTS.md.
 
-    python examples/benchmarks/bench_text.py [--quick] [--processes N] [--workdir DIR] [--tasks FILE] [--out FILE]
+    python examples/benchmarks/bench_text.py [--quick | --all] [--processes N] [--workdir DIR] [--tasks FILE]
+        [--out FILE]
 
-It takes 207 minutes of one core, shared by one process per core; run it again and it goes on where it was. --quick asks
-the main claims only, of less data. The tasks are read from
-tasks.json.gz in the directory that TVBASES_DATA names (or in data/ beside the repository), else from the Hub.
+It takes 150 minutes of one core (193 GFLOP/s in bfloat16), shared by one process per core; run it again and it
+goes on where it was. --quick asks the main claims only, of less data; --all every method over every kind of vectors,
+which takes more than twice as long. The tasks are read from tasks.json.gz in the directory that TVBASES_DATA names (or
+in data/ beside the repository), else from the Hub.
 """
 
 from text.command import main

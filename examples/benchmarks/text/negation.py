@@ -36,8 +36,11 @@ TITLES = {
 }
 
 
+MAIN = ("true", "ae_adam", "pca", "random_span", "rand_proj")
+
+
 def questions(settings: Settings) -> Iterator[Question]:
-    for kind in TITLES:
+    for kind in TITLES if settings.everything else MAIN:
         for task in settings.tasks:
             yield {"kind": kind, "task": task, "num_bases": settings.half}
 

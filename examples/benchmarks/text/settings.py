@@ -14,6 +14,8 @@ UNSEEN = ("mr", "sst5")
 # M convex bases are shorter than T task vectors by T / M, so the grid goes far beyond 1; a search leaves it when it is
 # past the optimum.
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+# A study that takes more than an hour of one core; asked if everything is.
+LONG = ("with_data",)
 # A sum of T task vectors is best near this weight per task; a search starts there.
 START = 0.4
 
@@ -50,12 +52,12 @@ class Settings:
     shots: int = 16
     recipe: Recipe = field(default_factory=Recipe)
     studies: tuple[str, ...] = ()
-    """What is asked beside the fine-tunes; all there is if empty."""
+    """What is asked beside the fine-tunes; if empty, all that does not take too long."""
     everything: bool = False
-    """Every cell of the tables: all methods over all kinds of vectors, bases and reconstructions."""
+    """Every cell of every table: all methods over all kinds of vectors, bases and reconstructions; all draws."""
 
     def asks(self, study: str) -> bool:
-        return not self.studies or study in self.studies
+        return study in self.studies if self.studies else self.everything or study not in LONG
 
     @property
     def half(self) -> int:

@@ -30,7 +30,6 @@ TITLES = {
     "adamerging": "AdaMerging",
     "atlas": "aTLAS",
 }
-MAIN = ("balanced", "rand_select")
 OPTIONS: dict[str, dict[str, Any]] = {
     "fisher": {"samples": 1},
     "localize": {"epochs": 3},
@@ -44,13 +43,10 @@ SCALED = ("magmax", "fisher", "regmean", "localize")
 
 
 def questions(settings: Settings) -> Iterator[Question]:
-    """With the first fine-tuning seed; of the reconstructions, and of the kinds if not all is asked, M = 50 % alone."""
+    """With the first fine-tuning seed; of the reconstructions those at M = 50 % alone."""
     cells = [(ALL, len(settings.tasks), "bases")]
-    if settings.everything:
-        cells += [(kind, m, "bases") for m in settings.num_bases for kind in KINDS]
-        cells += [(kind, settings.half, "reconstructions") for kind in KINDS]
-    else:
-        cells += [(kind, settings.half, "bases") for kind in MAIN]
+    cells += [(kind, m, "bases") for m in settings.num_bases for kind in KINDS]
+    cells += [(kind, settings.half, "reconstructions") for kind in KINDS]
     for (kind, num_bases, over), method in itertools.product(cells, TITLES):
         yield {"method": method, "kind": kind, "num_bases": num_bases, "over": over}
 

@@ -78,7 +78,10 @@ def draw_sizes(axes: Any, found: Found, settings: Settings) -> None:
 
 
 def draw_negation(axes: Any, found: Found, settings: Settings) -> None:
+    asked = {question["kind"] for question, _ in found["negation"]}
     for kind, title in negation.TITLES.items():
+        if kind not in asked:
+            continue
         cell = found["negation"].of(kind=kind)
         target, control = (statistics.mean(a[key] for a in cell) for key in ("target", "control"))
         axes.plot(target, control, "o", color=COLOURS.get(kind, "#009E73"), markersize=8, label=title)

@@ -18,7 +18,8 @@ Found = Mapping[str, Answers]
 def forgetting(found: Found, settings: Settings) -> str:
     rows = []
     for kind, title in negation.TITLES.items():
-        cell = found["negation"].of(kind=kind)
+        if not (cell := found["negation"].of(kind=kind)):
+            continue
         published = paper.NEGATION.get(kind)
         rows.append([
             title,

@@ -11,6 +11,7 @@ import torch
 
 from tvbases_hf import __version__
 
+from ..addition import FEW
 from ..runner import Answers
 from ..settings import Settings
 from . import figures
@@ -38,6 +39,7 @@ def head(found: Found, settings: Settings) -> str:
     spent = {name: sum(a["processor_seconds"] for _, a in answers) for name, answers in found.items()}
     costs = ", ".join(f"{name} {seconds / 60:.0f}" for name, seconds in spent.items() if seconds >= 30)
     recipe = settings.recipe
+    fewer = "" if settings.everything else f" (for TIES and TSV-M {min(FEW, settings.draws)})"
     options = " ARGS=--quick" if settings.name == "quick" else " ARGS=--all" if settings.everything else ""
     return f"""# Results on real text
 
@@ -48,8 +50,9 @@ all-MiniLM-L6-v2 (22 M parameters) with a frozen zero-shot head, fine-tuned on {
 nobody has a vector for. {settings.train} training sentences a task, {recipe.epochs} epochs, AdamW {recipe.lr:g}, batch
 {recipe.batch}, {recipe.max_tokens} tokens; adapters {recipe.lora_epochs} epoch, {recipe.lora_lr:g}.
 {len(settings.seeds)} fine-tuning seed{"s" if len(settings.seeds) > 1 else ""}, {settings.draws} different RandSelect
-subsets for each. Every alpha is chosen on {settings.validation} validation sentences of each task; accuracies, in per
-cent, are those on {settings.test} test sentences of each. ± is a standard deviation over runs. Evaluation in bfloat16.
+subsets for each{fewer}. Every alpha is chosen on {settings.validation} validation sentences of each task;
+accuracies, in per cent, are those on {settings.test} test sentences of each. ± is a standard deviation over
+runs. Evaluation in bfloat16.
 
 tvbases-hf {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} processor
 cores. {sum(spent.values()) / 60:.0f} minutes of one core in all, two processes share them: {costs}."""
