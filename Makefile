@@ -11,7 +11,7 @@ STAMP     := .venv/.installed
 .PHONY: help venv demo test lint format bench bench-text clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 # An editable install fixes the list of packages, so a new folder under integrations/ (which touches the folder's
 # date) installs again, as do changed requirements. Nothing else does.
@@ -42,7 +42,7 @@ bench: $(STAMP)  ## run every benchmark in turn, but for the one on text
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
-bench-text: $(STAMP)  ## the evidence: the papers' tables on real text (an hour or two); ARGS=--quick or --all for less or more
+bench-text: $(STAMP)  ## the papers' tables on real text: about an hour; ARGS=--quick or ARGS=--all for less or more
 	$(BIN)/python examples/benchmarks/bench_text.py $(ARGS)
 
 clean:  ## remove .venv, build outputs and caches
