@@ -266,6 +266,7 @@ def test_a_target_without_a_score_is_no_success() -> None:
         (["--forget", "toxic", "--control", "gsm8k"], "choosing alpha needs a target"),
         (["--forget", "toxic", "--alpha", 1, "--curve"], "--alpha says how much"),
         (["--forget", "toxic", "--control", "gsm8k", "--target", "mmlu", "--plot", "a.png"], "add --curve"),
+        (["--forget", "toxic", "--curve", "--plot", "absent/a.png"], '--plot "absent/a.png": not a file in'),
         (
             ["--forget", "toxic", "--target", "gsm8k", "--control", "mmlu", "--alphas", "1;2"],
             "is not numbers with commas",

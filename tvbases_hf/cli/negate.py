@@ -10,7 +10,7 @@ import typer
 from ..errors import ParameterError
 from .app import app, console
 from .evaluate import BatchSize, Continuations, Control, Data, Device, Limit, ScorerName, Seed, Target
-from .options import Base, Json, Quiet, Task, check_json, write_report
+from .options import Base, Json, Quiet, Task, check_file, check_json, write_report
 
 
 @app.command(
@@ -72,7 +72,7 @@ def negate(
     from ..taskvector import TaskVectors, parse_tasks
 
     check_json(json)
-    check_json(plot)
+    check_file(plot, "--plot")
     tasks = parse_tasks(task)
     check_component(component, len(tasks))
     check_output(out, is_adapter_directory if adapter else is_edited_model)
