@@ -14,6 +14,7 @@ ACCURACY = {
     "all": 84.0,
     "balanced": 83.9,
     "normalize": 83.5,
+    "even": 83.4,
     "ae_varpro": 82.0,
     "ae_adam": 82.2,
     "rand_select": 77.0,

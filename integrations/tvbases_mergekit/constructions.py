@@ -10,7 +10,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from torch import Tensor
 
 from tvbases_hf.bases import BasisWeights, ae_bases, cluster_bases, pca_bases
-from tvbases_hf.bases.ae import SOLVERS
+from tvbases_hf.bases.ae import SOLVERS, check_even_errors
 from tvbases_hf.bases.cluster import INNER, SPLIT_BELOW, check_split, scikit_learn
 from tvbases_hf.bases.weights import resolve_num_bases
 from tvbases_hf.errors import ParameterError
@@ -64,6 +64,11 @@ def _solve_ae(gram: Tensor, num_bases: NumBases, options: Mapping[str, Any]) -> 
     return ae_bases(gram, num_bases, **{names.get(name, name): value for name, value in options.items()})
 
 
+def _check_ae(parameters: Mapping[str, Any]) -> None:
+    choose("solver", parameters["solver"], SOLVERS)
+    check_even_errors(parameters["even_errors"], parameters["balance"], parameters["solver"])
+
+
 def _solve_pca(gram: Tensor, num_bases: NumBases, options: Mapping[str, Any]) -> BasisWeights:
     return pca_bases(gram, num_bases)
 
@@ -96,10 +101,11 @@ AE = Construction(
         _shared("temperature", float, 5.0),
         _shared("balance", bool, True),
         _shared("normalize_tasks", bool, False),
+        _shared("even_errors", bool, False),
         _shared("seed", int, 0),
     ),
     _solve_ae,
-    lambda parameters: choose("solver", parameters["solver"], SOLVERS),
+    _check_ae,
 )
 PCA = Construction("pca_bases", "PCA task-vector bases", (NUM_BASES,), _solve_pca)
 CLUSTER = Construction(

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import ParameterError
 from ..linalg import condition_number, fix_signs, solve_psd, symmetric
 from .adam import adam_encoder, check_recipe
+from .even import even_mixtures
 from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
 
 # Where the spectral bound is not attainable (Theorem 3.4) the best free encoder drops tasks altogether, and
@@ -51,6 +52,7 @@ def ae_bases(
     balance: bool = True,
     target_weights: Sequence[float] | None = None,
     normalize: bool = False,
+    even_errors: bool = False,
     temperature: float = 5.0,
     anneal: float | None = None,
     steps: int = 4000,
@@ -67,22 +69,28 @@ def ae_bases(
             tasks. False: only columns are constrained, as in the paper.
         target_weights: [T] positive weights for balanced rows to be proportional to, instead of uniform ones.
         normalize: measure each task's error relative to its own norm, so that short task vectors are not given up.
+        even_errors: choose the subspace that makes the sum of the *squares* of the tasks' relative squared errors
+            least, instead of their sum: every task loses about as much, none is given up. Of balanced bases; for
+            negation, where the task's own reconstruction counts. Beyond the paper. ``loss`` is then relative, as with
+            ``normalize``, and somewhat above ``bound``.
         temperature, anneal, steps: of the ``adam`` solver (temperature multiplied by ``anneal`` every 500 steps, not
             below 0.1); the optimum that ``varpro`` finds does not depend on them.
         seed: picks among equally good bases (varpro) or the initial logits (adam).
 
     Raises:
-        ParameterError: M outside 1..T, an unknown solver, weights that are not positive.
+        ParameterError: M outside 1..T, an unknown solver, weights that are not positive, even errors of free bases.
     """
+    check_even_errors(even_errors, balance, solver)
     gram = check_gram(gram)
     num_tasks = len(gram)
     num_bases = resolve_num_bases(num_bases, num_tasks)
     rows = _row_sums(target_weights, num_tasks, num_bases, balance)
     total = float(gram.trace())
     unit = gram / total if total > 0 else gram
+    normalize = normalize or even_errors
     scale = _task_scale(unit, normalize)
     if solver == "varpro":
-        encoder = _optimal_encoder(unit, scale, rows, num_bases, seed, balance)
+        encoder = _optimal_encoder(unit, scale, rows, num_bases, seed, balance, even_errors)
         decoder = least_squares_decoder(unit, encoder)
     elif solver == "adam":
         check_recipe(temperature, anneal, steps)
@@ -102,6 +110,11 @@ def ae_bases(
         spectral_bound=units * float(spectral),
         total=units * float((unit.diagonal() * scale).sum()),
     )
+
+
+def check_even_errors(even_errors: bool, balance: bool, solver: str) -> None:
+    if even_errors and not (balance and solver == "varpro"):
+        raise ParameterError("even errors are of balanced bases by varpro; leave balance and solver as they are")
 
 
 def fitted(method: str, gram: Tensor, encoder: Tensor) -> BasisWeights:
@@ -157,20 +170,30 @@ def _project_out(gram: Tensor, rows: Tensor) -> Tensor:
     return gram if cancelled else gram - torch.outer(image, image) / energy
 
 
-def _optimal_encoder(gram: Tensor, scale: Tensor, rows: Tensor, num_bases: int, seed: int, balance: bool) -> Tensor:
+def _optimal_encoder(
+    gram: Tensor, scale: Tensor, rows: Tensor, num_bases: int, seed: int, balance: bool, even: bool
+) -> Tensor:
     """[T, M] the encoder of least loss, balanced to ``rows`` or free; the tasks themselves where M = T allows it."""
     if num_bases == len(gram) and (rows == 1).all():
         return torch.eye(num_bases, dtype=torch.float64)
     if balance:
-        return _encoder_with_rows(gram, scale, rows, num_bases, seed)
+        return _encoder_with_rows(gram, scale, rows, num_bases, seed, even)
     return _free_encoder(gram, scale, num_bases, seed)
 
 
-def _encoder_with_rows(gram: Tensor, scale: Tensor, rows: Tensor, num_bases: int, seed: int) -> Tensor:
-    """The encoder of the module docstring: columns sum to 1, rows to ``rows``, loss at the bound for these rows."""
+def _encoder_with_rows(
+    gram: Tensor, scale: Tensor, rows: Tensor, num_bases: int, seed: int, even: bool = False
+) -> Tensor:
+    """The encoder of the module docstring: columns sum to 1, rows to ``rows``, loss at the bound for these rows.
+
+    Or, ``even``, over the subspace whose errors are even.
+    """
     if num_bases == 1:
         return rows[:, None].clone()
-    directions = _zero_sum_directions(gram, scale, rows, num_bases - 1)
+    mixtures = even_mixtures(_project_out(gram, rows), gram.diagonal(), num_bases - 1, seed) if even else None
+    if mixtures is None:
+        mixtures = _least_squares_mixtures(gram, scale, rows, num_bases - 1)
+    directions = _zero_sum(mixtures, rows)
     simplex = _simplex(num_bases)
     best: tuple[float, Tensor] | None = None
     for rotation in _rotations(directions, simplex, seed):
@@ -184,17 +207,21 @@ def _encoder_with_rows(gram: Tensor, scale: Tensor, rows: Tensor, num_bases: int
     return best[1]
 
 
-def _zero_sum_directions(gram: Tensor, scale: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[T, count] orthonormal columns that sum to zero and, with ``rows``, span the optimal subspace."""
+def _least_squares_mixtures(gram: Tensor, scale: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[T, count] mixtures of the tasks that, with ``rows``, span the optimal subspace."""
     rest = _scaled(_project_out(gram, rows), scale)
     root = torch.where(scale > 0, scale, torch.ones_like(scale)).sqrt()
     null = rows / root
     # ``null`` is in the kernel; pushed below all others it stays out of the eigenvectors even if those are null too.
     push = rest.trace().clamp_min(1e-300) / null.square().sum()
     _, vectors = torch.linalg.eigh(rest - push * torch.outer(null, null))
-    directions = fix_signs(vectors[:, -count:]) * root[:, None]
-    directions = directions - torch.outer(rows, directions.sum(dim=0)) / rows.sum()
-    orthonormal, triangle = torch.linalg.qr(directions)
+    return fix_signs(vectors[:, -count:]) * root[:, None]
+
+
+def _zero_sum(mixtures: Tensor, rows: Tensor) -> Tensor:
+    """[T, count] orthonormal columns that sum to zero and, with ``rows``, span the same."""
+    mixtures = mixtures - torch.outer(rows, mixtures.sum(dim=0)) / rows.sum()
+    orthonormal, triangle = torch.linalg.qr(mixtures)
     return orthonormal * torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # whatever the order of the tasks
 
 

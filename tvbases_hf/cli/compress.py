@@ -79,6 +79,9 @@ def compress(
         bool,
         typer.Option(help="ae: every task weighs the same in the sum of the bases (--no-balance: as in the paper)."),
     ] = True,
+    even_errors: Annotated[
+        bool, typer.Option("--even-errors", help="ae: reconstruct every task about as well; give none up.")
+    ] = False,
     solver: Annotated[str, typer.Option(help="ae: varpro (the optimum) or adam (the paper's recipe).")] = "varpro",
     seed: Annotated[int, typer.Option(help="ae, cluster, rand_select: which of equally good bases; which tasks.")] = 0,
     target: Annotated[
@@ -132,7 +135,7 @@ def compress(
     if new:
         raise ParameterError(f"{new[0]}: plain paths go with --online; give --task NAME={new[0]}")
     from ..adapters.basis import Request
-    from ..bases.ae import SOLVERS
+    from ..bases.ae import SOLVERS, check_even_errors
     from ..bases.weights import resolve_num_bases
     from ..basis import METHODS, Basis
     from ..execution.device import find_device
@@ -147,12 +150,15 @@ def compress(
     check_output(out, is_basis_directory)
     check_choice("--method", method or "ae", (*METHODS, "tsv", "joint"))
     check_choice("--solver", solver, SOLVERS)
+    check_even_errors(even_errors, balance, solver)
+    if even_errors and (method or "ae") != "ae":
+        raise ParameterError("--even-errors is of --method ae; add it, or leave --even-errors out")
     if method == "cluster":
         options = _cluster_options(inner, split_below, seed)
     elif inner is not None or split_below is not None:
         raise ParameterError("--inner and --split-below are of --method cluster; add it, or leave them out")
     else:
-        options = {"balance": balance, "solver": solver, "seed": seed}
+        options = {"balance": balance, "solver": solver, "seed": seed} | ({"even_errors": True} if even_errors else {})
     stored = parse_dtype(dtype)
     tasks = parse_tasks(task)
     resolve_num_bases(0.5 if num_bases is None else num_bases, len(tasks))

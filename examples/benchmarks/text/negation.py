@@ -17,7 +17,7 @@ from tvbases_hf.bases.random import gaussian_rows
 from tvbases_hf.delta import Dense, add
 from tvbases_hf.evaluation.inplace import Change
 
-from .kinds import even_span, random_span
+from .kinds import random_span
 from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
@@ -29,14 +29,14 @@ TITLES = {
     "ae_adam": "AE of the paper",
     "balanced": "AE, balanced",
     "normalize": "AE, balanced, normalised",
+    "even": "AE, balanced, even errors",
     "pca": "PCA, its mean counted among the M",
     "random_span": "random span of the task vectors",
-    "even_span": "span with even errors",
     "rand_proj": "RandProj",
 }
 
 
-MAIN = ("true", "ae_adam", "pca", "random_span", "rand_proj")
+MAIN = ("true", "ae_adam", "even", "pca", "random_span", "rand_proj")
 
 
 def questions(settings: Settings) -> Iterator[Question]:
@@ -94,7 +94,7 @@ def mixing(kind: str, gram: Tensor, num_bases: int, index: int) -> Tensor:
         "balanced": lambda: ae_bases(gram, num_bases).reconstruction,
         "normalize": lambda: ae_bases(gram, num_bases, normalize=True).reconstruction,
         "pca": lambda: pca_bases(gram, num_bases - 1).reconstruction,
-        "even_span": lambda: fitted("span", gram, even_span(gram, num_bases)).reconstruction,
+        "even": lambda: ae_bases(gram, num_bases, even_errors=True).reconstruction,
         "random_span": lambda: fitted("span", gram, random_span(len(gram), num_bases, index)).reconstruction,
     }
     return made[kind]()[:, index]

@@ -26,7 +26,7 @@ COLOURS = {
     "pca": "#CC79A7",
     "true": "#555555",
     "random_span": "#D55E00",
-    "even_span": "#F0E442",
+    "even": "#F0E442",
     "rand_proj": "#bbbbbb",
 }
 
