@@ -53,10 +53,13 @@ def test_the_unique_direction_of_a_large_model_is_the_same(
         torch.testing.assert_close(dense(large(name)), dense(small(name)), rtol=1e-5, atol=1e-8)
 
 
-def test_the_reconstructed_direction_is_what_ae_bases_give_back(vectors: TaskVectors, llama: Family) -> None:
+@pytest.mark.parametrize("even_errors", [False, True])
+def test_the_reconstructed_direction_is_what_ae_bases_give_back(
+    even_errors: bool, vectors: TaskVectors, llama: Family
+) -> None:
     dense_vectors = family_vectors(llama)
-    weights = ae_bases(gram_matrix(vectors).matrix, 2)
-    change = direction(vectors, "law", "reconstructed", num_bases=2)
+    weights = ae_bases(gram_matrix(vectors).matrix, 2, even_errors=even_errors)
+    change = direction(vectors, "law", "reconstructed", num_bases=2, even_errors=even_errors)
     found = torch.cat([dense(change(name)).flatten() for name in dense_vectors.tau])
     oracle = dense_vectors.matrix.double() @ weights.reconstruction[:, 3]
     torch.testing.assert_close(found, oracle, rtol=1e-5, atol=1e-7)

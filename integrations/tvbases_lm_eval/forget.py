@@ -40,12 +40,14 @@ class Request:
     keep: float = KEEP
     alphas: Sequence[float] = ALPHAS
     whole_curve: bool = True
+    even_errors: bool = False
 
 
 def directions(vectors: TaskVectors, request: Request, *, quiet: bool = True) -> dict[str, Direction]:
     """The changes to negate, by component. Raises ParameterError as ``direction`` does."""
     gram = gram_matrix(vectors, quiet=quiet) if "reconstructed" in request.components and len(vectors) > 1 else None
-    how = {"options": request.options, "num_bases": request.num_bases, "gram": gram, "quiet": quiet}
+    bases = {"num_bases": request.num_bases, "even_errors": request.even_errors}
+    how = {"options": request.options, **bases, "gram": gram, "quiet": quiet}
     return {component: direction(vectors, request.forget, component, **how) for component in request.components}
 
 

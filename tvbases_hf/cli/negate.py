@@ -52,6 +52,9 @@ def negate(
         float,
         typer.Option("--num-bases", "-m", help="reconstructed: how many bases; below 1, a fraction of the tasks."),
     ] = 0.5,
+    even_errors: Annotated[
+        bool, typer.Option("--even-errors", help="reconstructed: by bases that give none of the tasks up.")
+    ] = False,
     data: Data = None,
     scorer: ScorerName = "profanity",
     continuations: Continuations = None,
@@ -86,7 +89,7 @@ def negate(
     from tvbases_lm_eval.plan import Plan
 
     components = COMPONENTS if curve and len(tasks) > 1 else (component,)
-    request = Request(forget, components, options, num_bases, keep, _numbers(alphas), whole_curve=curve)
+    request = Request(forget, components, options, num_bases, keep, _numbers(alphas), curve, even_errors)
     plan = None
     if alpha is None:
         plan = Plan.of(target or [], control or [], data or [], scorer, continuations, limit, seed, batch_size)

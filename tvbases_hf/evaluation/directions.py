@@ -30,6 +30,7 @@ def direction(
     *,
     options: Options | None = None,
     num_bases: float = 0.5,
+    even_errors: bool = False,
     gram: Gram | None = None,
     quiet: bool = True,
 ) -> Direction:
@@ -39,6 +40,7 @@ def direction(
         component: ``plain``, ``unique`` (needs another task, the pool that it is compared with) or ``reconstructed``.
         options: of the decomposition; the paper's toxicity protocol (iterative pool, threshold 0.85) if left out.
         num_bases: M of the AE bases, or a fraction of the T tasks; ``gram`` saves a pass if it is known.
+        even_errors: of the bases, so that this task is not one of those that least squares gives up; see ae_bases.
 
     Raises ParameterError for an unknown task or component, and for one that needs more tasks.
     """
@@ -54,7 +56,8 @@ def direction(
         case "unique":
             return _unique(vectors, index, options or Options(pool="iterative"))
         case _:
-            weights = ae_bases((gram or gram_matrix(vectors, quiet=quiet)).matrix, num_bases)
+            matrix = (gram or gram_matrix(vectors, quiet=quiet)).matrix
+            weights = ae_bases(matrix, num_bases, even_errors=even_errors)
             column = weights.reconstruction[:, index].tolist()
             return _kept(vectors, lambda name: add(vectors.deltas(name), column))
 
