@@ -22,8 +22,8 @@ BLOCK_NUMBERS = 1 << 18
 GPU_BLOCK_NUMBERS = 1 << 24
 # What a thread takes that goes through the pieces of all tasks: a few float64 copies of one.
 PIECE_BYTES = 8 * 8 * BLOCK_NUMBERS
-# And that writes pieces of bases as well, rounded, with their products (measured: 40 to 48 MB).
-ENCODE_BYTES = 3 * PIECE_BYTES
+# And that writes pieces of bases as well, rounded, with their products (measured: 28 to 48 MB).
+ENCODE_BYTES = 5 * PIECE_BYTES // 2
 
 
 @dataclass(frozen=True)
