@@ -3,9 +3,9 @@
     python examples/benchmarks/bench_text.py [--quick | --all] [--processes N] [--workdir DIR] [--tasks FILE]
         [--out FILE]
 
-It takes 150 minutes of one core (193 GFLOP/s in bfloat16), shared by one process per core; run it again and it
+It takes 156 minutes of one core (193 GFLOP/s in bfloat16), shared by one process per core; run it again and it
 goes on where it was. --quick asks the main claims only, of less data; --all every method over every kind of vectors,
-which takes more than twice as long. The tasks are read from tasks.json.gz in the directory that TVBASES_DATA names (or
+which takes 332. The tasks are read from tasks.json.gz in the directory that TVBASES_DATA names (or
 in data/ beside the repository), else from the Hub.
 """
 

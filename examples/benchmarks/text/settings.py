@@ -13,7 +13,10 @@ UNSEEN = ("mr", "sst5")
 
 # M convex bases are shorter than T task vectors by T / M, so the grid goes far beyond 1; a search leaves it when it is
 # past the optimum.
-ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+ALPHAS = (
+    *(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8),
+    *(1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.5, 16.0, 20.0),
+)
 # A study that takes more than an hour of one core; asked if everything is.
 LONG = ("with_data",)
 # A sum of T task vectors is best near this weight per task; a search starts there.
