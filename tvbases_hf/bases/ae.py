@@ -71,8 +71,8 @@ def ae_bases(
         normalize: measure each task's error relative to its own norm, so that short task vectors are not given up.
         even_errors: choose the subspace that makes the sum of the *squares* of the tasks' relative squared errors
             least, instead of their sum: every task loses about as much, none is given up. Of balanced bases; for
-            negation, where the task's own reconstruction counts. Beyond the paper. ``loss`` is then relative, as with
-            ``normalize``, and somewhat above ``bound``.
+            what is done to single tasks. Beyond the paper; whether a negation gains by it depends on the tasks.
+            ``loss`` is then relative, as with ``normalize``, and somewhat above ``bound``.
         temperature, anneal, steps: of the ``adam`` solver (temperature multiplied by ``anneal`` every 500 steps, not
             below 0.1); the optimum that ``varpro`` finds does not depend on them.
         seed: picks among equally good bases (varpro) or the initial logits (adam).

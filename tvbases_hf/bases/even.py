@@ -1,6 +1,7 @@
 """Subspaces that lose about as much of every task, where least squares keeps some tasks whole and gives others up.
 
-Forgetting a task needs a part of its own vector, so what counts there is the worst reconstruction, not the sum of all.
+A task that is given up cannot be restored or forgotten at all, so for what is done to single tasks the worst
+reconstruction counts, not the sum of all.
 """
 
 from __future__ import annotations
