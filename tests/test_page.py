@@ -45,7 +45,10 @@ def test_names_and_warnings_are_text_on_the_page(pair: Family, tmp_path: Path) -
     assert tvbases("inspect", *inputs(pair), "--layers", "--quiet", "--json", file).code == 0
     found = json.loads(file.read_text()) | {"base": "<b>base</b>", "warnings": ["<i>math</i> & code"]}
     write_page(
-        found, [lambda console: console.print("<u>table</u>", markup=False, highlight=False)], tmp_path / "page.html"
+        found,
+        [lambda console: console.print("<u>table</u>", markup=False, highlight=False)],
+        PNG,
+        tmp_path / "page.html",
     )
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;base&lt;/b&gt;" in text and "warning: &lt;i&gt;math&lt;/i&gt; &amp; code" in text

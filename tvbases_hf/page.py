@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 
-from .plots import picture_of
 from .storage.output import writing
 
 WIDTH = 140
@@ -37,10 +36,10 @@ img {{ max-width: 100%; }}
 """
 
 
-def write_page(found: dict[str, Any], tables: Sequence[Callable[[Console], None]], file: Path) -> None:
-    """Write what ``tables`` print, and the warnings and the picture of an inspection that has layers, to ``file``.
+def write_page(found: dict[str, Any], tables: Sequence[Callable[[Console], None]], picture: bytes, file: Path) -> None:
+    """Write what ``tables`` print, the warnings of an inspection and its picture (a PNG) to ``file``.
 
-    Raises MissingExtraError without matplotlib, OutputError for a file that cannot be written.
+    Raises OutputError for a file that cannot be written.
     """
     console = Console(record=True, file=io.StringIO(), width=WIDTH, highlight=False)
     for show in tables:
@@ -49,7 +48,7 @@ def write_page(found: dict[str, Any], tables: Sequence[Callable[[Console], None]
         title=f"{len(found['tasks'])} task vectors over {html.escape(found['base'])}",
         warnings="\n".join(f'<p class="warning">warning: {html.escape(line)}</p>' for line in found["warnings"]),
         tables=console.export_html(inline_styles=True, code_format="{code}"),
-        picture=base64.b64encode(picture_of(found)).decode("ascii"),
+        picture=base64.b64encode(picture).decode("ascii"),
     )
     with writing(file):
         file.write_text(page, encoding="utf-8")

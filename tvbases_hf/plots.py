@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 from .errors import MissingExtraError
-from .storage.output import writing
-
-
-def plot_inspection(found: dict[str, Any], file: Path) -> None:
-    """The picture of an inspection as a PNG file. Raises MissingExtraError without matplotlib."""
-    picture = picture_of(found)
-    with writing(file):
-        file.write_bytes(picture)
 
 
 def picture_of(found: dict[str, Any]) -> bytes:
-    """Cosine similarities, energy left by M bases, STI per layer group and decay of the singular values, as one PNG."""
+    """Cosine similarities, energy left by M bases, STI per layer group and decay of the singular values, as one PNG.
+
+    Raises MissingExtraError without matplotlib.
+    """
     try:
         import matplotlib
 

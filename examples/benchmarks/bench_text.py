@@ -3,10 +3,10 @@
     python examples/benchmarks/bench_text.py [--quick | --all] [--processes N] [--workdir DIR] [--tasks FILE]
         [--out FILE]
 
-It takes 156 minutes of one core (193 GFLOP/s in bfloat16), shared by one process per core; run it again and it
-goes on where it was. --quick asks the main claims only, of less data; --all every method over every kind of vectors,
-which takes 332. The tasks are read from tasks.json.gz in the directory that TVBASES_DATA names (or
-in data/ beside the repository), else from the Hub.
+It takes 156 minutes of one core, shared by one process per core; run it again and it goes on where it was. --quick asks
+the main claims only, of less data (25 minutes); --all every method over every kind of vectors (332). The results say
+what a run took. The tasks are read from tasks.json.gz in the directory that TVBASES_DATA names (or in data/ beside the
+repository), else from the Hub.
 """
 
 from text.command import main

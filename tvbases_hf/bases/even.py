@@ -6,7 +6,6 @@ reconstruction counts, not the sum of all.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -41,13 +40,8 @@ def even_mixtures(rest: Tensor, norms: Tensor, count: int, seed: int) -> Tensor 
         orthonormal = torch.linalg.qr(span).Q
         return (left - (orthonormal.T @ coordinates).square().sum(dim=0)).square().sum()
 
-    best, chosen = math.inf, None
-    for span in _starts(len(roots), count, seed):
-        found = _descend(loss, span)
-        value = float(loss(found))
-        if value < best * (1 - 1e-9):
-            best, chosen = value, found
-    assert chosen is not None
+    found = [_descend(loss, span) for span in _starts(len(roots), count, seed)]
+    chosen = min(found, key=lambda span: float(loss(span)))
     return vectors @ (torch.linalg.qr(chosen).Q / roots[:, None])
 
 

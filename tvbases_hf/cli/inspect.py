@@ -100,15 +100,17 @@ def _show(found: dict[str, Any], measured: Any, plot: Path | None, html: Path | 
         from ..theory.report import print_bounds
 
         tables.append(functools.partial(print_bounds, measured))
-    leading = current().team.rank == 0
-    if plot and leading:
-        from ..plots import plot_inspection
-
-        plot_inspection(found, plot)
-    if html and leading:
+    if (plot or html) and current().team.rank == 0:
         from ..page import write_page
+        from ..plots import picture_of
+        from ..storage.output import writing
 
-        write_page(found, tables, html)
+        picture = picture_of(found)
+        if plot:
+            with writing(plot):
+                plot.write_bytes(picture)
+        if html:
+            write_page(found, tables, picture, html)
     if not quiet:
         for show in tables:
             show(console)

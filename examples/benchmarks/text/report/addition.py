@@ -71,8 +71,7 @@ def product(found: Found, settings: Settings) -> str:
     rows = []
     for over, num_bases, kind in places(settings):
         cells = [_cell(found, method, kind, num_bases, over, settings.seeds[0]) for method in titles]
-        if any(cells):
-            rows.append([TITLES[kind], "" if kind == ALL else over, num_bases, *cells])
+        rows.append([TITLES[kind], "" if kind == ALL else over, num_bases, *cells])
     return table(["vectors", "merged", "M", *titles.values()], rows)
 
 
