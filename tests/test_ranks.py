@@ -208,7 +208,9 @@ def test_work_waits_until_its_memory_is_free_and_what_never_fits_is_told_before(
     assert not begun
 
 
-@pytest.mark.parametrize(("text", "size"), [("1.5GB", 1_500_000_000), ("800 MB", 800_000_000), ("7", 7), ("2k", 2000)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("1.5GB", 1_500_000_000), ("800 MB", 800_000_000), ("7", 7), ("2k", 2000), ("3KB", 3000)]
+)
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
 

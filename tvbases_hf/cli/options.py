@@ -101,9 +101,9 @@ def parse_size(text: str | None, option: str = "--memory") -> int | None:
     """``1.5GB`` in bytes; ParameterError for anything else."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([kMGT]?)i?B?\s*", text)
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)i?B?\s*", text)
     try:
-        size = float(found[1]) * 1000 ** "_kMGT".index(found[2] or "_") if found else 0.0
+        size = float(found[1]) * 1000 ** "_KMGT".index(found[2].upper() or "_") if found else 0.0
     except ValueError:
         size = 0.0
     if size <= 0:
