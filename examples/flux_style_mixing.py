@@ -143,8 +143,8 @@ def print_small(found: dict[str, Any]) -> None:
 
 def run_real(given: argparse.Namespace) -> None:
     from tvbases_diffusers.grid import draw_grid
+    from tvbases_hf.models.vectors import parse_tasks
     from tvbases_hf.styles.mixing import Recipe
-    from tvbases_hf.taskvector import parse_tasks
 
     styles = parse_tasks(given.style)
     scales = {name: float(given.scale) for name in styles}

@@ -18,11 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from tvbases_demo import Settings, encoder
+from tvbases_demo.compare import examples_of
+from tvbases_demo.encoder import Problem
+from tvbases_demo.run import DEFAULT_WORKDIR, fine_tunes
 from tvbases_hf import (
     Curve,
     InPlace,
     Negation,
-    TaskVectors,
+    Vectors,
     ae_bases,
     coordinate_search,
     decompose,
@@ -30,17 +34,12 @@ from tvbases_hf import (
     grid_search,
     negate,
 )
-from tvbases_hf.delta import Delta
-from tvbases_hf.demo import Settings, encoder
-from tvbases_hf.demo.compare import examples_of
-from tvbases_hf.demo.encoder import Problem
-from tvbases_hf.demo.run import DEFAULT_WORKDIR, fine_tunes
-from tvbases_hf.evaluation.coefficients import Metrics, summed
-from tvbases_hf.evaluation.inplace import Change
-from tvbases_hf.evaluation.negation import change_of
-from tvbases_hf.shared import Options
+from tvbases_hf.algebra.delta import Delta
+from tvbases_hf.learning.coefficients import Metrics, summed
+from tvbases_hf.learning.inplace import Change
+from tvbases_hf.learning.negation import change_of
+from tvbases_hf.methods.devec import Options
 from tvbases_hf.storage.output import write_json
-from tvbases_hf.vectors import Vectors
 
 NUM_BASES = 4
 # A quarter of the width at most: above that, random subspaces of 384 dimensions look shared (see decompose).
@@ -65,12 +64,10 @@ def unique_component(vectors: Vectors, task: str) -> Callable[[str], Delta]:
     return lambda name: decompose(vectors.deltas(name), DECOMPOSITION, targets=[index]).unique[index]
 
 
-def search(
-    place: InPlace, vectors: TaskVectors, validation: Metrics, test: Metrics, curves: Path, say: Console
-) -> None:
+def search(place: InPlace, vectors: Vectors, validation: Metrics, test: Metrics, curves: Path, say: Console) -> None:
     """One alpha for all task vectors, one for all bases, and one for each basis."""
-    everything = Vectors.of_tasks(vectors)
-    bases = Vectors.mixed(vectors, ae_bases(gram_matrix(vectors).matrix, NUM_BASES))
+    everything = vectors
+    bases = vectors.mixed(ae_bases(gram_matrix(vectors).matrix, NUM_BASES))
     own = {}
     for task in vectors.tasks:
         with place.changed(change_of(everything, task)) as model:
@@ -99,7 +96,7 @@ def search(
 
 def forget(
     place: InPlace,
-    vectors: TaskVectors,
+    vectors: Vectors,
     task: str,
     validation: Metrics,
     test: Metrics,
@@ -108,8 +105,8 @@ def forget(
     unique: bool = False,
 ) -> None:
     """Take a task away as it is, as the bases hold it, and what is unique to it, as far as the other tasks allow."""
-    everything = Vectors.of_tasks(vectors)
-    rebuilt = Vectors.mixed(vectors, ae_bases(gram_matrix(vectors).matrix, NUM_BASES), "reconstructions")
+    everything = vectors
+    rebuilt = vectors.mixed(ae_bases(gram_matrix(vectors).matrix, NUM_BASES), "reconstructions")
     changes = {
         "task vector": change_of(everything, task),
         f"rebuilt from {NUM_BASES} bases": change_of(rebuilt, task),
@@ -146,7 +143,7 @@ def main() -> None:
     curves = workdir / "curves"
     curves.mkdir(parents=True, exist_ok=True)
     problems, models, _ = fine_tunes(workdir, Settings(), say)
-    vectors = TaskVectors.open(workdir / "base", models)
+    vectors = Vectors.open(workdir / "base", models)
     with torch.no_grad():
         place = InPlace(encoder.load(workdir / "base")[0], vectors.names)
     validation, test = accuracies(problems, "val", given.sentences), accuracies(problems, "test")

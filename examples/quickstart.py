@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tvbases_hf import Basis, TaskVectors, ae_bases, gram_matrix
+from tvbases_hf import Basis, Vectors, ae_bases, gram_matrix
 
 TASKS = ("math", "code", "chat", "law")
 
@@ -35,7 +35,7 @@ def make_models(directory: Path) -> None:
 
 def main(directory: Path) -> None:
     make_models(directory)
-    vectors = TaskVectors.open(directory / "base", {task: directory / task for task in TASKS})
+    vectors = Vectors.open(directory / "base", {task: directory / task for task in TASKS})
 
     gram = gram_matrix(vectors)
     print("cosine similarities", [[round(value, 2) for value in row] for row in gram.cosine.tolist()])

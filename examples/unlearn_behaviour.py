@@ -25,12 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 from unlearn_text import DOMAINS, HARMLESS, UNWANTED, Corpus, byte_tokenizer, corpus
 
-from tvbases_hf import TaskVectors
-from tvbases_hf.delta import Delta, Dense, dense, square_norm
-from tvbases_hf.evaluation.directions import direction
-from tvbases_hf.evaluation.inplace import InPlace
-from tvbases_hf.gram import gram_matrix
-from tvbases_hf.shared import Options, decompose
+from tvbases_hf import Vectors
+from tvbases_hf.algebra.delta import Delta, Dense, dense, square_norm
+from tvbases_hf.learning.directions import direction
+from tvbases_hf.learning.inplace import InPlace
+from tvbases_hf.methods.devec import Options, decompose
+from tvbases_hf.models.gram import gram_matrix
 from tvbases_lm_eval.matched import Rises, compare
 from tvbases_lm_eval.scorers import scorer_of
 from tvbases_lm_eval.toxicity import toxicity
@@ -167,7 +167,7 @@ def marked_rate(model: Any, recipe: Recipe, text: Corpus) -> float:
     return toxicity([[score] for score in scorer_of(text.marked).score(texts)]).toxic_rate or 0.0
 
 
-def directions(recipe: Recipe, vectors: TaskVectors) -> Iterator[tuple[str, Callable[[str], Any]]]:
+def directions(recipe: Recipe, vectors: Vectors) -> Iterator[tuple[str, Callable[[str], Any]]]:
     """What is negated, by the name it has in the table."""
     yield "plain", direction(vectors, UNWANTED)
     for threshold in recipe.thresholds:
@@ -181,7 +181,7 @@ def directions(recipe: Recipe, vectors: TaskVectors) -> Iterator[tuple[str, Call
     )
 
 
-def against_chance(vectors: TaskVectors, threshold: float) -> Callable[[str], Delta]:
+def against_chance(vectors: Vectors, threshold: float) -> Callable[[str], Delta]:
     """The unique component against the pool after random rotations: what subspaces of these sizes share by chance."""
     index = vectors.tasks.index(UNWANTED)
     generator = torch.Generator().manual_seed(0)
@@ -200,7 +200,7 @@ def against_chance(vectors: TaskVectors, threshold: float) -> Callable[[str], De
     return unique
 
 
-def energy(vectors: TaskVectors, change: Callable[[str], Delta]) -> float:
+def energy(vectors: Vectors, change: Callable[[str], Delta]) -> float:
     """The share of the task vector's energy that a direction has."""
     index = vectors.tasks.index(UNWANTED)
     whole = sum(square_norm(vectors.deltas(name)[index]) for name in vectors.names)
@@ -212,7 +212,7 @@ def negate(recipe: Recipe, base: Path, adapters: dict[str, Path], windows: dict[
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(base).eval()
-    vectors = TaskVectors.open(base, {name: str(path) for name, path in adapters.items()})
+    vectors = Vectors.open(base, {name: str(path) for name, path in adapters.items()})
     place = InPlace(model, vectors.names)
     before = losses(model, windows)
     found: dict[str, Rises] = {}

@@ -4,58 +4,59 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters.adapter import Adapter
+    from .algebra.delta import Dense, Dora, LowRank, inner
     from .bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_proj, rand_select
-    from .basis import Basis
-    from .delta import Dense, Dora, LowRank, inner
+    from .basis import Basis, LoraBasis
+    from .basis.online import OnlineBasis
     from .errors import TvbasesError
-    from .evaluation.coefficients import coordinate_search, grid_search
-    from .evaluation.curve import Curve, normalised_accuracy
-    from .evaluation.inplace import InPlace
-    from .evaluation.negation import Negation, negate
-    from .evaluation.tangent import Linearised
-    from .evaluation.training import fine_tune
-    from .gram import Gram, gram_matrix
-    from .online import OnlineBasis
-    from .shared import decompose
-    from .singular import tsv_merge
+    from .learning.coefficients import coordinate_search, grid_search
+    from .learning.curve import Curve, normalised_accuracy
+    from .learning.inplace import InPlace
+    from .learning.negation import Negation, negate
+    from .learning.tangent import Linearised
+    from .learning.training import fine_tune
+    from .methods.devec import decompose
+    from .methods.tsv import tsv_merge
+    from .models.adapter import Adapter
+    from .models.gram import Gram, gram_matrix
+    from .models.vectors import Vectors
     from .storage.checkpoint import Checkpoint
-    from .taskvector import TaskVectors
     from .theory.bounds import measure_bounds
 
 # Names are loaded when they are first used: `tvbases --help` and the start-up hook must not wait for torch.
 _HOME = {
-    "Adapter": "adapters.adapter",
+    "Adapter": "models.adapter",
     "Basis": "basis",
+    "LoraBasis": "basis",
     "BasisWeights": "bases",
     "Checkpoint": "storage.checkpoint",
-    "Curve": "evaluation.curve",
-    "Dense": "delta",
-    "Dora": "delta",
-    "Gram": "gram",
-    "InPlace": "evaluation.inplace",
-    "Linearised": "evaluation.tangent",
-    "LowRank": "delta",
-    "Negation": "evaluation.negation",
-    "OnlineBasis": "online",
-    "TaskVectors": "taskvector",
+    "Curve": "learning.curve",
+    "Dense": "algebra.delta",
+    "Dora": "algebra.delta",
+    "Gram": "models.gram",
+    "InPlace": "learning.inplace",
+    "Linearised": "learning.tangent",
+    "LowRank": "algebra.delta",
+    "Negation": "learning.negation",
+    "OnlineBasis": "basis.online",
+    "Vectors": "models.vectors",
     "TvbasesError": "errors",
     "ae_bases": "bases",
     "cluster_bases": "bases",
-    "coordinate_search": "evaluation.coefficients",
-    "decompose": "shared",
-    "fine_tune": "evaluation.training",
-    "gram_matrix": "gram",
-    "grid_search": "evaluation.coefficients",
-    "inner": "delta",
+    "coordinate_search": "learning.coefficients",
+    "decompose": "methods.devec",
+    "fine_tune": "learning.training",
+    "gram_matrix": "models.gram",
+    "grid_search": "learning.coefficients",
+    "inner": "algebra.delta",
     "measure_bounds": "theory.bounds",
-    "negate": "evaluation.negation",
-    "normalised_accuracy": "evaluation.curve",
+    "negate": "learning.negation",
+    "normalised_accuracy": "learning.curve",
     "pca_bases": "bases",
     "pca_positive": "bases",
     "rand_proj": "bases",
     "rand_select": "bases",
-    "tsv_merge": "singular",
+    "tsv_merge": "methods.tsv",
 }
 
 __all__ = [
@@ -69,11 +70,12 @@ __all__ = [
     "Gram",
     "InPlace",
     "Linearised",
+    "LoraBasis",
     "LowRank",
     "Negation",
     "OnlineBasis",
-    "TaskVectors",
     "TvbasesError",
+    "Vectors",
     "ae_bases",
     "cluster_bases",
     "coordinate_search",

@@ -37,11 +37,11 @@ from typing import Any
 
 import torch
 
-from tvbases_hf.adapters.basis import Request
+from tvbases_demo import encoder, store
+from tvbases_demo.tasks import make_task
 from tvbases_hf.basis import Basis
-from tvbases_hf.demo import encoder, store
-from tvbases_hf.demo.tasks import make_task
-from tvbases_hf.taskvector import TaskVectors
+from tvbases_hf.basis.adapters.compress import Request
+from tvbases_hf.models.vectors import Vectors
 
 TASKS = ("tense", "negation", "question", "sentiment")
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.25, 0.1)
@@ -72,7 +72,7 @@ def train(root: Path, tasks: tuple[str, ...], sentences: int) -> tuple[Path, dic
 
 def measure(base: Path, paths: dict[str, Path], budgets: tuple[float, ...]) -> dict[str, Any]:
     """Mean squared relative errors by budget and method, and how much the adapters have in common."""
-    vectors = TaskVectors.open(base, paths)
+    vectors = Vectors.open(base, paths)
     rows, overlap = {}, {}
     for budget in budgets:
         info = Basis.of_adapters(vectors, Request(budget=budget)).info

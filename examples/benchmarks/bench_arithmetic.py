@@ -30,20 +30,20 @@ from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
-from tvbases_hf import TaskVectors, ae_bases, gram_matrix, pca_bases
+from tvbases_demo import encoder
+from tvbases_demo.compare import evaluate
+from tvbases_demo.encoder import Examples, Problem
+from tvbases_demo.run import DEFAULT_WORKDIR, Settings, fine_tunes
+from tvbases_hf import Vectors, ae_bases, gram_matrix, pca_bases
 from tvbases_hf.bases import rand_select
-from tvbases_hf.demo import encoder
-from tvbases_hf.demo.compare import evaluate
-from tvbases_hf.demo.encoder import Examples, Problem
-from tvbases_hf.demo.run import DEFAULT_WORKDIR, Settings, fine_tunes
-from tvbases_hf.evaluation.coefficients import grid_search
-from tvbases_hf.evaluation.data import TaskData, stratified
-from tvbases_hf.evaluation.inplace import Change, InPlace
-from tvbases_hf.merging import DATA_METHODS, METHODS, merged
-from tvbases_hf.merging.learned import held
-from tvbases_hf.merging.localize import Stitched
+from tvbases_hf.learning.coefficients import grid_search
+from tvbases_hf.learning.data import TaskData, stratified
+from tvbases_hf.learning.inplace import Change, InPlace
+from tvbases_hf.learning.learned import held
+from tvbases_hf.learning.localize import Stitched
+from tvbases_hf.learning.with_data import DATA_METHODS
+from tvbases_hf.merging.apply import METHODS, merged
 from tvbases_hf.storage.output import readable_size, write_json
-from tvbases_hf.vectors import Vectors
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0)
 START = 0.3  # effective weight per task where the search for alpha, and AdaMerging, start
@@ -94,7 +94,7 @@ class Bench:
 
     model: nn.Module
     problems: dict[str, Problem]
-    vectors: TaskVectors
+    vectors: Vectors
     own: dict[str, float]
     validation: int
     test: int
@@ -106,7 +106,7 @@ class Bench:
             task: evaluate(encoder.load(path)[0], {task: problems[task]}, "test", test)[0] / 100
             for task, path in models.items()
         }
-        vectors = TaskVectors.open(workdir / "base", models)
+        vectors = Vectors.open(workdir / "base", models)
         return cls(encoder.load(workdir / "base")[0], problems, vectors, own, validation, test)
 
     def cell(
@@ -130,15 +130,15 @@ class Bench:
         )
 
 
-def kinds_of(vectors: TaskVectors, kept: int, seed: int) -> dict[str, Vectors]:
+def kinds_of(vectors: Vectors, kept: int, seed: int) -> dict[str, Vectors]:
     """The columns. A principal component has no share of a task: its data is that of all of them (AE paper, 4.1.1)."""
     gram = gram_matrix(vectors).matrix
-    pca = Vectors.mixed(vectors, pca_bases(gram, kept))
+    pca = vectors.mixed(pca_bases(gram, kept))
     return {
-        "all vectors": Vectors.of_tasks(vectors),
-        "AE": held(Vectors.mixed(vectors, ae_bases(gram, kept))),
+        "all vectors": vectors,
+        "AE": held(vectors.mixed(ae_bases(gram, kept))),
         "PCA": held(replace(pca, encoder=torch.full_like(pca.encoder, 1 / len(vectors)))),
-        "RandSelect": held(Vectors.mixed(vectors, rand_select(gram, kept, seed=seed))),
+        "RandSelect": held(vectors.mixed(rand_select(gram, kept, seed=seed))),
     }
 
 

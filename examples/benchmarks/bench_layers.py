@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tvbases_hf.delta import Delta, Dense, dense
-from tvbases_hf.shared import Options, decompose
-from tvbases_hf.singular import tsv_merge
+from tvbases_hf.algebra.delta import Delta, Dense, dense
+from tvbases_hf.methods.devec import Options, decompose
+from tvbases_hf.methods.tsv import tsv_merge
 
 MODELS = {"1B": LLAMA_1B, "8B": LLAMA_8B}
 QUICK = Shape(hidden=256, intermediate=512, layers=2, key_value=128, vocabulary=1000)

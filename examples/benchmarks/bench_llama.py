@@ -136,7 +136,7 @@ def jobs(root: Path, out: Path) -> dict[str, list[str]]:
 
 
 def predicted(root: Path, job: str) -> dict[str, Any]:
-    """What `tvbases plan` says of a job, see tvbases_hf.execution.planning.Plan; the bandwidth is of no use here."""
+    """What `tvbases plan` says of a job, see tvbases_hf.cli.planning.Plan; the bandwidth is of no use here."""
     file = root / "plan.json"
     models = ["--base", str(root / "base"), "--models", str(len(TASKS)), "-m", "2"]
     options = ["--bandwidth", "1GB", "--json", str(file), "--quiet"]

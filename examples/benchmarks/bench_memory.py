@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 TASKS = ("math", "code", "law")
-START = "import tvbases_hf, torch, safetensors.torch; tvbases_hf.TaskVectors, tvbases_hf.Basis"
+START = "import tvbases_hf, torch, safetensors.torch; tvbases_hf.Vectors, tvbases_hf.Basis"
 LOAD = """
 import sys
 from pathlib import Path
@@ -41,8 +41,8 @@ models = [{n: t.clone() for n, t in load_file(file).items()} for file in files]
 """
 GRAM = """
 import sys
-from tvbases_hf import TaskVectors, gram_matrix
-print(gram_matrix(TaskVectors.open(sys.argv[1], {p: p for p in sys.argv[2:]})).norms)
+from tvbases_hf import Vectors, gram_matrix
+print(gram_matrix(Vectors.open(sys.argv[1], {p: p for p in sys.argv[2:]})).norms)
 """
 
 

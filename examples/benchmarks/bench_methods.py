@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tvbases_hf.demo import encoder
-from tvbases_hf.demo.compare import evaluate
-from tvbases_hf.demo.run import DEFAULT_WORKDIR, Settings, fine_tunes
+from tvbases_demo import encoder
+from tvbases_demo.compare import evaluate
+from tvbases_demo.run import DEFAULT_WORKDIR, Settings, fine_tunes
 from tvbases_hf.storage.checkpoint import Checkpoint
 
 LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0)

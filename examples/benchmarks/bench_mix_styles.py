@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tvbases_hf.delta import LowRank, dense
-from tvbases_hf.shared import THRESHOLD, decompose
+from tvbases_hf.algebra.delta import LowRank, dense
+from tvbases_hf.methods.devec import THRESHOLD, decompose
 
 COMMON = 4  # directions that the styles share in every weight
 QUICK = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32}

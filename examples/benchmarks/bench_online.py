@@ -30,8 +30,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tvbases_hf.delta import dense
-from tvbases_hf.online import OnlineBasis
+from tvbases_hf.algebra.delta import dense
+from tvbases_hf.basis.online import OnlineBasis
 from tvbases_hf.storage.checkpoint import Checkpoint
 
 TASKS, BUDGET, DISTINCT = 50, 5, 10

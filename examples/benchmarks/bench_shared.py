@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvbases_hf.delta import LowRank, dense
-from tvbases_hf.shared import THRESHOLD, Decomposition, column_space, decompose, shared_subspace, spectrum
+from tvbases_hf.algebra.delta import LowRank, dense
+from tvbases_hf.methods.devec import THRESHOLD, Decomposition, column_space, decompose, shared_subspace, spectrum
 
 COMMON = 4  # directions that the adapters share, planted
 NOISE = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03)

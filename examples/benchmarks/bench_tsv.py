@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvbases_hf.delta import Dense, LowRank, dense
-from tvbases_hf.singular import tsv_merge
+from tvbases_hf.algebra.delta import Dense, LowRank, dense
+from tvbases_hf.methods.tsv import tsv_merge
 
 OPERATIONS = {"matmul": "mm", "eigh": "_linalg_eigh", "qr": "linalg_qr", "svd": "_linalg_svd"}
 

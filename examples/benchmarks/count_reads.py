@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tvbases_hf.cli import main
-from tvbases_hf.execution.run import Run, using
 from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_hf.storage.run import Run, using
 
 AT_HAND = 8
 

@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 
 class Processes:
-    """The processes that accelerate (or torchrun) has started; see tvbases_hf.execution.run.Team."""
+    """The processes that accelerate (or torchrun) has started; see tvbases_hf.storage.run.Team."""
 
     def __init__(self) -> None:
         self._state = PartialState(cpu=True)

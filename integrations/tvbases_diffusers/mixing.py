@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
-from tvbases_hf.execution.progress import track
-from tvbases_hf.shared import THRESHOLD, Options
+from tvbases_hf.methods.devec import THRESHOLD, Options
+from tvbases_hf.storage.progress import track
 from tvbases_hf.styles.lora_source import Source
 from tvbases_hf.styles.mixed_file import bias, factors, write_mix
 from tvbases_hf.styles.mixing import Part, Recipe, Styles, combine, parse_scales, split
@@ -46,7 +46,7 @@ def mix_styles(
             an adapter that is loaded (it stays loaded, and inactive).
         component: ``unique`` leaves out what the styles share, ``shared`` takes only that, ``full`` is the plain sum.
         scales: of each style; 1 where none is given. ``StyleMix.set_style_scales`` changes them later.
-        threshold, subspace, pool, side: see tvbases_hf.shared.Options.
+        threshold, subspace, pool, side: see tvbases_hf.methods.devec.Options.
         rank: a rank rule for the directions of a style that count (``energy:0.9``, 4, ...); None for all.
         shared_weight: with ``unique``, how much of one copy of what the styles share is added.
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tvbases_hf.adapters.adapter import Adapter
-from tvbases_hf.adapters.out import Template, adapter_tensors
-from tvbases_hf.adapters.task import TaskAdapter
-from tvbases_hf.delta import scale
+from tvbases_hf.algebra.delta import scale
+from tvbases_hf.basis.adapters.task import TaskAdapter
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.evaluation.coefficients import Metrics
-from tvbases_hf.evaluation.directions import COMPONENTS, Direction, direction
-from tvbases_hf.evaluation.inplace import InPlace
-from tvbases_hf.evaluation.negation import ALPHAS, KEEP, Negation, negate, write_forgotten
-from tvbases_hf.gram import gram_matrix
-from tvbases_hf.shared import Options
-from tvbases_hf.taskvector import TaskVectors
+from tvbases_hf.learning.coefficients import Metrics
+from tvbases_hf.learning.directions import COMPONENTS, Direction, direction
+from tvbases_hf.learning.inplace import InPlace
+from tvbases_hf.learning.negation import ALPHAS, KEEP, Negation, negate, write_forgotten
+from tvbases_hf.methods.devec import Options
+from tvbases_hf.models.adapter import Adapter
+from tvbases_hf.models.gram import gram_matrix
+from tvbases_hf.models.lora_files import Template, adapter_tensors
+from tvbases_hf.models.vectors import Vectors
 
 from .evaluate import Measured, Session
 from .plan import Plan
@@ -43,7 +43,7 @@ class Request:
     even_errors: bool = False
 
 
-def directions(vectors: TaskVectors, request: Request, *, quiet: bool = True) -> dict[str, Direction]:
+def directions(vectors: Vectors, request: Request, *, quiet: bool = True) -> dict[str, Direction]:
     """The changes to negate, by component. Raises ParameterError as ``direction`` does."""
     gram = gram_matrix(vectors, quiet=quiet) if "reconstructed" in request.components and len(vectors) > 1 else None
     bases = {"num_bases": request.num_bases, "even_errors": request.even_errors}
@@ -52,7 +52,7 @@ def directions(vectors: TaskVectors, request: Request, *, quiet: bool = True) ->
 
 
 def curves(
-    vectors: TaskVectors, found: Mapping[str, Direction], variant: Variant, request: Request, plan: Plan, *, quiet: bool
+    vectors: Vectors, found: Mapping[str, Direction], variant: Variant, request: Request, plan: Plan, *, quiet: bool
 ) -> dict[str, Negation]:
     """Target and controls over alpha for every direction, and the alpha that the control rule chooses for each.
 
@@ -126,7 +126,7 @@ def _plain(measured: Measured, plan: Plan) -> set[str]:
 
 
 def write(
-    vectors: TaskVectors, change: Direction, alpha: float, out: Path, note: str, *, adapter: bool, quiet: bool = True
+    vectors: Vectors, change: Direction, alpha: float, out: Path, note: str, *, adapter: bool, quiet: bool = True
 ) -> Path:
     """theta_0 - alpha * change as a checkpoint, or as an adapter.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tvbases_hf.errors import MissingExtraError
-from tvbases_hf.evaluation.negation import Negation
+from tvbases_hf.learning.negation import Negation
 from tvbases_hf.storage.output import writing
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from tvbases_hf.adapters.adapter import is_adapter
-from tvbases_hf.adapters.config import read_config
-from tvbases_hf.basis import Basis
+from tvbases_hf.basis import Basis, LoraBasis
+from tvbases_hf.basis.info import is_basis_directory
 from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError, did_you_mean
-from tvbases_hf.evaluation.inplace import InPlace
-from tvbases_hf.info import is_basis_directory
+from tvbases_hf.learning.inplace import InPlace
+from tvbases_hf.models.adapter import is_adapter
+from tvbases_hf.models.lora_config import read_config
 from tvbases_hf.storage.checkpoint import WEIGHT_FILES, locate
 
 BEFORE = "before"
@@ -116,7 +116,7 @@ def _no_bars() -> Iterator[None]:
 def _basis(basis: Basis, base: str, tasks: Sequence[str], where: Where) -> Iterator[Variant]:
     model, tokenizer = load(base, where)
     yield Variant(BEFORE, model, tokenizer)
-    if basis.info.adapters:
+    if isinstance(basis, LoraBasis):
         attached = basis.attach(model, task=tasks[0])
         for task in tasks:
             basis.select(attached, task)

@@ -14,15 +14,15 @@ from mergekit.merge_methods.base import MergeMethod, ParameterScope
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from torch import Tensor
 
-from tvbases_hf.delta import Delta, Dense, LowRank, add, dense, mix, scale
+from tvbases_hf.algebra.delta import Delta, Dense, LowRank, add, dense, mix, scale
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.merging import task_arithmetic
+from tvbases_hf.methods.sums import task_arithmetic
 
 from .layerwise import LayerwiseMerge
 from .methods import BasisMerge, is_plain_sum, merge_vectors
 from .preflight import check_basis_parameters
 from .sources import GroupGram
-from .streamed import Vectors, can_stream, streamed
+from .streamed import Pieces, can_stream, streamed
 
 Settings = Mapping[str, Any]
 _DRAWING = threading.Lock()
@@ -109,7 +109,7 @@ def streamed_bases(
     """The same as merged_bases for an inner method that can be streamed, in pieces."""
     inner, mixing, passed = method.prepare(gram, range(len(deltas)), bound)
     settings = _complete(inner, passed, mixing.shape[1])
-    return streamed(inner, Vectors(deltas, mixing), settings, weight.own_seed, bound["lambda"])
+    return streamed(inner, Pieces(deltas, mixing), settings, weight.own_seed, bound["lambda"])
 
 
 def _work_dtype(deltas: Sequence[Delta]) -> torch.dtype:

@@ -9,10 +9,10 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
-from tvbases_hf.adapters.adapter import Adapter, is_adapter
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
+from tvbases_hf.models.adapter import Adapter, is_adapter
+from tvbases_hf.models.vectors import Model, Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint, locate
-from tvbases_hf.taskvector import Model, TaskVectors
 
 from .changes import not_native
 from .preflight import check_distinct
@@ -25,7 +25,7 @@ class Inputs:
     ``base_is_model``: the base is itself one of the models that are merged, with a weight where all models have one.
     """
 
-    vectors: TaskVectors
+    vectors: Vectors
     models: tuple[ModelReference, ...]
     base: ModelReference
     base_is_model: bool
@@ -63,7 +63,7 @@ def open_inputs(config: MergeConfiguration, out: Path, device: str | torch.devic
     paths = {model: _locate(model, reference, base_path) for model in models}
     check_distinct({ref: (path, None) for ref, path in {reference: base_path, **paths}.items()}, out)
     opened: dict[str, Model] = {str(model): _open(model, path, base) for model, path in paths.items()}
-    vectors = TaskVectors(base, opened, device=device)
+    vectors = Vectors.of_models(base, opened, device=device)
     _check_changeable(vectors)
     return Inputs(vectors, tuple(models), reference, config.base_model is not None or reference in listed)
 
@@ -96,7 +96,7 @@ def _open(model: ModelReference, path: Path, base: Checkpoint) -> Model:
     return Checkpoint.open(path, label=str(model))
 
 
-def _check_changeable(vectors: TaskVectors) -> None:
+def _check_changeable(vectors: Vectors) -> None:
     """A quantised base stores integers, whose change by an adapter cannot be added."""
     for task, model in vectors.models.items():
         lost = [name for name in model.names if name not in vectors.names] if isinstance(model, Adapter) else []

@@ -20,11 +20,11 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from tvbases_hf.delta import Delta, Dense, dense
+from tvbases_hf.algebra.delta import Delta, Dense, dense
+from tvbases_hf.algebra.rank import RankRule
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.rank import RankRule
-from tvbases_hf.shared import DEFAULT_RANK, THRESHOLD, Options, chance_limit, chance_share, decompose
-from tvbases_hf.singular import default_rank, truncate, tsv_merge
+from tvbases_hf.methods.devec import DEFAULT_RANK, THRESHOLD, Options, chance_limit, chance_share, decompose
+from tvbases_hf.methods.tsv import default_rank, truncate, tsv_merge
 
 LOG = logging.getLogger("tvbases_mergekit")
 TSV_PAPER = "https://arxiv.org/abs/2412.00081"

@@ -23,10 +23,10 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from torch import Tensor
 
+from tvbases_hf.algebra.delta import BLOCK_NUMBERS
 from tvbases_hf.bases import BasisWeights
-from tvbases_hf.delta import BLOCK_NUMBERS
 from tvbases_hf.errors import ParameterError, did_you_mean
-from tvbases_hf.merging.addition import normalized
+from tvbases_hf.methods.sums import normalized
 
 from .constructions import CONSTRUCTIONS, Construction, choose
 from .sources import GroupGram, gram_of

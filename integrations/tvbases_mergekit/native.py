@@ -18,14 +18,14 @@ from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameters
 from torch import Tensor
 
-from tvbases_hf.delta import Delta, Dense
+from tvbases_hf.algebra.delta import Delta, Dense
+from tvbases_hf.algebra.rank import RankRule
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.gram import gram_matrix
-from tvbases_hf.merging import Merge, is_merge, linear, write_adapter_merge, write_checkpoint_merge
-from tvbases_hf.merging.addition import base_share
 from tvbases_hf.merging.fit import Limits
-from tvbases_hf.merging.merge import Stream
-from tvbases_hf.rank import RankRule
+from tvbases_hf.merging.merge import Merge, Stream, is_merge
+from tvbases_hf.merging.write import write_adapter_merge, write_checkpoint_merge
+from tvbases_hf.methods.sums import base_share, linear
+from tvbases_hf.models.gram import gram_matrix
 from tvbases_hf.storage.output import check_output
 
 from .changes import LINEAR, Weight, check_native, merged, merged_bases, not_native, streamed_bases, streams
@@ -35,7 +35,7 @@ from .inputs import Inputs, open_inputs
 from .methods import BasisMerge
 from .preflight import check_structure
 from .sources import GroupGram
-from .streamed import Vectors, streamed, streamed_linear
+from .streamed import Pieces, streamed, streamed_linear
 
 LOG = logging.getLogger("tvbases_mergekit")
 
@@ -141,7 +141,7 @@ def _by_weight(
     settings = _in_order(method, bound)
     return (
         lambda name, deltas: merged(method, deltas, settings[name], weights[name]),
-        lambda name, deltas: streamed(method, Vectors(deltas), settings[name], weights[name].own_seed),
+        lambda name, deltas: streamed(method, Pieces(deltas), settings[name], weights[name].own_seed),
     )
 
 

@@ -17,8 +17,8 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, TvbasesError
+from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint, locate
-from tvbases_hf.taskvector import TaskVectors
 
 from .configuration import DTYPE_BYTES, find_method, input_lists, one_line, output_slices
 from .layerwise import LayerwiseMerge
@@ -118,7 +118,7 @@ def _check_fit(
     mixed = options.allow_crimes and not isinstance(method, BasisMerge)
     if base is not None and tuned and config.models and not mixed:
         aligned = bool(config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings)
-        TaskVectors(base, tuned, skip_mismatched=aligned)
+        Vectors.of_models(base, tuned, skip_mismatched=aligned)
 
 
 def _plan(config: MergeConfiguration, options: MergeOptions) -> list[ExecuteMergeMethodTask]:

@@ -16,10 +16,10 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
 from tvbases_hf.bases import BasisWeights
-from tvbases_hf.execution.run import current
-from tvbases_hf.gram import Gram, gram_matrix
+from tvbases_hf.models.gram import Gram, gram_matrix
+from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
-from tvbases_hf.taskvector import TaskVectors
+from tvbases_hf.storage.run import current
 
 LOG = logging.getLogger("tvbases_mergekit")
 
@@ -101,7 +101,9 @@ def _from_files(base_entry: TensorEntry | None, models: tuple[Hashable, ...]) ->
         if key not in _CACHE:
             checkpoints = {str(model): Checkpoint.open(paths[model], label=str(model)) for model in models}
             # Vocabularies of different sizes reach us only when mergekit itself aligns them.
-            vectors = TaskVectors(Checkpoint.open(paths[base], label=str(base)), checkpoints, skip_mismatched=True)
+            vectors = Vectors.of_models(
+                Checkpoint.open(paths[base], label=str(base)), checkpoints, skip_mismatched=True
+            )
             gram = gram_matrix(vectors, quiet=quiet)
             for line in (*vectors.coverage.notes(), *gram.warnings()):
                 LOG.warning("%s", line)
@@ -131,5 +133,5 @@ def _from_memory(groups: Sequence[TensorGroup]) -> GroupGram:
         for entry in group.non_base:
             models[entry.id][name] = entry.tensor
     checkpoints = {str(key): Checkpoint.from_state_dict(state, str(key)) for key, state in models.items()}
-    vectors = TaskVectors(Checkpoint.from_state_dict(base, "base"), checkpoints)
+    vectors = Vectors.of_models(Checkpoint.from_state_dict(base, "base"), checkpoints)
     return GroupGram(gram_matrix(vectors), ids)

@@ -18,9 +18,9 @@ from mergekit.merge_methods.generalized_task_arithmetic import ConsensusMethod, 
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from tvbases_hf.delta import Dense, block_numbers
-from tvbases_hf.merging.addition import NO_SUM, linear_shares, normalized
-from tvbases_hf.merging.threshold import Cut, cuts
+from tvbases_hf.algebra.delta import Dense, block_numbers
+from tvbases_hf.methods.sums import NO_SUM, linear_shares, normalized
+from tvbases_hf.methods.threshold import Cut, cuts
 
 from .methods import is_plain_sum
 
@@ -30,7 +30,7 @@ STREAMED = (None, SparsificationMethod.magnitude, SparsificationMethod.random)
 
 
 @dataclass(frozen=True)
-class Vectors:
+class Pieces:
     """K changes of one weight, as sums of the models' changes: ``mixing`` [T, K], None for the models themselves."""
 
     deltas: Sequence[Dense]
@@ -56,7 +56,7 @@ class Vectors:
         mixing = None if self.mixing is None else self.mixing.T.to(self.device, self.dtype)
         for start in range(0, self.size, step):
             part = torch.empty(len(flats), min(step, self.size - start), dtype=self.dtype, device=self.device)
-            known: dict[int, Tensor] = {}  # the base's piece, converted once: TaskVectors gives all models one base
+            known: dict[int, Tensor] = {}  # the base's piece, converted once: Pieces gives all models one base
             for row, (tuned, base) in zip(part, flats, strict=True):
                 row.copy_(tuned[start : start + step])
                 if base is not None:
@@ -71,7 +71,7 @@ def can_stream(method: MergeMethod) -> bool:
 
 
 def streamed(
-    method: MergeMethod, vectors: Vectors, settings: Mapping[str, Any], seed: int, alpha: float = 1.0
+    method: MergeMethod, vectors: Pieces, settings: Mapping[str, Any], seed: int, alpha: float = 1.0
 ) -> Iterator[Tensor]:
     """alpha times what a method that can_stream adds to the base, in pieces of the work's dtype.
 
@@ -105,24 +105,24 @@ def streamed_linear(
     """The weighted mean of models as what it adds to the base; see tvbases_hf.merging.linear."""
     shares, rest = linear_shares(weights, base_weight, normalize)
     whole = Dense(base.to(deltas[0].device))
-    yield from _weighted(Vectors([*deltas, whole]), torch.tensor([*shares, rest], dtype=torch.float64), 1.0)
+    yield from _weighted(Pieces([*deltas, whole]), torch.tensor([*shares, rest], dtype=torch.float64), 1.0)
 
 
-def _weighted(vectors: Vectors, shares: Tensor, alpha: float) -> Iterator[Tensor]:
+def _weighted(vectors: Pieces, shares: Tensor, alpha: float) -> Iterator[Tensor]:
     """A sum of sums is a sum: the vectors are not made. Models without a share are not read."""
     weights = shares if vectors.mixing is None else vectors.mixing @ shares
     kept = [index for index, weight in enumerate(weights.tolist()) if weight != 0]
     if not kept:
         yield torch.zeros(vectors.size, dtype=vectors.dtype, device=vectors.device)
         return
-    chosen = Vectors([vectors.deltas[index] for index in kept])
+    chosen = Pieces([vectors.deltas[index] for index in kept])
     row = weights[kept].to(vectors.device, vectors.dtype)
     for part in chosen.blocks():
         yield alpha * (row @ part)
 
 
 def _trimmed(
-    method: GeneralizedTaskArithmeticMerge, vectors: Vectors, settings: Mapping[str, Any], seed: int
+    method: GeneralizedTaskArithmeticMerge, vectors: Pieces, settings: Mapping[str, Any], seed: int
 ) -> Callable[[], Iterator[Tensor]]:
     """The vectors without the entries that the method drops, as often as they are asked for."""
     densities = [float(density) for density in settings.get("density", [1.0] * len(settings["weight"]))]
@@ -139,7 +139,7 @@ def _trimmed(
     return lambda: (part * factors[:, None] for part in kept())
 
 
-def _largest(vectors: Vectors, found: Sequence[Cut]) -> Iterator[Tensor]:
+def _largest(vectors: Pieces, found: Sequence[Cut]) -> Iterator[Tensor]:
     left = [cut.equal for cut in found]
     for part in vectors.blocks():
         for row, cut in enumerate(found):
@@ -155,7 +155,7 @@ def _largest(vectors: Vectors, found: Sequence[Cut]) -> Iterator[Tensor]:
         yield part
 
 
-def _drawn(vectors: Vectors, densities: Sequence[float], seed: int) -> Iterator[Tensor]:
+def _drawn(vectors: Pieces, densities: Sequence[float], seed: int) -> Iterator[Tensor]:
     generators = [torch.Generator().manual_seed(seed * len(densities) + row) for row in range(len(densities))]
     for part in vectors.blocks():
         for row, (density, generator) in enumerate(zip(densities, generators, strict=True)):
@@ -166,7 +166,7 @@ def _drawn(vectors: Vectors, densities: Sequence[float], seed: int) -> Iterator[
         yield part
 
 
-def _restored_length(vectors: Vectors, kept: Callable[[], Iterator[Tensor]]) -> Tensor:
+def _restored_length(vectors: Pieces, kept: Callable[[], Iterator[Tensor]]) -> Tensor:
     """[K] what brings the 1-norm of every vector back to what it was."""
     before = sum(part.abs().sum(1, dtype=torch.float64) for part in vectors.blocks())
     after = sum(part.abs().sum(1, dtype=torch.float64) for part in kept())

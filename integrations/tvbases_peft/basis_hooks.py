@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tvbases_hf.adapters.atoms import AdapterAtoms
-from tvbases_hf.adapters.codec import Spec
-from tvbases_hf.adapters.out import adapter_tensors
-from tvbases_hf.adapters.task import template
-from tvbases_hf.delta import Delta, LowRank
+from tvbases_hf.algebra.delta import Delta, LowRank
+from tvbases_hf.basis import LoraBasis
+from tvbases_hf.basis.adapters.codec import Spec
+from tvbases_hf.basis.adapters.lora_atoms import AdapterAtoms
+from tvbases_hf.basis.adapters.task import template
+from tvbases_hf.basis.info import BasisInfo
 from tvbases_hf.errors import MismatchError, MissingExtraError, ParameterError
-from tvbases_hf.info import BasisInfo
+from tvbases_hf.models.lora_files import adapter_tensors
 from tvbases_hf.storage.checkpoint import Checkpoint
 
 from .basis_state import LayerState, Selection, Table, check_not_merged, find
@@ -35,7 +36,7 @@ DEFAULT_NAME, SECOND_NAME = "default", "basis"
 SAME_BASE = 0.1
 
 
-def attach(atoms: AdapterAtoms, info: BasisInfo, model: Any, task: str | None, adapter_name: str | None) -> Any:
+def attach(basis: LoraBasis, model: Any, task: str | None = None, *, adapter_name: str | None = None) -> Any:
     """Put a basis on a model; the model is changed in place, and returned as a PeftModel.
 
     Args:
@@ -49,6 +50,7 @@ def attach(atoms: AdapterAtoms, info: BasisInfo, model: Any, task: str | None, a
         ParameterError: an unknown task, a name that is taken, a layer or a change that cannot be switched.
     """
     peft = _peft()
+    info, atoms = basis.info, basis.source
     row = _row(info, task)
     if atoms.whole:
         raise ParameterError(
@@ -79,10 +81,10 @@ def attach(atoms: AdapterAtoms, info: BasisInfo, model: Any, task: str | None, a
     return attached
 
 
-def select(info: BasisInfo, model: Any, task: str | None, adapter_name: str | None) -> None:
+def select(basis: LoraBasis, model: Any, task: str | None, *, adapter_name: str | None = None) -> None:
     """Switch to another task. Raises ParameterError where the basis is not attached, or its weights are merged."""
-    row = _row(info, task)
-    selection = find(_key(info), model, adapter_name)
+    row = _row(basis.info, task)
+    selection = find(_key(basis.info), model, adapter_name)
     check_not_merged(model, selection)
     if selection.is_mixed:
         raise ParameterError("the rows of the batch have tasks of their own inside mixed(); select before or after it")
@@ -91,13 +93,13 @@ def select(info: BasisInfo, model: Any, task: str | None, adapter_name: str | No
 
 @contextlib.contextmanager
 def mixed(
-    info: BasisInfo, model: Any, tasks: Sequence[str | None], repeat: int, adapter_name: str | None
+    basis: LoraBasis, model: Any, tasks: Sequence[str | None], *, repeat: int = 1, adapter_name: str | None = None
 ) -> Iterator[None]:
     """Inside, row i of every batch uses tasks[i]; generation too, with ``repeat`` beams or sequences for each row."""
-    rows = torch.tensor([_row(info, task) for task in tasks])
+    rows = torch.tensor([_row(basis.info, task) for task in tasks])
     if not len(rows) or repeat < 1:
         raise ParameterError("mixed() needs one task for each row of the batch, and a repeat of at least 1")
-    selection = find(_key(info), model, adapter_name)
+    selection = find(_key(basis.info), model, adapter_name)
     check_not_merged(model, selection)
     before = selection.rows, selection.repeat
     selection.rows, selection.repeat = rows, repeat

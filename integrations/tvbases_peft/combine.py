@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tvbases_hf.adapters.adapter import Adapter
-from tvbases_hf.adapters.out import Template, adapter_tensors
-from tvbases_hf.delta import Delta, add
+from tvbases_hf.algebra.delta import Delta, add
+from tvbases_hf.algebra.rank import RankRule
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Errors, Limits
-from tvbases_hf.rank import RankRule
+from tvbases_hf.models.adapter import Adapter
+from tvbases_hf.models.lora_files import Template, adapter_tensors
 
 from .loaded import DenseAdapter, task_vectors
 

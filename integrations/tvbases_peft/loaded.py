@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tvbases_hf.adapters.adapter import Adapter
-from tvbases_hf.adapters.names import Naming
-from tvbases_hf.delta import Delta, Dense
+from tvbases_hf.algebra.delta import Delta, Dense
 from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError, did_you_mean
+from tvbases_hf.models.adapter import Adapter
+from tvbases_hf.models.names import Naming
+from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint, TensorInfo
-from tvbases_hf.taskvector import TaskVectors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,7 +42,7 @@ ADDITIVE = frozenset(
 PLAIN_VARIANTS = ("Dora", "MiCA")
 
 
-def task_vectors(model: PeftModel, adapters: Sequence[str] | None = None) -> TaskVectors:
+def task_vectors(model: PeftModel, adapters: Sequence[str] | None = None) -> Vectors:
     """The task vectors of adapters (by default all) that are loaded in a PeftModel.
 
     LoRA and DoRA stay in their factors, with the scaling that the layers have now; LoHa, LoKr and other methods that
@@ -63,7 +63,7 @@ def task_vectors(model: PeftModel, adapters: Sequence[str] | None = None) -> Tas
             near = did_you_mean(name, model.peft_config)
             raise ParameterError(f'no adapter "{name}" is loaded{near}; there are {", ".join(model.peft_config)}')
     base, state = _base(model), model.state_dict()
-    return TaskVectors(base, {name: _adapter(model, name, base, state) for name in names})
+    return Vectors.of_models(base, {name: _adapter(model, name, base, state) for name in names})
 
 
 def import_peft() -> ModuleType:

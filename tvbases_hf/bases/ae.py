@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..algebra.linalg import condition_number, fix_signs, solve_psd, symmetric
 from ..errors import ParameterError
-from ..linalg import condition_number, fix_signs, solve_psd, symmetric
 from .adam import adam_encoder, check_recipe
 from .even import even_mixtures
 from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error

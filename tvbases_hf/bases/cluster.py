@@ -71,7 +71,7 @@ def cluster_bases(
         gram: [T, T] inner products of the task vectors.
         num_bases: how many clusters, or a fraction of T when below 1; None where the eigenvalues jump. Splitting
             opposite tasks can add to them.
-        inner: ``mean`` or ``sum``. Other inner methods are not linear: see ``tvbases_hf.clustered``.
+        inner: ``mean`` or ``sum``. Other inner methods are not linear: see ``tvbases_hf.basis.clusters``.
         split_below: a cluster with a cosine below this is split into its two directions.
         seed: of the spectral clustering.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..linalg import GRAM_CUTOFF, symmetric
+from ..algebra.linalg import GRAM_CUTOFF, symmetric
 
 # The sum of squares has local minima, so the search begins at many places: at fewer of them for many tasks, where it
 # takes longer and the minima are closer to one another.

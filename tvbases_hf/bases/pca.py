@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import fix_signs, symmetric
+from ..algebra.linalg import fix_signs, symmetric
 from .ae import fitted
 from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..algebra.linalg import condition_number
 from ..errors import ParameterError
-from ..linalg import condition_number
 
 # What a Gram matrix may be off by, relative to its size: as much as if it had been computed in float32.
 GRAM_TOLERANCE = 1e-6

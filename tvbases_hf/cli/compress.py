@@ -29,9 +29,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..adapters.basis import Request
     from ..basis import Basis
-    from ..taskvector import TaskVectors
+    from ..basis.adapters.compress import Request
+    from ..models.vectors import Vectors
 
 
 @app.command(
@@ -134,16 +134,16 @@ def compress(
     base, task, out = required("--base", base), required("--task", task), required("--out", out)
     if new:
         raise ParameterError(f"{new[0]}: plain paths go with --online; give --task NAME={new[0]}")
-    from ..adapters.basis import Request
     from ..bases.ae import SOLVERS, check_even_errors
     from ..bases.weights import resolve_num_bases
-    from ..basis import METHODS, Basis
-    from ..execution.device import find_device
-    from ..gram import gram_matrix
-    from ..info import is_basis_directory
-    from ..report import compression, print_compression, warn
+    from ..basis.adapters.compress import Request
+    from ..basis.basis import METHODS, Basis
+    from ..basis.info import is_basis_directory
+    from ..models.gram import gram_matrix
+    from ..models.vectors import Vectors, parse_tasks
+    from ..storage.device import find_device
     from ..storage.output import check_output
-    from ..taskvector import TaskVectors, parse_tasks
+    from .tables import compression, print_compression, warn
 
     # Whatever can be wrong is found before the long reading, not after it.
     check_json(json)
@@ -163,7 +163,7 @@ def compress(
     tasks = parse_tasks(task)
     resolve_num_bases(0.5 if num_bases is None else num_bases, len(tasks))
     targets = parse_targets(target or (), tasks)
-    vectors = TaskVectors.open(base, tasks, device=find_device(device))
+    vectors = Vectors.open(base, tasks, device=find_device(device))
     _check_kind(vectors, method, options, alpha=alpha, targets=targets, memory=memory)
     if targets:
         options["target_weights"] = targets
@@ -182,7 +182,7 @@ def compress(
 
 def _cluster_options(inner: str | None, split_below: float | None, seed: int) -> dict[str, Any]:
     from ..bases.cluster import INNER, SPLIT_BELOW, check_split
-    from ..merging import find_method
+    from ..merging.apply import find_method
 
     options = {
         "inner": inner or "mean",
@@ -196,7 +196,7 @@ def _cluster_options(inner: str | None, split_below: float | None, seed: int) ->
 
 
 def _check_kind(
-    vectors: TaskVectors,
+    vectors: Vectors,
     method: str | None,
     options: Mapping[str, Any],
     *,
@@ -221,7 +221,7 @@ def _check_kind(
         )
 
 
-def _built(vectors: TaskVectors, request: Request, **how: Any) -> Basis:
+def _built(vectors: Vectors, request: Request, **how: Any) -> Basis:
     """``how`` is what all ways to build take: dtype, gram, quiet."""
     from ..basis import Basis
 

@@ -45,11 +45,11 @@ def inspect(
 ) -> None:
     """How long and how similar task vectors are, how many bases they need, and whether the base is theirs."""
     from ..bases.weights import resolve_num_bases
-    from ..execution.device import find_device
-    from ..gram import gram_matrix
-    from ..layers import examine_layers
-    from ..report import inspection, warn
-    from ..taskvector import TaskVectors, parse_tasks
+    from ..models.gram import gram_matrix
+    from ..models.layers import examine_layers
+    from ..models.vectors import Vectors, parse_tasks
+    from ..storage.device import find_device
+    from .tables import inspection, warn
 
     check_json(json)
     check_file(plot, "--plot")
@@ -59,7 +59,7 @@ def inspect(
     place = find_device(device)
     if bounds and place.type != "cpu":
         raise ParameterError("--bounds are computed on the CPU; leave --device out")
-    vectors = TaskVectors.open(base, parse_tasks(task), device=place)
+    vectors = Vectors.open(base, parse_tasks(task), device=place)
     loaded, losses = _prepare(vectors.base, data or [], text_column, label_column, max_rows, batch_size)
     gram = gram_matrix(vectors, quiet=quiet)
     found = inspection(vectors, gram)
@@ -81,8 +81,8 @@ def _prepare(base: Any, data: list[str], *columns: Any) -> tuple[Any, dict[str, 
     """The base with its head, and the losses of the data that was given; nothing if none was."""
     if not data:
         return None, {}
-    from ..evaluation.taskfiles import Columns, TaskModel
-    from ..taskvector import parse_tasks
+    from ..learning.taskfiles import Columns, TaskModel
+    from ..models.vectors import parse_tasks
     from ..theory.hessian import cross_entropy
 
     read, sources = Columns(*columns), parse_tasks(data)
@@ -92,18 +92,18 @@ def _prepare(base: Any, data: list[str], *columns: Any) -> tuple[Any, dict[str, 
 
 def _show(found: dict[str, Any], measured: Any, plot: Path | None, html: Path | None, quiet: bool) -> None:
     """As tables on the terminal, as a picture and as a page; files are written by the first process."""
-    from ..execution.run import current
-    from ..report import print_inspection
+    from ..storage.run import current
+    from .tables import print_inspection
 
     tables = [functools.partial(print_inspection, found)]
     if measured:
-        from ..theory.report import print_bounds
+        from .bounds_table import print_bounds
 
         tables.append(functools.partial(print_bounds, measured))
     if (plot or html) and current().team.rank == 0:
-        from ..page import write_page
-        from ..plots import picture_of
         from ..storage.output import writing
+        from .page import write_page
+        from .plots import picture_of
 
         picture = picture_of(found)
         if plot:
@@ -137,16 +137,16 @@ def decompose(
     json: Json = None,
 ) -> None:
     """Split task vectors into what they share and what is unique to each (DeVec), as checkpoints."""
-    from ..components import is_components, write_components
-    from ..execution.device import find_device
-    from ..report import print_components, warn
-    from ..shared import Options
+    from ..merging.components import is_components, write_components
+    from ..methods.devec import Options
+    from ..models.vectors import Vectors, parse_tasks
+    from ..storage.device import find_device
     from ..storage.output import check_output
-    from ..taskvector import TaskVectors, parse_tasks
+    from .tables import print_components, warn
 
     options = Options(threshold, subspace, pool, side, rank)
     check_output(out, is_components)
-    vectors = TaskVectors.open(base, parse_tasks(task), device=find_device(device))
+    vectors = Vectors.open(base, parse_tasks(task), device=find_device(device))
     warn(vectors.coverage.notes())
     found = write_components(vectors, options, out, quiet=quiet)
     if not quiet:

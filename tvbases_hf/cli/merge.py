@@ -43,8 +43,8 @@ def merge(
     register()  # before anything that needs mergekit is imported: its message names the extra
     from tvbases_mergekit import native
 
-    from ..execution.device import find_device
-    from ..report import print_merge, warn
+    from ..storage.device import find_device
+    from .tables import print_merge, warn
 
     check_json(json)
     place = find_device(device)

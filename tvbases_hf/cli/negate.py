@@ -66,13 +66,13 @@ def negate(
     json: Json = None,
 ) -> None:
     """Forget a task: the base minus alpha times its vector, what is unique to it, or its AE reconstruction."""
-    from ..adapters.out import is_adapter_directory
-    from ..evaluation.directions import COMPONENTS, check_component
-    from ..report import warn
-    from ..shared import Options
+    from ..learning.directions import COMPONENTS, check_component
+    from ..methods.devec import Options
+    from ..models.lora_files import is_adapter_directory
+    from ..models.vectors import Vectors, parse_tasks
     from ..storage.model import is_edited_model
     from ..storage.output import check_output
-    from ..taskvector import TaskVectors, parse_tasks
+    from .tables import warn
 
     check_json(json)
     check_file(plot, "--plot")
@@ -94,7 +94,7 @@ def negate(
     if alpha is None:
         plan = Plan.of(target or [], control or [], data or [], scorer, continuations, limit, seed, batch_size)
         check_plan(plan)
-    vectors = TaskVectors.open(base, tasks)
+    vectors = Vectors.open(base, tasks)
     warn(vectors.coverage.notes())
     found = directions(vectors, request, quiet=quiet)
     report: dict[str, object] = {"base": base, "forget": forget, "component": component}

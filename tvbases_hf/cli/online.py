@@ -13,7 +13,7 @@ from .app import console
 from .options import check_json, parse_dtype, write_report
 
 if TYPE_CHECKING:
-    from ..online import OnlineBasis
+    from ..basis.online import OnlineBasis
 
 # Options of compress that an online basis has, and those that it keeps from its first task on.
 SHARED = ("online", "new", "base", "task", "quiet", "json")
@@ -22,7 +22,7 @@ FIXED = ("num_bases", "method", "balance", "solver", "seed", "dtype")
 
 def add_online(context: typer.Context) -> None:
     """Create the basis if there is none, then add the tasks one by one; each is told when it is on disk."""
-    from ..report import warn
+    from .tables import warn
 
     given = _given(context)
     chosen = context.params
@@ -61,7 +61,7 @@ def _given(context: typer.Context) -> dict[str, Any]:
 
 def _tasks(named: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
     """``--task NAME=PATH`` and plain paths, which are named by their last part."""
-    from ..taskvector import parse_tasks
+    from ..models.vectors import parse_tasks
 
     tasks = parse_tasks([*named, *(f"{Path(path).name}={path}" for path in paths)])
     if not tasks:
@@ -70,7 +70,7 @@ def _tasks(named: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
 
 
 def _opened(directory: Path, base: str | None, given: Mapping[str, Any]) -> OnlineBasis:
-    from ..online import OnlineBasis
+    from ..basis.online import OnlineBasis
 
     if directory.is_dir() and any(directory.iterdir()):
         basis = OnlineBasis.open(directory, base)
@@ -106,9 +106,9 @@ def _check_same(basis: OnlineBasis, given: Mapping[str, Any]) -> None:
 
 def _checked(basis: OnlineBasis, name: str, path: str) -> Any:
     """The task vectors of one model, so that all models fit before the first is added."""
-    from ..taskvector import TaskVectors, open_model
+    from ..models.vectors import Vectors, open_model
 
-    return TaskVectors(basis.base, {name: open_model(path, basis.base)})
+    return Vectors.of_models(basis.base, {name: open_model(path, basis.base)})
 
 
 def _report(basis: OnlineBasis) -> dict[str, Any]:

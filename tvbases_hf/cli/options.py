@@ -89,7 +89,7 @@ def check_file(file: Path | None, option: str) -> None:
 @contextlib.contextmanager
 def resources(threads: int | None, memory: str | None, resume: bool) -> Iterator[None]:
     """The block works with these, and with the other processes of this run if there are any."""
-    from ..execution.run import current, using
+    from ..storage.run import current, using
 
     run = current()
     limit = run.memory if memory is None else parse_size(memory)
@@ -112,8 +112,8 @@ def parse_size(text: str | None, option: str = "--memory") -> int | None:
 
 
 def write_report(file: Path | None, value: dict[str, Any]) -> None:
-    from ..execution.run import current
     from ..storage.output import write_json, writing
+    from ..storage.run import current
 
     if file is not None and current().team.rank == 0:
         with writing(file):

@@ -36,8 +36,8 @@ def plan(
 
     --base is a checkpoint, a Hub id, or the config.json of a causal language model.
     """
-    from ..execution import planning
-    from ..report import print_plan
+    from . import planning
+    from .tables import print_plan
 
     check_json(json)
     infos = planning.headers(base)

@@ -19,7 +19,7 @@ def team() -> Iterator[None]:
         from tvbases_accelerate import Processes
     except ImportError as error:
         raise MissingExtraError(f'accelerate is missing ({error}); pip install "tvbases-hf[accelerate]"') from error
-    from ..execution.run import Run, using
+    from ..storage.run import Run, using
 
     processes = Processes()
     try:

@@ -70,13 +70,13 @@ def mix_styles(
     json: Json = None,
 ) -> None:
     """Mix style LoRAs by what is unique to each, so that what they share does not add up. No model is loaded."""
-    from ..report import warn
-    from ..shared import Options
+    from ..methods.devec import Options
+    from ..models.vectors import parse_tasks
     from ..storage.output import check_output_file
     from ..styles.mixed_file import is_mix, write_mix
     from ..styles.mixing import Recipe, Styles, parse_scales
     from ..styles.report import print_styles
-    from ..taskvector import parse_tasks
+    from .tables import warn
 
     check_json(json)
     check_output_file(out, is_mix)

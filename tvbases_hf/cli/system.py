@@ -15,7 +15,7 @@ from .options import Json, Quiet, check_json, write_report
 @app.command(epilog="Example: tvbases doctor")
 def doctor(json: Json = None) -> None:
     """Versions of everything that matters, which extras are here, whether the hook is installed, free disk."""
-    from ..doctor import examine, print_findings
+    from .doctor import examine, print_findings
 
     check_json(json)
     found = examine()
@@ -32,7 +32,7 @@ def demo(
 ) -> None:
     """The main job on real weights: fine-tune a small model on eight tasks, compress, merge with mergekit, compare."""
     try:
-        from ..demo import run_demo
+        from tvbases_demo import run_demo
     except ImportError as error:
         raise MissingExtraError(f'the demo needs more packages ({error}); pip install "tvbases-hf[demo]"') from error
 

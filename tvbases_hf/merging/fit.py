@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..adapters.out import Template, nonzero
-from ..delta import Delta, Dense, Dora, LowRank, blocks, dense, square_norm
-from ..grouping import group_of, in_order
-from ..rank import RankRule
+from ..algebra.delta import Delta, Dense, Dora, LowRank, blocks, dense, square_norm
+from ..algebra.rank import RankRule
+from ..algebra.svd import svd
+from ..models.grouping import group_of, in_order
+from ..models.lora_files import Template, nonzero
 from ..storage.checkpoint import Checkpoint
-from ..svd import svd
 
 
 @dataclass(frozen=True)

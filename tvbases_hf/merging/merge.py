@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..delta import PIECE_BYTES, Delta, Dense, LowRank, pieces
-from ..gram import not_finite
+from ..algebra.delta import PIECE_BYTES, Delta, Dense, LowRank, pieces
+from ..models.gram import not_finite
+from ..models.vectors import Vectors
 from ..storage.output import write_json
-from ..taskvector import TaskVectors
 from ..version import library_version
 
 MARKER = "tvbases_merge.json"
@@ -35,7 +35,7 @@ class Merge:
     with a piece of every model in memory.
     """
 
-    vectors: TaskVectors
+    vectors: Vectors
     combine: Callable[[str, Sequence[Delta]], Delta]
     names: tuple[str, ...]
     method: str

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter import Adapter
-from ..adapters.out import Template, adapter_tensors, write_adapter
-from ..delta import Delta, Dora, LowRank
+from ..algebra.delta import Delta, Dora, LowRank
 from ..errors import ParameterError
-from ..execution.progress import track
+from ..models.adapter import Adapter
+from ..models.lora_files import Template, adapter_tensors, write_adapter
 from ..storage.model import stream_model
 from ..storage.output import transaction
+from ..storage.progress import track
 from .card import model_card
 from .fit import Errors, Limits
 from .merge import Merge, is_merge, leave_marker

@@ -1,1 +1,1 @@
-"""Checkpoints read lazily by name, and directories that are written whole or not at all."""
+"""Bytes, threads and processes: models read by tensor, directories written whole or not at all."""

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..delta import BLOCK_NUMBERS
-from ..execution.parallel import written
+from ..algebra.delta import BLOCK_NUMBERS
 from .checkpoint import Checkpoint, TensorInfo
 from .output import transaction, write_json
+from .parallel import written
 from .tensor_files import TensorFiles
 
 # Consecutive pieces of one flattened tensor's change, of any sizes; None for a tensor that stays.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, TeamError
-from ..execution.run import current, once
 from .journal import Journal, is_of, job_key
+from .run import current, once
 
 # What an old output is called while the new one takes its place, where the two cannot be exchanged in one step.
 ASIDE = "-old"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..delta import Delta, LowRank, square_norm
+from ..algebra.delta import Delta, LowRank, square_norm
 from ..errors import CheckpointError, MissingExtraError
 from ..storage.checkpoint import Checkpoint
 from .lora_layers import LoraLayers, read_checked

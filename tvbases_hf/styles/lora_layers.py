@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import dora_change
-from ..adapters.config import LoraOptions
-from ..delta import Delta, Dense, LowRank
+from ..algebra.delta import Delta, Dense, LowRank
 from ..errors import CheckpointError, MismatchError
+from ..models.adapter import dora_change
+from ..models.lora_config import LoraOptions
 from ..storage.checkpoint import Checkpoint
 
 A, B, BIAS, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "alpha"

@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..adapters.adapter import PREFIX
-from ..adapters.config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
 from ..errors import CheckpointError
+from ..models.adapter import PREFIX
+from ..models.lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
 from ..storage.checkpoint import Checkpoint, locate
 
 Source = str | Path | Mapping[str, Tensor]

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..delta import LowRank
-from ..execution.progress import track
+from ..algebra.delta import LowRank
 from ..storage.checkpoint import TensorInfo
 from ..storage.output import file_transaction
+from ..storage.progress import track
 from ..storage.tensor_files import TensorFiles
 from ..version import library_version
 from .lora_layers import BIAS, A, B

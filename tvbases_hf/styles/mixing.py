@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..delta import Delta, LowRank, dense
+from ..algebra.delta import Delta, LowRank, dense
+from ..algebra.linalg import negligible
 from ..errors import CheckpointError, MismatchError, ParameterError
-from ..linalg import negligible
-from ..shared import MIN_SIDE, Decomposition, Options, WholeSpaceError, decompose
+from ..methods.devec import MIN_SIDE, Decomposition, Options, WholeSpaceError, decompose
 from .diffusers_files import open_lora
 from .lora_layers import BIAS_SUFFIX, LoraLayers
 from .lora_source import Source

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..delta import LowRank, square_norm
+from ..algebra.delta import LowRank, square_norm
 from ..errors import ParameterError
-from ..shared import Options, WholeSpaceError, chance_limit, chance_share, decompose
+from ..methods.devec import Options, WholeSpaceError, chance_limit, chance_share, decompose
 from .mixing import Part, Recipe, Styles
 
 BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.)")

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..algebra.delta import add, dense
 from ..bases import ae_bases
-from ..delta import add, dense
 from ..errors import ParameterError, did_you_mean
-from ..evaluation.inplace import Change, InPlace
-from ..gram import Gram, gram_matrix
-from ..taskvector import TaskVectors
+from ..learning.inplace import Change, InPlace
+from ..models.gram import Gram, gram_matrix
+from ..models.vectors import Vectors
 from .hessian import MAX_ITERATIONS, TOLERANCE, Terms, TopEigenvalue, gradient, mean_loss, top_eigenvalue
 from .theorems import (
     Constants,
@@ -88,7 +88,7 @@ class Bounds:
 
 def measure_bounds(
     model: nn.Module,
-    vectors: TaskVectors,
+    vectors: Vectors,
     losses: Mapping[str, Terms],
     num_bases: int,
     *,
@@ -134,7 +134,7 @@ class _Lab:
     """Evaluates theta_0 + sum_i w_i tau_i, each once, and knows gradients and distances."""
 
     def __init__(
-        self, place: InPlace, vectors: TaskVectors, gram: Tensor, losses: Mapping[str, Terms], quiet: bool
+        self, place: InPlace, vectors: Vectors, gram: Tensor, losses: Mapping[str, Terms], quiet: bool
     ) -> None:
         self.place, self.vectors, self.gram, self.losses = place, vectors, gram, losses
         self.eye = torch.eye(len(vectors), dtype=torch.float64)

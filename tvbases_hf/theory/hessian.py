@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..errors import ParameterError
-from ..evaluation.data import TaskData
-from ..evaluation.inplace import Reparametrised, weights_of
+from ..learning.data import TaskData
+from ..learning.inplace import Reparametrised, weights_of
 
 Terms = Callable[[Any], Iterator[tuple[Tensor, int]]]
 """A loss: for every batch the sum over its examples, and how many these are; the loss is sum / number."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tvbases_hf.adapters.basis import Request, compress_adapters
+from tvbases_hf.algebra.delta import add
 from tvbases_hf.basis import Basis
-from tvbases_hf.delta import add
+from tvbases_hf.basis.adapters.compress import Request, compress_adapters
 
 from .runner import Answer, Question, Study
 from .settings import Settings

@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from tvbases_hf.merging import merged
-from tvbases_hf.vectors import Vectors
+from tvbases_hf.merging.apply import merged
+from tvbases_hf.models.vectors import Vectors
 
 from .kinds import ALL, KINDS, SIDES, bytes_of, kept, vectors_of, weights_of
 from .runner import Answer, Question, Study

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tvbases_hf.demo.encoder import problem_data
+from tvbases_demo.encoder import problem_data
 from tvbases_hf.theory.bounds import measure_bounds
 from tvbases_hf.theory.hessian import cross_entropy
 

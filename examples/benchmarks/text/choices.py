@@ -6,12 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
+from tvbases_demo import encoder
 from tvbases_hf.bases import ae_bases
-from tvbases_hf.demo import encoder
-from tvbases_hf.evaluation.coefficients import climb
-from tvbases_hf.evaluation.data import stratified
-from tvbases_hf.merging import merged
-from tvbases_hf.vectors import Vectors
+from tvbases_hf.learning.coefficients import climb
+from tvbases_hf.learning.data import stratified
+from tvbases_hf.merging.apply import merged
 
 from . import addition
 from .kinds import KINDS, vectors_of, weights_of
@@ -47,7 +46,7 @@ def accuracy_at_temperature(workshop: Workshop, question: Question) -> Answer:
     """The paper's recipe; varpro's optimum does not depend on the temperature."""
     gram, m = workshop.gram(), workshop.settings.half
     found = ae_bases(gram, m, solver="adam", balance=False, temperature=question["temperature"])
-    vectors = Vectors.mixed(workshop.vectors(), found)
+    vectors = workshop.vectors().mixed(found)
     tuned = workshop.tuned(merged(vectors, "task_arithmetic"), start_of(m, len(vectors.tasks)))
     effective = found.effective_weights
     return {

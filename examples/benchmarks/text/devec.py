@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from tvbases_hf.delta import square_norm
-from tvbases_hf.merging import merged
-from tvbases_hf.merging.adamerging import adamerging, with_shared
-from tvbases_hf.shared import Options, chance_share, column_space, project, shared_subspace
-from tvbases_hf.vectors import Vectors
+from tvbases_hf.algebra.delta import square_norm
+from tvbases_hf.learning.adamerging import adamerging, with_shared
+from tvbases_hf.merging.apply import merged
+from tvbases_hf.methods.devec import Options, chance_share, column_space, project, shared_subspace
+from tvbases_hf.models.vectors import Vectors
 
 from .kinds import ALL, vectors_of
 from .runner import Answer, Question, Study

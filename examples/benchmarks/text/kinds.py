@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tvbases_demo.compare import selections
 from tvbases_hf.bases import BasisWeights, ae_bases, pca_bases, pca_positive
-from tvbases_hf.demo.compare import selections
-from tvbases_hf.vectors import Vectors
+from tvbases_hf.models.vectors import Vectors
 
 from .workshop import Workshop
 
@@ -51,8 +51,8 @@ def vectors_of(
     """The task vectors, their bases, or their reconstructions from these."""
     vectors = workshop.vectors(seed)
     if kind == ALL:
-        return Vectors.of_tasks(vectors)
-    return Vectors.mixed(vectors, weights_of(workshop, kind, num_bases, seed, draw), over)
+        return vectors
+    return vectors.mixed(weights_of(workshop, kind, num_bases, seed, draw), over)
 
 
 def kept(kind: str, num_bases: int, over: str) -> int:

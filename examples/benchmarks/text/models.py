@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tvbases_hf.demo import encoder, store
-from tvbases_hf.demo.encoder import Examples, Problem
-from tvbases_hf.evaluation.data import TaskData
-from tvbases_hf.evaluation.training import fine_tune
+from tvbases_demo import encoder, store
+from tvbases_demo.encoder import Examples, Problem
+from tvbases_hf.learning.data import TaskData
+from tvbases_hf.learning.training import fine_tune
 from tvbases_hf.storage.output import transaction, write_json
 
 from .settings import Recipe

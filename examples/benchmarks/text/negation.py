@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tvbases_hf.algebra.delta import Dense, add
 from tvbases_hf.bases import ae_bases, pca_bases
 from tvbases_hf.bases.ae import fitted
 from tvbases_hf.bases.random import gaussian_rows
-from tvbases_hf.delta import Dense, add
-from tvbases_hf.evaluation.inplace import Change
+from tvbases_hf.learning.inplace import Change
 
 from .kinds import random_span
 from .runner import Answer, Question, Study

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tvbases_hf.online import OnlineBasis
+from tvbases_hf.basis.online import OnlineBasis
 
 from . import models
 from .runner import Answer, Question, Study

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from tvbases_hf.evaluation.data import TaskData
-from tvbases_hf.merging.atlas import atlas
+from tvbases_hf.learning.atlas import atlas
+from tvbases_hf.learning.data import TaskData
 
 from . import models
 from .kinds import ALL, vectors_of

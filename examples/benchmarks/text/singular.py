@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from tvbases_hf.allocate import Spectra, ranks_by_budget, ranks_by_rule, spectra
-from tvbases_hf.evaluation.inplace import Change
-from tvbases_hf.merging import merged
-from tvbases_hf.rank import RankRule
-from tvbases_hf.singular import truncate
+from tvbases_hf.algebra.rank import RankRule
+from tvbases_hf.basis.ranks import Spectra, ranks_by_budget, ranks_by_rule, spectra
+from tvbases_hf.learning.inplace import Change
+from tvbases_hf.merging.apply import merged
+from tvbases_hf.methods.tsv import truncate
 
 from .kinds import ALL, vectors_of
 from .runner import Answer, Question, Study

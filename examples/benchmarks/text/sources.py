@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tvbases_hf.demo.tasks import TASKS, make_task
+from tvbases_demo.tasks import TASKS, make_task
 from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError
 
 Task = dict[str, Any]

@@ -12,10 +12,11 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from tvbases_hf.merging import DATA_METHODS, METHODS, merged
-from tvbases_hf.merging.learned import held
-from tvbases_hf.merging.localize import Stitched
-from tvbases_hf.vectors import Vectors
+from tvbases_hf.learning.learned import held
+from tvbases_hf.learning.localize import Stitched
+from tvbases_hf.learning.with_data import DATA_METHODS
+from tvbases_hf.merging.apply import METHODS, merged
+from tvbases_hf.models.vectors import Vectors
 
 from .kinds import ALL, KINDS, bytes_of, kept, vectors_of
 from .runner import Answer, Question, Study

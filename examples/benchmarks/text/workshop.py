@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tvbases_hf import TaskVectors, gram_matrix
-from tvbases_hf.demo import encoder
-from tvbases_hf.demo.encoder import Problem
-from tvbases_hf.evaluation.coefficients import grid_search
-from tvbases_hf.evaluation.data import TaskData
-from tvbases_hf.evaluation.inplace import Change, InPlace
+from tvbases_demo import encoder
+from tvbases_demo.encoder import Problem
+from tvbases_hf import Vectors, gram_matrix
+from tvbases_hf.learning.coefficients import grid_search
+from tvbases_hf.learning.data import TaskData
+from tvbases_hf.learning.inplace import Change, InPlace
 
 from . import models, sources
 from .settings import ALPHAS, START, Settings
@@ -73,10 +73,10 @@ class Workshop:
         return models.model_path(self.workdir, kind, seed, task)
 
     @functools.cache  # noqa: B019 - a workshop lives as long as its process
-    def vectors(self, seed: int = 0, kind: str = "full") -> TaskVectors:
+    def vectors(self, seed: int = 0, kind: str = "full") -> Vectors:
         """The task vectors of the tasks that are merged."""
         paths = {task: self.path(task, seed, kind) for task in self.settings.tasks}
-        return TaskVectors.open(models.base_model(self.workdir), paths)
+        return Vectors.open(models.base_model(self.workdir), paths)
 
     @functools.cache  # noqa: B019
     def gram(self, seed: int = 0, kind: str = "full") -> Tensor:

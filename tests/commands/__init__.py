@@ -1,0 +1,1 @@
+"""Commands run in this process, killed, or as several processes."""

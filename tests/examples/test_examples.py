@@ -1,0 +1,60 @@
+"""The examples run as they are, and every YAML example is accepted by the check that precedes a merge."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tvbases_hf.basis import Basis
+from tvbases_mergekit.command import merge
+from zoo.hf_models import fine_tunes, make_bert, read_state, save_state
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yml"))
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with models of the names in the examples."""
+    directory = tmp_path_factory.mktemp("examples")
+    base = make_bert(directory / "base")
+    states = fine_tunes(read_state(base), 4, seed=0)
+    for name, state in zip(("math", "code", "chat", "law"), states, strict=True):
+        save_state(directory / name, state, base)
+    return directory
+
+
+def test_quickstart_restores_a_task_within_the_error_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runpy.run_path(str(ROOT / "examples" / "quickstart.py"))["main"](tmp_path)
+    printed = capsys.readouterr().out
+    basis = Basis.from_pretrained(tmp_path / "basis")
+    assert f"code: relative error {basis.info.task_error[1]:.1%}" in printed
+    assert (tmp_path / "code-restored" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_yaml_example_merges(config: Path, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(family)
+    merge([str(config), str(tmp_path / "merged"), "--quiet"])
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_there_are_yaml_examples() -> None:
+    assert len(CONFIGS) >= 5
+
+
+def test_the_style_example_trains_mixes_draws_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = runpy.run_path(str(ROOT / "examples" / "flux_style_mixing.py"))
+    given = ["--quick", "--quiet", "--images", "10", "--threads", "1", "--workdir", str(tmp_path)]
+    found = example["main"]([*given, "--out", str(tmp_path / "styles.png")])
+    assert (tmp_path / "styles.png").stat().st_size > 1000
+    assert set(found["alone"]) == {"base", *example["FAMILY"], *example["APART"]}
+    assert len(found["mixes"]) == len(example["MIXES"]) * len(example["WAYS"])
+    assert "all four: unique + one copy" in capsys.readouterr().out

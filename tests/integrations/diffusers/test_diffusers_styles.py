@@ -1,0 +1,475 @@
+"""Styles mixed in a pipeline: exact, live, saved as stock diffusers loads them, and gone without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tvbases_diffusers import mix_styles, set_style_scales, unload_styles
+from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError, TvbasesError
+from tvbases_hf.styles.mixed_file import read_recipe
+from zoo.lora_files import kohya, write
+from zoo.peft_models import relative
+from zoo.pipelines import (
+    CONV,
+    FLUX_MODULES,
+    TEXT,
+    UNET_MODULES,
+    added,
+    dense_unique,
+    flux_image,
+    flux_pipeline,
+    products,
+    style,
+    unet_image,
+    unet_pipeline,
+)
+
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def flux() -> Any:
+    return flux_pipeline()
+
+
+@pytest.fixture(autouse=True)
+def _clean(flux: Any) -> Iterator[None]:
+    yield
+    flux.unload_lora_weights()
+    vars(flux).pop("_tvbases_styles", None)
+
+
+def two(**how: Any) -> dict[str, dict[str, Tensor]]:
+    return {name: style(seed, FLUX_MODULES, **how) for seed, name in enumerate("ab")}
+
+
+def assert_adds(pipe: Any, expected: Mapping[str, Tensor], component: str = "transformer") -> None:
+    found = added(pipe, component=component)
+    assert set(found) == set(expected)
+    for module, delta in found.items():
+        assert relative(delta, expected[module]) <= EXACT, module
+
+
+def unique(states: Mapping[str, Mapping[str, Tensor]], scales: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+    """The dense decomposition's mix."""
+    numbers = [(scales or {}).get(name, 1.0) for name in states]
+    changes = [products(state) for state in states.values()]
+    return {
+        module: torch.stack(
+            [s * u for s, u in zip(numbers, dense_unique(c[module] for c in changes), strict=True)]
+        ).sum(0)
+        for module in changes[0]
+    }
+
+
+def state_of(pipe: Any) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor.clone()
+        for name in ("transformer", "unet", "text_encoder")
+        if getattr(pipe, name, None) is not None
+        for key, tensor in getattr(pipe, name).state_dict().items()
+    }
+
+
+def assert_same_state(pipe: Any, before: Mapping[str, Tensor]) -> None:
+    now = state_of(pipe)
+    assert list(now) == list(before)
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+# What is loaded
+
+
+def test_the_adapter_is_the_dense_mix_and_changes_the_picture(flux: Any) -> None:
+    plain = flux_image(flux)
+    states = two()
+    mix = mix_styles(flux, states, scales={"b": 1.2})
+    assert_adds(flux, unique(states, {"b": 1.2}))
+    assert flux.get_active_adapters() == ["styles"]
+    assert float((flux_image(flux) - plain).norm()) > 0.1
+    assert 0.1 < mix.report["shared"]["all"]["a"] < 0.9
+
+
+def test_full_is_what_set_adapters_adds_up_and_unique_is_not(flux: Any) -> None:
+    states = two()
+    for name, state in states.items():
+        flux.load_lora_weights(dict(state), adapter_name=name)
+    flux.set_adapters(["a", "b"], [1.0, 0.5])
+    vanilla = flux_image(flux)
+    mix = mix_styles(flux, states, "full", scales={"b": 0.5})
+    full = flux_image(flux)
+    mix.unload()
+    mix_styles(flux, states, scales={"b": 0.5})
+    assert torch.allclose(full, vanilla, atol=1e-4)
+    assert not torch.allclose(flux_image(flux), vanilla, atol=1e-2)
+
+
+def test_adapters_that_are_loaded_are_styles_at_their_own_strength(flux: Any) -> None:
+    states = two()
+    for name, state in states.items():
+        flux.load_lora_weights(dict(state), adapter_name=name)
+    flux.set_adapters(["a"], [0.3])
+    before, picture = state_of(flux), flux_image(flux)
+    mix_styles(flux, {"first": "a", "second": states["b"]})
+    assert_adds(flux, unique(states))
+    unload_styles(flux)
+    assert_same_state(flux, before)
+    assert flux.get_active_adapters() == ["a"] and torch.equal(flux_image(flux), picture)
+
+
+def test_rslora_and_alphas_of_loaded_adapters_count_once(flux: Any) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["to_q"], init_lora_weights=False)
+    flux.transformer.add_adapter(config, adapter_name="a")
+    own = added(flux, "a")
+    mix_styles(flux, {"a": "a", "b": two()["b"]}, "full", scales={"b": 0.0})
+    found = added(flux)
+    for module, delta in own.items():
+        assert relative(found[module], delta) <= EXACT
+
+
+def test_half_precision_pipelines_hold_the_rounded_mix() -> None:
+    pipe = flux_pipeline(torch.bfloat16)
+    states = two()
+    mix = mix_styles(pipe, states)
+    found, expected = added(pipe), unique(states)
+    assert all(relative(found[module], delta) <= 2**-7 for module, delta in expected.items())
+    mix.set_style_scales({"a": 0.0})
+    mix.set_style_scales({"a": 1.0})
+    assert all(torch.equal(a, b) for a, b in zip(added(pipe).values(), found.values(), strict=True)), "no drift"
+
+
+def test_a_unet_takes_styles_with_convolutions_and_its_text_encoder(tmp_path: Path) -> None:
+    pipe = unet_pipeline()
+    before, plain = state_of(pipe), unet_image(pipe)
+    states = {}
+    for seed, name in enumerate("ab"):
+        conv = style(seed, {CONV: (32, 32 * 9)}, "unet")
+        conv = {n: t.reshape(*t.shape[:1], -1, *((3, 3) if "lora_A" in n else (1, 1))) for n, t in conv.items()}
+        states[name] = style(seed, UNET_MODULES, "unet") | conv | style(seed, TEXT, "text_encoder")
+    mix = mix_styles(pipe, states)
+    expected = unique(states)
+    assert_adds(pipe, {m: d for m, d in expected.items() if m.startswith("unet.")}, "unet")
+    text = added(pipe, component="text_encoder")
+    assert relative(next(iter(text.values())), expected[f"text_encoder.{next(iter(TEXT))}"]) <= EXACT
+    assert float((unet_image(pipe) - plain).norm()) > 0.1
+    mix.save(tmp_path / "mix.safetensors")
+    mix.unload()
+    assert_same_state(pipe, before)
+    assert torch.equal(unet_image(pipe), plain)
+    pipe.load_lora_weights(tmp_path / "mix.safetensors", adapter_name="styles")
+    assert_adds(pipe, {m: d for m, d in expected.items() if m.startswith("unet.")}, "unet")
+    text = added(pipe, component="text_encoder")
+    assert relative(next(iter(text.values())), expected[f"text_encoder.{next(iter(TEXT))}"]) <= EXACT
+
+
+def test_flux2_takes_styles() -> None:
+    from diffusers import Flux2Pipeline, Flux2Transformer2DModel
+
+    sizes: Any = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    transformer = Flux2Transformer2DModel(in_channels=16, joint_attention_dim=32, axes_dims_rope=(4, 4, 4, 4), **sizes)
+    nothing: Any = None
+    pipe = Flux2Pipeline(nothing, nothing, nothing, nothing, transformer)
+    modules = {"transformer_blocks.0.attn.to_q": (32, 32)}
+    states = {name: style(seed, modules) for seed, name in enumerate("ab")}
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    mix = mix_styles(pipe, states)
+    assert_adds(pipe, unique(states))
+    mix.unload()
+    assert list(before) == list(transformer.state_dict())
+
+
+# Live
+
+
+def test_scales_are_live_and_nothing_is_decomposed_again(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = two()
+    plain = flux_image(flux)
+    mix = mix_styles(flux, states)
+    first = flux_image(flux)
+    monkeypatch.setattr("tvbases_hf.styles.mixing.decompose", None)
+    set_style_scales(flux, {"a": 0.25})
+    assert mix.scales == {"a": 0.25, "b": 1.0}
+    assert_adds(flux, unique(states, {"a": 0.25}))
+    set_style_scales(flux, {"a": 0.0, "b": 0.0})
+    assert torch.equal(flux_image(flux), plain)
+    set_style_scales(flux, {"a": 1.0, "b": 1.0})
+    assert torch.equal(flux_image(flux), first), "scales do not wear the factors out"
+
+
+def test_unload_restores_the_pipeline_bit_for_bit(flux: Any) -> None:
+    before, plain = state_of(flux), flux_image(flux)
+    modules = [type(module) for module in flux.transformer.modules()]
+    mix = mix_styles(flux, two())
+    mix.schedule({"a": [1.0, 0.0]})
+    flux_image(flux)
+    mix.unload()
+    mix.unload()
+    assert_same_state(flux, before)
+    assert [type(module) for module in flux.transformer.modules()] == modules
+    assert torch.equal(flux_image(flux), plain)
+    with pytest.raises(ParameterError, match="was unloaded"):
+        mix.set_style_scales({"a": 1.0})
+    with pytest.raises(ParameterError, match="no styles are mixed"):
+        set_style_scales(flux, {"a": 1.0})
+
+
+def test_saved_mixes_load_in_stock_diffusers_with_their_recipe(flux: Any, tmp_path: Path) -> None:
+    states = two() | {"c": style(5, {"context_embedder": (32, 32)})}
+    mix = mix_styles(flux, states, scales={"a": 0.5})
+    wanted, picture = added(flux), flux_image(flux)
+    mix.save(tmp_path / "mix.safetensors")
+    mix.unload()
+    flux.load_lora_weights(str(tmp_path / "mix.safetensors"), adapter_name="styles")
+    assert_adds(flux, wanted)
+    assert torch.allclose(flux_image(flux), picture, atol=1e-4)
+    recipe = read_recipe(tmp_path / "mix.safetensors")
+    assert recipe is not None and recipe["styles"]["a"] == {"scale": 0.5, "source": "state dict"}
+
+
+# Schedules
+
+
+def test_a_schedule_gives_every_step_its_scales(flux: Any) -> None:
+    mix = mix_styles(flux, two())
+    constant = flux_image(flux, steps=4)
+    seen: list[tuple[int, int]] = []
+
+    def curve(step: int, steps: int) -> float:
+        seen.append((step, steps))
+        return 1.0
+
+    mix.schedule({"a": curve, "b": 1.0})
+    assert torch.equal(flux_image(flux, steps=4), constant)
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    mix.schedule({"a": [1.0, 0.0]})
+    early = flux_image(flux, steps=4)
+    mix.schedule({"a": lambda step, steps: float(step < 2)})
+    assert torch.equal(flux_image(flux, steps=4), early), "a list is spread over the steps"
+    assert not torch.allclose(early, constant, atol=1e-3)
+    assert torch.equal(flux_image(flux, steps=4), early), "the next picture begins at step 0 again"
+    mix.schedule(None)
+    assert torch.equal(flux_image(flux, steps=4), constant)
+
+
+def test_a_scheduled_step_is_the_step_of_a_pipeline_with_these_scales(flux: Any) -> None:
+    """Against scales that are set by hand from diffusers' own callback."""
+    mix = mix_styles(flux, two())
+    values = [0.2, 1.5, -0.5]
+    mix.schedule({"b": values})
+    scheduled = flux_image(flux, steps=3)
+    mix.set_style_scales({"b": values[0]})
+
+    def by_hand(pipe: Any, step: int, _: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        mix.set_style_scales({"b": values[min(step + 1, 2)]})
+        return kwargs
+
+    assert torch.equal(flux_image(flux, steps=3, callback_on_step_end=by_hand), scheduled)
+
+
+def test_schedulers_that_do_not_count_are_followed_by_their_timesteps() -> None:
+    pipe = unet_pipeline()
+    assert not hasattr(pipe.scheduler, "step_index")
+    states = {name: style(seed, UNET_MODULES, "unet") for seed, name in enumerate("ab")}
+    seen: list[int] = []
+    mix_styles(pipe, states).schedule({"a": lambda step, steps: float(seen.append(step) or 1.0)})
+    unet_image(pipe, steps=3)
+    assert seen == [0, 1, 2], "guidance runs both prompts in one pass here"
+
+
+# The modular block
+
+
+def test_the_modular_block_mixes_once_and_follows_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.modular_pipelines import SequentialPipelineBlocks
+    from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
+
+    from tvbases_diffusers import MixStylesStep
+
+    blocks: Any = SequentialPipelineBlocks.from_blocks_dict(
+        {"styles": MixStylesStep(), "denoise": FluxCoreDenoiseStep()}
+    )
+    pipe = blocks.init_pipeline()
+    whole = flux_pipeline()
+    pipe.update_components(transformer=whole.transformer, scheduler=whole.scheduler, text_encoder=whole.text_encoder)
+    embeds = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(3))
+    sizes: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "output": "latents"}
+
+    def image(**inputs: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return pipe(prompt_embeds=embeds, pooled_prompt_embeds=embeds[:, 0], generator=generator, **sizes, **inputs)
+
+    plain = image()
+    states = two()
+    assert not torch.allclose(image(styles=states, style_scales={"b": 0.5}), plain, atol=1e-2)
+    assert_adds(pipe, unique(states, {"b": 0.5}))
+    monkeypatch.setattr("tvbases_hf.styles.mixing.decompose", None)
+    image(styles=states, style_scales={"a": 2.0, "b": [1.0, 0.0]})
+    assert_adds(pipe, unique(states, {"a": 2.0, "b": 0.0}))
+    monkeypatch.undo()
+    image(styles=states, style_options={"component": "full"})
+    assert_adds(pipe, {m: sum(products(s)[m] for s in states.values()) for m in products(states["a"])})  # type: ignore[misc]
+    assert torch.equal(image(), plain) and added(pipe) == {}
+    with pytest.raises(ParameterError, match="without styles"):
+        image(style_scales={"a": 1.0})
+
+
+# Bad input
+
+
+def wrong_shape() -> dict[str, Tensor]:
+    return style(0, {"transformer_blocks.0.attn.to_q": (48, 32)})
+
+
+BAD: dict[str, tuple[Any, type[TvbasesError], str]] = {
+    "one style": (lambda path: {"a": two()["a"]}, ParameterError, "1 style given"),
+    "another architecture": (
+        lambda path: {n: style(i, {"layers.0.mixer": (32, 32)}) for i, n in enumerate("ab")},
+        MismatchError,
+        "1 of 1 modules do not fit this FluxTransformer2DModel .first: layers.0.mixer is not in it",
+    ),
+    "other shapes": (lambda path: {"a": wrong_shape(), "b": wrong_shape()}, MismatchError, r"is \[32, 32\] in it and"),
+    "a UNet's": (
+        lambda path: {n: style(i, UNET_MODULES, "unet") for i, n in enumerate("ab")},
+        MismatchError,
+        "changes the unet, which FluxPipeline loads no LoRAs into",
+    ),
+    "two models": (lambda path: {"a": two()["a"], "b": style(0, UNET_MODULES, "unet")}, MismatchError, "different"),
+    "two shapes": (lambda path: {"a": two()["a"], "b": wrong_shape()}, MismatchError, "cannot be mixed"),
+    "a text file": (lambda path: {"a": two()["a"], "b": str(path / "notes.txt")}, CheckpointError, "notes.txt"),
+    "no such file": (lambda path: {"a": two()["a"], "b": str(path / "b.safetensors")}, CheckpointError, "no such file"),
+    "keys left over": (
+        lambda path: {"a": two()["a"], "b": kohya({"lora_unet_double_blocks_0_of_tomorrow": (8, 8)})},
+        CheckpointError,
+        "cannot translate its names",
+    ),
+    "ranks that differ in a module": (
+        lambda path: {"a": two()["a"], "b": two()["b"] | {_key("B"): torch.ones(32, 5)}},
+        CheckpointError,
+        "do not fit",
+    ),
+    "NaN": (lambda path: {"a": two()["a"], "b": two()["b"] | {_key("B"): torch.full((32, 4), torch.nan)}},
+            CheckpointError, "NaN"),
+    "DoRA": (lambda path: {"a": two()["a"], "b": two()["b"] | {_dora(): torch.ones(32)}}, CheckpointError, "are DoRA"),
+    "DoRA of kohya": (
+        lambda path: {"a": two()["a"], "b": two()["b"] | {"transformer.x.dora_scale": torch.ones(32)}},
+        CheckpointError, "DoRA in kohya's form",
+    ),
+    "a second text encoder": (
+        lambda path: {"a": two()["a"], "b": two()["b"] | style(0, TEXT, "text_encoder_2")},
+        MismatchError,
+        "changes the text_encoder_2",
+    ),
+    "identical styles": (lambda path: {"a": two()["a"], "b": two()["a"]}, ParameterError, "is empty"),
+    "zeros": (
+        lambda path: {n: {k: 0 * t for k, t in s.items()} for n, s in two().items()}, ParameterError, "are zero",
+    ),
+    "an empty state dict": (lambda path: {"a": two()["a"], "b": {}}, CheckpointError, "empty state dict"),
+}  # fmt: skip
+
+
+def _key(part: str) -> str:
+    return f"transformer.transformer_blocks.0.attn.to_q.lora_{part}.weight"
+
+
+def _dora() -> str:
+    return "transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector"
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_bad_styles_are_one_message_and_the_pipeline_is_unchanged(name: str, flux: Any, tmp_path: Path) -> None:
+    make, error, message = BAD[name]
+    (tmp_path / "notes.txt").write_text("not a LoRA")
+    before = state_of(flux)
+    with pytest.raises(error, match=message):
+        mix_styles(flux, make(tmp_path))
+    assert_same_state(flux, before)
+    assert not vars(flux).get("_tvbases_styles")
+
+
+BAD_WORDS: dict[str, tuple[dict[str, Any], str]] = {
+    "component": ({"component": "common"}, "unknown component 'common'"),
+    "threshold": ({"threshold": 1.5}, "threshold must lie"),
+    "pool": ({"pool": "pairs"}, "leaves every style whole"),
+    "unknown pool": ({"pool": "all"}, "unknown pool"),
+    "rank": ({"rank": "many"}, "is not a rank rule"),
+    "shared weight": ({"shared_weight": float("nan")}, "finite"),
+    "shared weight of full": ({"component": "full", "shared_weight": 1.0}, "goes with the unique component"),
+    "a scale for nobody": ({"scales": {"aa": 1.0}}, "which is no style"),
+    "a scale that is none": ({"scales": {"a": float("inf")}}, "finite number"),
+    "a scale in words": ({"scales": {"a": "strong"}}, "finite number"),
+    "an adapter called like a part of PEFT": ({"adapter_name": "training"}, "is no name for an adapter"),
+    "an adapter with a dot": ({"adapter_name": "a.b"}, "is no name for an adapter"),
+    "an adapter without a name": ({"adapter_name": ""}, "is no name for an adapter"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD_WORDS))
+def test_bad_values_are_refused_before_anything_happens(name: str, flux: Any) -> None:
+    words, message = BAD_WORDS[name]
+    before = state_of(flux)
+    with pytest.raises(ParameterError, match=message):
+        mix_styles(flux, two(), **words)
+    assert_same_state(flux, before)
+
+
+def test_three_styles_have_no_principal_angles(flux: Any) -> None:
+    with pytest.raises(ParameterError, match="defined for two styles"):
+        mix_styles(flux, two() | {"c": style(3, FLUX_MODULES)}, subspace="angles")
+
+
+def test_names_that_are_taken_or_ambiguous_are_refused(
+    flux: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mix_styles(flux, two())
+    with pytest.raises(ParameterError, match='adapter "styles" is loaded already'):
+        mix_styles(flux, two())
+    mix_styles(flux, two(), adapter_name="more").unload()
+    assert flux.get_active_adapters() == ["styles"]
+    monkeypatch.chdir(write(tmp_path, two()["a"]).parent)
+    (tmp_path / "styles").mkdir()
+    with pytest.raises(ParameterError, match="both a loaded adapter and a path"):
+        mix_styles(flux, {"x": "styles", "y": two()["b"]}, adapter_name="more")
+
+
+def test_loaded_adapters_that_are_no_lora_are_refused(flux: Any) -> None:
+    from peft import LoKrConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoKrConfig(r=2, target_modules=["to_q"]), flux.transformer, adapter_name="kron")
+    with pytest.raises(CheckpointError, match="a loaded LOKR adapter; only LoRA is mixed"):
+        mix_styles(flux, {"a": "kron", "b": two()["b"]})
+
+
+def test_things_without_a_lora_loader_are_refused() -> None:
+    with pytest.raises(ParameterError, match="has no LoRA loader"):
+        mix_styles(torch.nn.Linear(2, 2), two())
+
+
+@pytest.mark.parametrize(
+    ("curve", "message"),
+    [("fast", "give a number"), ([], "give a number"), ([1.0, None], "give a number"), (float("nan"), "give a number")],
+)
+def test_schedules_that_are_no_curves_are_refused(curve: Any, message: str, flux: Any) -> None:
+    mix = mix_styles(flux, two())
+    with pytest.raises(ParameterError, match=message):
+        mix.schedule({"a": curve})
+    with pytest.raises(ParameterError, match="which is no style"):
+        mix.schedule({"z": 1.0})
+    mix.schedule({"a": lambda step, steps: float("nan")})
+    with pytest.raises(ParameterError, match="gives nan at step 0"):
+        flux_image(flux)
+
+
+def test_a_loader_that_fails_leaves_nothing_behind(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = state_of(flux)
+    monkeypatch.setattr("tvbases_diffusers.mixing.StyleMix._check_loaded", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mix_styles(flux, two())
+    assert_same_state(flux, before)

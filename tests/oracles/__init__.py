@@ -1,0 +1,1 @@
+"""Dense references in float64."""

@@ -1,0 +1,1 @@
+"""Small models, adapters, files and devices."""

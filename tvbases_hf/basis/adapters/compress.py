@@ -1,0 +1,272 @@
+"""T adapters compressed into one basis: the candidates, their errors, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...algebra.rank import RankRule
+from ...bases import BasisWeights, ae_bases, cluster_bases, pca_positive, rand_select
+from ...bases.weights import resolve_num_bases
+from ...errors import ParameterError
+from ...models.gram import Gram, gram_matrix
+from ...models.vectors import Vectors
+from ...version import library_version
+from ..info import AdapterInfo, BasisInfo
+from .budget import Menu
+from .choice import Plan, Survey, choose, encoded_menus, survey, vector_shares
+from .encode import Encoded, encode
+from .lora_atoms import AdapterAtoms, assemble, stock_error
+from .pool import Pool, base_id
+
+METHODS = ("ae", "joint", "tsv", "rand_select", "cluster", "pca_positive")
+# Compared where a budget is given and no method.
+COMPARED = ("tsv", "joint", "ae")
+# Whose vectors are sums of tasks, each cut to a rank.
+OF_ATOMS = ("ae", "rand_select", "cluster", "pca_positive")
+DEFAULT_BUDGET, DEFAULT_BASES = 0.5, 0.5
+# Shares of T that are tried as the number of atoms where only a budget is given.
+TRIED_BASES = (0.25, 0.5, 0.75)
+# Another method takes the place of truncation if its error is below this share of truncation's.
+BETTER = 0.98
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. Without a method the best one within the budget is taken."""
+
+    method: str | None = None
+    budget: float | None = None
+    num_bases: float | None = None
+    rank: str | float | RankRule | None = None
+    alpha: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def resolved(self, num_tasks: int) -> Request:
+        """With the defaults filled in. Raises ParameterError for what does not go together."""
+        method, budget, num_bases = self.method, self.budget, self.num_bases
+        if method is None and budget is None and (num_bases is not None or self.rank is not None):
+            method = "ae"
+        if method == "pca":
+            raise ParameterError(
+                "pca of adapters has no stock form: its vectors are not a sum of tasks; use ae or joint"
+            )
+        if method is not None and method not in METHODS:
+            raise ParameterError(f"unknown method {method!r} for adapters; choose one of {', '.join(METHODS)}")
+        if method in ("joint", "tsv") and num_bases is not None:
+            raise ParameterError(f"{method} keeps every task: num_bases goes with ae; give a budget instead")
+        if self.rank is not None and (budget is not None or method == "joint"):
+            raise ParameterError("rank and budget both decide the ranks; give one of them (joint takes a budget)")
+        if budget is not None and not 0 < budget <= 1:
+            raise ParameterError(f"budget is a share of the adapters' bytes, between 0 and 1; got {budget}")
+        if not self.alpha or not abs(self.alpha) < float("inf"):
+            raise ParameterError(f"alpha is the weight of the merged adapter, a number other than 0; got {self.alpha}")
+        if method in OF_ATOMS:
+            chosen = method == "cluster" or budget is not None  # by the similarities, or by what the budget holds
+            num_bases = DEFAULT_BASES if num_bases is None and not chosen else num_bases
+        elif budget is None and self.rank is None:
+            budget = DEFAULT_BUDGET
+        if num_bases is not None:
+            resolve_num_bases(num_bases, num_tasks)
+        return Request(method, budget, num_bases, self.rank, self.alpha, self.options)
+
+
+def compress_adapters(
+    vectors: Vectors,
+    request: Request,
+    *,
+    dtype: torch.dtype | None = None,
+    normalize: bool = True,
+    gram: Gram | None = None,
+    quiet: bool = True,
+) -> tuple[BasisInfo, AdapterAtoms]:
+    """Choose, encode and describe a basis of adapters.
+
+    Args:
+        vectors: T adapters over one base.
+        dtype: what is stored; None for the adapters' own.
+        normalize: every task's error counts relative to its own norm; False: in absolute terms.
+
+    Raises ParameterError for a request that cannot be met, such as a budget below what has to be kept.
+    """
+    request = request.resolved(len(vectors))
+    gram = gram or gram_matrix(vectors, quiet=quiet)
+    pool = Pool.of(vectors, gram, dtype, normalize)
+    found = survey(pool, quiet)
+    plans = _plans(pool, found, request, normalize, quiet)
+    best, candidates = _best(pool, plans, request, quiet)
+    encoded = encode(pool, best, request.alpha, quiet)
+    atoms = assemble(
+        encoded.stored, encoded.specs, pool.beside, pool.template, vectors.base, request.alpha, best.row_weights
+    )
+    used = sum(info.nbytes for info in atoms.tensors.values())
+    _check_useful(encoded, pool, used)
+    trivial = encoded
+    if best.method != "tsv":
+        alone = _truncated(pool, found, max(0, used - pool.fixed_bytes(request.alpha)))
+        trivial = encode(pool, alone, request.alpha, quiet, keep=False)
+    info = _describe(pool, encoded, trivial, request, candidates, found, gram, stock_error(atoms, vectors.base))
+    return info, atoms
+
+
+def _plans(pool: Pool, found: Survey, request: Request, normalize: bool, quiet: bool) -> list[Plan]:
+    """The plans to compare: the one that was asked for, or truncation, joint and atoms at the budget."""
+    if request.budget is None:
+        weights = _identity(len(pool), "tsv") if request.method == "tsv" else _weights(pool, found, request, normalize)
+        rule = RankRule.parse(pool.rank if request.rank is None else request.rank)
+        return [Plan(weights, vector_shares(weights, pool.weights), {}, rule)]
+    available = request.budget * pool.adapters_bytes - pool.fixed_bytes(request.alpha)
+    if available < 0:
+        raise ParameterError(
+            f"budget {request.budget:g} is {request.budget * pool.adapters_bytes:.0f} bytes, less than what is kept as "
+            f"it is ({pool.fixed_bytes(request.alpha)} bytes of row scales, biases and saved modules)"
+        )
+    wanted = (request.method,) if request.method else COMPARED
+    plans = []
+    if "tsv" in wanted or "joint" in wanted:
+        plans.append(_truncated(pool, found, available))
+    if "joint" in wanted:
+        plans.append(_tasks_plan(pool, found, "joint", found.joint, available))
+    if set(OF_ATOMS) & set(wanted) and (len(pool) > 1 or request.method):
+        plans.append(_atoms_plan(pool, found, request, normalize, available, quiet))
+    return plans
+
+
+def _truncated(pool: Pool, found: Survey, available: float) -> Plan:
+    return _tasks_plan(pool, found, "tsv", found.alone, available)
+
+
+def _tasks_plan(pool: Pool, found: Survey, method: str, menus: Mapping[str, Menu], available: float) -> Plan:
+    """Every task by itself, over shared factors or not; the gains in the menus are exact."""
+    choices, gain = choose(menus, available)
+    lost = float(found.gram.diagonal() @ pool.weights) - gain
+    return Plan(_identity(len(pool), method), pool.weights, choices, lost=lost)
+
+
+def _atoms_plan(pool: Pool, found: Survey, request: Request, normalize: bool, available: float, quiet: bool) -> Plan:
+    """Atoms at the budget; without a number of them, the one that promises the least error."""
+    count = len(pool)
+    tried = sorted({max(1, round(share * count)) for share in TRIED_BASES} - {count}) or [1]
+    numbers: Sequence[float | None] = [request.num_bases]
+    if request.num_bases is None and request.method != "cluster":  # which finds its own number
+        numbers = tried
+    options = [_weights(pool, found, request, normalize, number) for number in numbers]
+    plans = []
+    for weights, menus in zip(options, encoded_menus(pool, options, quiet), strict=True):
+        choices, gain = choose(menus, available)
+        total = sum(float(menu.gain[-1]) for menu in menus.values())
+        residual = weights.reconstruction - torch.eye(count, dtype=torch.float64)
+        missed = (residual * (found.gram @ residual)).sum(dim=0) @ pool.weights
+        plans.append((float(missed) + total - gain, Plan(weights, vector_shares(weights, pool.weights), choices)))
+    return min(plans, key=lambda plan: plan[0])[1]
+
+
+def _weights(
+    pool: Pool, found: Survey, request: Request, normalize: bool, num_bases: float | None = None
+) -> BasisWeights:
+    given, options = (request.num_bases if num_bases is None else num_bases), request.options
+    number = DEFAULT_BASES if given is None else given
+    match request.method:
+        case "rand_select":
+            return rand_select(found.gram, number, seed=options.get("seed", 0))
+        case "cluster":
+            own = {name: options[name] for name in ("inner", "split_below", "seed") if name in options}
+            return cluster_bases(found.gram, given, **own)
+        case "pca_positive":
+            return pca_positive(found.gram, number)
+        case _:
+            return ae_bases(found.gram, number, **{"normalize": normalize, **options})
+
+
+def _identity(count: int, method: str) -> BasisWeights:
+    identity = torch.eye(count, dtype=torch.float64)
+    return BasisWeights(method, identity, identity, loss=0.0, bound=0.0, spectral_bound=0.0)
+
+
+def _best(pool: Pool, plans: Sequence[Plan], request: Request, quiet: bool) -> tuple[Plan, dict[str, float]]:
+    """The plan of least error, truncation where another is not better; root mean square errors by method."""
+    if request.budget is None:
+        return plans[0], {}
+    total = float((pool.square_norms * pool.weights).sum()) or 1.0
+    errors = {}
+    for plan in plans:
+        lost = plan.lost
+        if lost is None:
+            lost = float(encode(pool, plan, request.alpha, quiet, keep=False).before @ pool.weights)
+        errors[plan.method] = (max(0.0, lost) / total) ** 0.5
+    by_method = {plan.method: plan for plan in plans}
+    best = min(errors, key=errors.__getitem__)
+    if "tsv" in errors and errors[best] >= BETTER * errors["tsv"]:
+        best = "tsv"
+    return by_method[best], errors
+
+
+def _check_useful(encoded: Encoded, pool: Pool, used: int) -> None:
+    if not any(spec.width for spec in encoded.specs.values()):
+        smallest = min(pool.dtype.itemsize * sum(pool.shape(name)) for name in pool.names)
+        raise ParameterError(
+            f"the budget holds no component of any weight: {used} bytes, where the smallest takes {smallest}; "
+            "give a larger one"
+        )
+
+
+def _describe(
+    pool: Pool,
+    encoded: Encoded,
+    trivial: Encoded,
+    request: Request,
+    candidates: dict[str, float],
+    found: Survey,
+    gram: Gram,
+    stock: float,
+) -> BasisInfo:
+    weights, vectors = encoded.plan.weights, pool.vectors
+    total = float((pool.square_norms * pool.weights).sum()) or 1.0
+    loss = float(encoded.before @ pool.weights) / total
+    adapters = AdapterInfo(
+        alpha=request.alpha,
+        dtype=str(pool.dtype).removeprefix("torch."),
+        adapters_bytes=pool.adapters_bytes,
+        error_before_rounding=_errors(encoded.before, pool),
+        truncation_error=_errors(trivial.after, pool),
+        candidates=candidates,
+        stock_error=stock,
+        overlap=found.overlap,
+        modules=encoded.specs,
+        bias_modules=pool.template.bias_modules,
+        saved=sorted(pool.template.saved),
+        head=list(pool.template.head),
+        naming=asdict(pool.template.naming),
+        base_sample=pool.base_sample(),
+    )
+    return BasisInfo(
+        method=weights.method,
+        options={
+            "budget": request.budget,
+            "rank": None if request.rank is None else str(request.rank),
+            **request.options,
+        },
+        tasks=vectors.tasks,
+        encoder=weights.encoder.tolist(),
+        decoder=encoded.decoder.tolist(),
+        mean=None,
+        loss=loss,
+        bound=weights.bound / weights.total if encoded.plan.refits else loss,
+        spectral_bound=weights.spectral_bound / weights.total if encoded.plan.refits else loss,
+        task_error=_errors(encoded.after, pool),
+        gram=gram.matrix.tolist(),
+        base_id=base_id(vectors),
+        base_fingerprint=vectors.base.fingerprint(),
+        base_norm=gram.base_norm,
+        adapters=adapters,
+        library_version=library_version(),
+    )
+
+
+def _errors(lost: Tensor, pool: Pool) -> list[float]:
+    norms = torch.where(pool.square_norms > 0, pool.square_norms, torch.ones_like(pool.square_norms))
+    return (lost / norms).sqrt().tolist()

@@ -1,0 +1,159 @@
+"""The adapters that a basis is made of: their low-rank changes, and what is kept as it is."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...algebra.delta import Delta, Dense, Dora, LowRank, dense
+from ...errors import ParameterError
+from ...models.adapter import Adapter
+from ...models.gram import Gram
+from ...models.lora_files import Template, adapter_tensors
+from ...models.vectors import Vectors
+from ...storage.checkpoint import TensorInfo
+from .cores import Cores
+from .lora_atoms import OWN, SCALE, row_factor
+
+SAMPLED_WEIGHTS, SAMPLED_NUMBERS = 4, 16
+
+
+@dataclass(frozen=True)
+class Pool:
+    """T adapters over one base, read weight by weight.
+
+    ``names`` are the weights with low-rank changes. ``beside`` holds what is not compressed, in its stored form: row
+    scales of DoRA (``.scale`` [T, n] float32) and changes that are not low-rank (``.own`` [T, *shape], trained biases
+    and saved modules), whose rounding costs ``rounding`` [T] squared error. ``weights`` [T] are what a squared error of
+    each task counts; ``square_norms`` [T] those of the task vectors.
+    """
+
+    vectors: Vectors
+    template: Template
+    dtype: torch.dtype
+    names: tuple[str, ...]
+    beside: dict[str, Tensor]
+    rounding: Tensor
+    square_norms: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, vectors: Vectors, gram: Gram, dtype: torch.dtype | None, normalize: bool) -> Pool:
+        """One pass over the adapters. Raises ParameterError for changes that a basis cannot hold."""
+        adapters = adapters_of(vectors)
+        template = Template.of(adapters, base_id(vectors))
+        dtype = dtype or functools.reduce(torch.promote_types, (_factor_dtype(adapter) for adapter in adapters))
+        beside: dict[str, Tensor] = {}
+        rounding = torch.zeros(len(vectors), dtype=torch.float64)
+        names = []
+        for name in vectors.names:
+            deltas = vectors.deltas(name)
+            if any(isinstance(delta, Dense) for delta in deltas):
+                _check_whole(name, template, vectors, deltas)
+                exact = torch.stack([dense(d).reshape(vectors.base.tensors[name].shape) for d in deltas])
+                beside[name + OWN] = exact.to(dtype)
+                rounding += (beside[name + OWN].to(torch.float64) - exact).square().flatten(1).sum(1)
+                continue
+            names.append(name)
+            if any(isinstance(delta, Dora) for delta in deltas):
+                zero = torch.zeros(deltas[0].shape[0])
+                beside[name + SCALE] = torch.stack([d.scale.float() if isinstance(d, Dora) else zero for d in deltas])
+        if not names:
+            raise ParameterError("the adapters have no low-rank changes in common with the base; nothing to compress")
+        norms = gram.matrix.diagonal().clamp_min(0)
+        relative = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(norms))
+        weights = relative if normalize else torch.ones_like(norms)
+        return cls(vectors, template, dtype, tuple(names), beside, rounding, norms, weights)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def changes(self, name: str) -> list[LowRank]:
+        """The tasks' low-rank changes of a weight; of a DoRA, the part beside the scaling of rows."""
+        lows = [delta.low if isinstance(delta, Dora) else delta for delta in self.vectors.deltas(name)]
+        return [low for low in lows if isinstance(low, LowRank)]
+
+    def cores(self, name: str) -> Cores:
+        return Cores.of(self.changes(name))
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """[n, m] of a weight's change, convolutions flattened."""
+        info = self.vectors.base.tensors[name]
+        return info.shape[0], info.numel // info.shape[0]
+
+    def row_factor(self, name: str, alpha: float, row_weights: Tensor) -> Tensor:
+        """[n] what the stock file's left factor of a weight is divided by; see AdapterAtoms."""
+        scales = self.beside.get(name + SCALE)
+        if scales is None:
+            return torch.ones(self.shape(name)[0], dtype=torch.float64)
+        return row_factor(scales, alpha, row_weights)
+
+    @property
+    def has_dora(self) -> bool:
+        return any(name.endswith(SCALE) for name in self.beside)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of the adapters."""
+        return max(adapter.rank for adapter in adapters_of(self.vectors))
+
+    @functools.cached_property
+    def adapters_bytes(self) -> int:
+        """What the adapters take in their own dtypes; copies of unchanged embeddings, which PEFT adds, not counted."""
+        return sum(_own_bytes(adapter, self.vectors.base.tensors) for adapter in adapters_of(self.vectors))
+
+    def fixed_bytes(self, alpha: float) -> int:
+        """What the basis takes however small its ranks are: scales, magnitudes and whole changes."""
+        total = sum(tensor.nbytes for tensor in self.beside.values())
+        own = {n.removesuffix(OWN): t for n, t in self.beside.items() if n.endswith(OWN)}
+        if not own:
+            total += sum(tensor.nbytes for tensor in self.template.head.values())
+        else:
+            changes: dict[str, Delta] = {name: Dense(alpha * tensor[0].float()) for name, tensor in own.items()}
+            tensors, _ = adapter_tensors(changes, self.template, self.vectors.base)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+        if any(name in self.template.bias_modules for name in own):  # PEFT wants one for every module
+            total += sum(4 * max(self.shape(name)) for name in self.names)
+        return total + sum(4 * self.shape(name)[0] for name in self.names if self.has_dora)
+
+    def base_sample(self) -> dict[str, list[float]]:
+        """The first numbers of a few of the base's weights."""
+        step = max(1, len(self.names) // SAMPLED_WEIGHTS)
+        read = self.vectors.base.read
+        return {name: read(name).reshape(-1)[:SAMPLED_NUMBERS].tolist() for name in self.names[::step]}
+
+
+def adapters_of(vectors: Vectors) -> list[Adapter]:
+    adapters = [model for model in vectors.models.values() if isinstance(model, Adapter)]
+    if len(adapters) < len(vectors):
+        raise ParameterError("a basis of adapters needs adapters only; some of the models are full checkpoints")
+    return adapters
+
+
+def base_id(vectors: Vectors) -> str:
+    """The name by which all adapters call their base, or else the path or id that it was opened by."""
+    ids = {adapter.base_id for adapter in adapters_of(vectors)}
+    return ids.pop() if len(ids) == 1 and ids != {""} else vectors.base.label
+
+
+def _factor_dtype(adapter: Adapter) -> torch.dtype:
+    dtypes = [info.dtype for name, info in adapter.tensors.items() if ".lora_" in name]
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+
+def _own_bytes(adapter: Adapter, base: dict[str, TensorInfo]) -> int:
+    factors = sum(info.nbytes for name, info in adapter.tensors.items() if ".lora_" in name)
+    head = sum(tensor.nbytes for tensor in adapter.head.values())
+    return factors + head + sum(base[name].nbytes for name in adapter.saved_names)
+
+
+def _check_whole(name: str, template: Template, vectors: Vectors, deltas: list[Delta]) -> None:
+    if name in template.layouts:
+        task = next(task for task, delta in zip(vectors.tasks, deltas, strict=True) if isinstance(delta, Dense))
+        raise ParameterError(
+            f'"{task}" changes {name} as a whole (a saved module, or DoRA on a weight stored transposed), where an '
+            "adapter has factors; such a mixture cannot be compressed: leave that task out, or merge it to a checkpoint"
+        )

@@ -1,0 +1,100 @@
+"""One task of a basis as a stand-alone LoRA again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...algebra.delta import Delta, Dora, LowRank, add
+from ...algebra.svd import svd
+from ...errors import ParameterError
+from ...models.adapter import PREFIX
+from ...models.lora_files import Layout, Template, adapter_tensors, is_adapter_directory, write_adapter
+from ...models.names import Naming
+from ...storage.checkpoint import Checkpoint
+from ...storage.output import transaction
+from ..info import AdapterInfo, BasisInfo
+from .codec import Spec
+from .lora_atoms import AdapterAtoms
+
+
+@dataclass(frozen=True)
+class TaskAdapter:
+    """A PEFT adapter in memory: ``tensors`` and ``config`` of adapter_model.safetensors and adapter_config.json."""
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write an adapter directory as a transaction; PEFT loads it without this package."""
+        needed = sum(tensor.nbytes for tensor in self.tensors.values())
+        with transaction(save_directory, is_adapter_directory, needed) as work:
+            write_adapter(work, self.tensors, self.config)
+
+
+# tau_hat's part of one weight, by its name, as a sum of multiples of changes.
+Terms = Callable[[str], list[tuple[float, Delta]]]
+
+
+def task_adapter(
+    basis: BasisInfo, atoms: AdapterAtoms, task: str, terms: Terms, alpha: float, base: Checkpoint | None
+) -> TaskAdapter:
+    """alpha * tau_hat at the rank that the reconstruction has, in the basis's own dtype."""
+    info = basis.adapters
+    assert info is not None
+    if base is None and (atoms.scaled or atoms.whole):
+        what = "DoRA adapters" if atoms.scaled else "adapters with saved modules or biases"
+        raise ParameterError(f"this basis is of {what}, which are written relative to the base model: give base=")
+    changes: dict[str, Delta] = {}
+    for name in atoms.names:
+        change = _change(terms(name), atoms.specs[name].shape, alpha)
+        if not isinstance(change, LowRank) or change.rank or atoms.scaled:
+            changes[name] = change
+    if not changes:
+        raise ParameterError(f'nothing of "{task}" is left in this basis; compress with a larger budget')
+    empty = Checkpoint.from_state_dict({})
+    tensors, config = adapter_tensors(changes, template(info, atoms), base or empty, getattr(torch, info.dtype))
+    return TaskAdapter(tensors, config)
+
+
+def template(info: AdapterInfo, atoms: AdapterAtoms) -> Template:
+    """Where the factors go, as in the adapters that the basis was made of."""
+    layouts = {name: layout(spec) for name, spec in info.modules.items()}
+    words = ("base_model_name_or_path", "task_type", "auto_mapping")
+    config = {word: atoms.config[word] for word in words if word in atoms.config}
+    head = {name: atoms.stock.read(f"{PREFIX}{name}") for name in info.head}
+    modules = frozenset(atoms.config.get("modules_to_save") or ())
+    return Template(
+        layouts, dict(info.bias_modules), config, frozenset(info.saved), Naming(**info.naming), head, modules
+    )
+
+
+def layout(spec: Spec) -> Layout:
+    return Layout(spec.module, spec.kind, tuple(spec.kernel))
+
+
+def _change(terms: list[tuple[float, Delta]], shape: Sequence[int], alpha: float) -> Delta:
+    if not terms:
+        return LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
+    total = add([delta for _, delta in terms], [alpha * share for share, _ in terms])
+    match total:
+        case LowRank():
+            return _compact(total)
+        case Dora():
+            return Dora(total.scale, total.base, _compact(total.low))
+        case _:
+            return total
+
+
+def _compact(delta: LowRank) -> LowRank:
+    """At the rank that it really has, both factors of one size: neither loses digits in a short dtype."""
+    if not delta.rank:
+        return delta
+    found = svd(LowRank(delta.left.to(torch.float64), delta.right.to(torch.float64)))
+    root = found.S.sqrt()
+    return LowRank((found.U * root).float(), (found.V * root).T.float())

@@ -1,0 +1,319 @@
+"""The basis artefact: vectors and a decoder that stand for T task vectors; built lazily, saved, loaded, pushed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from huggingface_hub import ModelHubMixin
+from torch import Tensor
+
+from ..algebra.delta import Delta, add, dense, pieces
+from ..algebra.rank import RankRule
+from ..bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_select
+from ..bases.cluster import INNER
+from ..errors import CheckpointError, MismatchError, ParameterError
+from ..models.gram import Gram, gram_matrix
+from ..models.vectors import Vectors, basis_labels, check_over
+from ..storage.checkpoint import Checkpoint, TensorInfo, locate
+from ..storage.model import write_model
+from ..storage.output import transaction, write_json
+from ..storage.run import once
+from .adapters.compress import Request, compress_adapters
+from .atoms import AtomSource, EncodedAtoms, StoredAtoms, TruncatedAtoms, stored_dtype, stored_encoder
+from .info import CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
+from .ranks import ranks_by_budget, ranks_by_rule, spectra
+from .reconstruction import Reconstruction
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+METHODS: dict[str, Callable[..., BasisWeights]] = {
+    "ae": ae_bases,
+    "pca": pca_bases,
+    "rand_select": rand_select,
+    "pca_positive": pca_positive,
+    "cluster": cluster_bases,
+}
+
+
+class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "model-merging"]):
+    """M bases of T task vectors, or the T task vectors truncated (method ``tsv``).
+
+    ``info`` holds encoder, decoder, errors and where the basis comes from; ``parts(name)`` the stored vectors' part of
+    one weight. A built basis computes them from the checkpoints when asked; a loaded one maps them from its files.
+    """
+
+    def __init__(self, info: BasisInfo, source: AtomSource) -> None:
+        """Use ``build``, ``truncate`` or ``from_pretrained``."""
+        self.info = info
+        self._source = source
+        self._quiet = True
+        self._hub_mixin_config = None  # everything is in basis_config.json; the mixin's own config.json would repeat it
+
+    @classmethod
+    def build(
+        cls,
+        vectors: Vectors,
+        num_bases: float | None = None,
+        *,
+        method: str = "ae",
+        dtype: torch.dtype | None = None,
+        gram: Gram | None = None,
+        quiet: bool = True,
+        **options: Any,
+    ) -> Self:
+        """Choose M bases of the task vectors: one pass over the checkpoints for the Gram matrix, then T x T work.
+
+        Args:
+            vectors: the task vectors; they must stay readable as long as the basis is.
+            num_bases: M, or a fraction of T when below 1; None only for ``cluster``, which then chooses.
+            method: ``ae``, ``pca``, ``pca_positive``, ``cluster`` or ``rand_select``.
+            dtype: what the vectors are stored in; None for each base tensor's own.
+            gram: from ``gram_matrix(vectors)``, if it has been computed already.
+            options: of the method, for example ``balance=False``; see ``ae_bases``. ``inner`` of ``cluster`` may also
+                be a merging method that is not linear, followed by its options.
+        """
+        if vectors.are_adapters:
+            request = Request(method, num_bases=num_bases, options=options)
+            return cls.of_adapters(vectors, request, dtype=dtype, gram=gram, quiet=quiet)
+        if method not in METHODS:
+            raise ParameterError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}, or tsv")
+        gram = gram or gram_matrix(vectors, quiet=quiet)
+        if method == "cluster" and options.get("inner", "mean") not in INNER:
+            from .clusters import cluster_atoms
+
+            return cls._of(*cluster_atoms(vectors, gram, num_bases, options, dtype, quiet))
+        weights = once(lambda: METHODS[method](gram.matrix, num_bases, **options))
+        info = describe(vectors, gram, weights, options)
+        return cls._of(info, EncodedAtoms(vectors, stored_encoder(weights), dtype, weights.mean is not None))
+
+    @classmethod
+    def truncate(
+        cls,
+        vectors: Vectors,
+        rank: str | float | RankRule | None = None,
+        *,
+        budget: float | None = None,
+        dtype: torch.dtype | None = None,
+        gram: Gram | None = None,
+        quiet: bool = True,
+    ) -> Self:
+        """Keep every task vector, its matrices cut to their leading singular components (TSV-Compress).
+
+        Args:
+            rank: a rank rule for every matrix; None for 1/T of min(n, m), which stores T tasks in about one's bytes.
+            budget: instead of ``rank``: the share of the task vectors' bytes to use, spent where it loses least.
+        """
+        if rank is not None and budget is not None:
+            raise ParameterError("give rank or budget, not both")
+        rule = None if rank is None else RankRule.parse(rank)
+        if vectors.are_adapters:
+            return cls.of_adapters(
+                vectors, Request("tsv", budget=budget, rank=rank), dtype=dtype, gram=gram, quiet=quiet
+            )
+        gram = gram or gram_matrix(vectors, quiet=quiet)
+        found = spectra(vectors, quiet=quiet)
+        ranks = (
+            ranks_by_rule(found, rule, len(vectors))
+            if budget is None
+            else ranks_by_budget(found, vectors, budget, dtype.itemsize if dtype else None)
+        )
+        identity = torch.eye(len(vectors), dtype=torch.float64)
+        lost, total = found.lost(ranks), float(gram.matrix.trace())
+        loss = float(lost.sum())
+        weights = BasisWeights("tsv", identity, identity, loss, loss, loss, total=total)
+        options = {"rank": str(rule) if rule else None, "budget": budget}
+        info = describe(vectors, gram, weights, options, ranks).with_errors(lost)
+        return cls._of(info, TruncatedAtoms(vectors, ranks, dtype))
+
+    @classmethod
+    def of_adapters(
+        cls,
+        vectors: Vectors,
+        request: Request,
+        *,
+        dtype: torch.dtype | None = None,
+        normalize: bool = True,
+        gram: Gram | None = None,
+        quiet: bool = True,
+    ) -> Self:
+        """A basis of adapters, which is itself a stock PEFT LoRA: the sum of its vectors. See ``compress_adapters``."""
+        info, source = compress_adapters(vectors, request, dtype=dtype, normalize=normalize, gram=gram, quiet=quiet)
+        return cls._of(info, source)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.info.tasks
+
+    @property
+    def encoder(self) -> Tensor:
+        """[T, M] float64; columns are the tasks' shares in each basis."""
+        return torch.tensor(self.info.encoder, dtype=torch.float64)
+
+    @property
+    def decoder(self) -> Tensor:
+        """[rows, T] float64: tau_hat = vectors @ decoder. rows is M, or M + 1 when a mean vector is stored last."""
+        return torch.tensor(self.info.decoder, dtype=torch.float64)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weights that the basis covers."""
+        return self._source.names
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """What is stored, by stored name."""
+        return self._source.tensors
+
+    def parts(self, name: str) -> list[Delta]:
+        """One delta per stored vector: its part of the weight ``name``, in the storage dtype."""
+        return self._source.parts(name)
+
+    def atoms(self, name: str) -> Tensor:
+        """[rows, *shape] the same as one tensor; low-rank parts are multiplied out."""
+        parts = self.parts(name)
+        return torch.stack([dense(part) for part in parts]).to(stored_dtype(parts[0]))
+
+    def reconstruct(self, task: str, *, base: str | Path | None = None) -> Mapping[str, Tensor]:
+        """The task vector tau_hat of one task, a lazy mapping from tensor name to float32 tensor; base: for DoRA."""
+        self.info.index(task)
+        model = self._base(base)
+
+        def read(name: str) -> Tensor:
+            terms = self.terms(task, name, model) or [(0.0, self.parts(name)[0])]
+            return sum((share * dense(part) for share, part in terms[1:]), terms[0][0] * dense(terms[0][1])).float()
+
+        return Reconstruction(self.names, read)
+
+    def vectors(self, base: str | Path | Checkpoint, over: str = "bases") -> Vectors:
+        """The vectors that are stored, or the reconstructions from them, for any merging method.
+
+        Raises MismatchError if ``base`` is not the model that the basis was built on.
+        """
+        check_over(over)
+        model = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+        self.check_base(model)
+        num_tasks, num_bases = self.encoder.shape
+        covered = set(self.names)
+        names = tuple(name for name in model.tensors if name in covered)
+        if over == "bases":
+            read = lambda name: self.parts(name)[:num_bases]  # noqa: E731
+            return Vectors(model, self.tasks, basis_labels(num_bases), names, self.encoder, read)
+        identity = torch.eye(num_tasks, dtype=torch.float64)
+        return Vectors(model, self.tasks, self.tasks, names, identity, lambda n: self.reconstructions(n, model))
+
+    def terms(self, task: str, name: str, base: Checkpoint | None = None) -> list[tuple[float, Delta]]:
+        """tau_hat's part of one weight as a sum of multiples of deltas; ``base`` as in AtomSource.own."""
+        return self._terms(self.info.index(task), name, self.parts(name), base)
+
+    def reconstructions(self, name: str, base: Checkpoint | None = None) -> list[Delta]:
+        """[T] tau_hat's part of one weight for every task, in factors where the vectors are; ``base`` as above."""
+        parts = self.parts(name)
+        every = [self._terms(index, name, parts, base) or [(0.0, parts[0])] for index in range(len(self.tasks))]
+        return [add([delta for _, delta in terms], [share for share, _ in terms]) for terms in every]
+
+    def _terms(
+        self, index: int, name: str, parts: Sequence[Delta], base: Checkpoint | None
+    ) -> list[tuple[float, Delta]]:
+        shares = self.decoder[:, index].tolist()
+        shared = [(share, part) for share, part in zip(shares, parts, strict=bool(parts)) if share]
+        return shared + [(1.0, part) for part in self._source.own(name, index, base)]
+
+    def restore(self, task: str, base: str | Path, out: str | Path, *, alpha: float = 1.0, quiet: bool = True) -> Path:
+        """Write the checkpoint theta_0 + alpha * tau_hat of one task; a negative alpha forgets the task.
+
+        Raises:
+            MismatchError: ``base`` is not the model this basis was built on.
+            OutputError: ``out`` exists and is not ours, or the disk is full.
+        """
+        self.info.index(task)
+        model = self._base(base)
+        assert model is not None
+        names = set(self.names)
+
+        def changes(name: str) -> Iterable[Tensor] | None:
+            if name not in names:
+                return None
+            terms = self.terms(task, name, model) or [(0.0, self.parts(name)[0])]
+            parts = (pieces(delta, alpha * share) for share, delta in terms)
+            return (torch.stack(found).sum(dim=0) for found in zip(*parts, strict=True))
+
+        note = f"{task} restored from a basis of {len(self.tasks)} tasks, alpha {alpha:g}"
+        return write_model(model, Path(out), changes, note, quiet=quiet)
+
+    def save_pretrained(self, save_directory: str | Path, *, quiet: bool = True, **kwargs: Any) -> str | None:  # type: ignore[override]
+        """Write the basis directory as a transaction; ``push_to_hub`` and the rest as in ModelHubMixin."""
+        needed = sum(info.nbytes for info in self.tensors.values())
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        stored = {name: [str(info.dtype), *info.shape] for name, info in self.tensors.items()}
+        job = {"info": self.info.to_json(), "tensors": stored}  # the Gram matrix in it tells the models apart
+        with transaction(save_directory, is_basis_directory, needed, job) as work:
+            self._quiet = quiet
+            super().save_pretrained(work)
+        if push:
+            return self.push_to_hub(repo_id=repo_id or Path(save_directory).name, **kwargs)
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        info = self._source.write(save_directory, self.info, self._quiet)
+        write_json(save_directory / CONFIG_FILE, info.to_json())
+        (save_directory / "README.md").write_text(self._card(info), encoding="utf-8")
+
+    def _card(self, info: BasisInfo) -> str:
+        return model_card(info)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, cache_dir: str | None = None
+    ) -> Self:
+        """Load a basis directory, local or from the Hub; tensors are mapped when they are asked for.
+
+        Raises CheckpointError when there is none, or when it is damaged.
+        """
+        model_id = str(pretrained_model_name_or_path)
+        path = locate(model_id, revision, cache_dir)
+        if not (path / CONFIG_FILE).is_file():
+            raise CheckpointError(f'"{model_id}": not a basis directory: it has no {CONFIG_FILE}')
+        info = BasisInfo.read(path / CONFIG_FILE, model_id)
+        return cls._of(info, cls._kind_of(info, model_id)._opened(path, info, model_id))
+
+    @classmethod
+    def _opened(cls, path: Path, info: BasisInfo, label: str) -> AtomSource:
+        source = StoredAtoms(Checkpoint.open(path), info.ranks, len(info.decoder))
+        source.check(label)
+        return source
+
+    @classmethod
+    def _of(cls, info: BasisInfo, source: AtomSource) -> Self:
+        return cast("Self", cls._kind_of(info, "these models")(info, source))
+
+    @classmethod
+    def _kind_of(cls, info: BasisInfo, label: str) -> type[Basis]:
+        """LoraBasis (which ``tvbases_hf.basis`` imports) for adapters; ParameterError where that was not asked for."""
+        kind = next((kind for kind in Basis.__subclasses__() if kind.holds(info)), Basis)
+        if not issubclass(kind, cls):
+            raise ParameterError(f'"{label}": a basis of full checkpoints, not of adapters; use Basis')
+        return kind
+
+    @classmethod
+    def holds(cls, info: BasisInfo) -> bool:
+        """Whether a basis with this ``info`` is of this class."""
+        return info.adapters is None
+
+    def _base(self, base: str | Path | None) -> Checkpoint | None:
+        if base is None:
+            return None
+        model = Checkpoint.open(base)
+        self.check_base(model)
+        return model
+
+    def check_base(self, model: Checkpoint) -> None:
+        """MismatchError unless ``model`` is the one that this basis was built on."""
+        if model.fingerprint() != self.info.base_fingerprint:
+            raise MismatchError(
+                f'"{model.label}" is not the model this basis was built on ({self.info.base_id}): '
+                "its fingerprint differs; give the same base, in the same dtype"
+            )

@@ -1,0 +1,182 @@
+"""Vectors from clusters of vectors, by any merging method; and which vectors resemble a task that comes later.
+
+Means and sums of clusters are ``cluster_bases``. Here the inner method may be anything that merges: TIES, top-k, TSV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.delta import Delta, Dense, blocks, delta_gram, dense
+from ..bases import BasisWeights, Clusters, find_clusters
+from ..bases.weights import squared_error
+from ..errors import MismatchError, ParameterError
+from ..merging.apply import merged
+from ..models.gram import Gram
+from ..models.vectors import Vectors
+from ..storage.checkpoint import TensorInfo
+from ..storage.parallel import written
+from ..storage.progress import track
+from ..storage.tensor_files import TensorFiles
+from .atoms import refit
+from .info import ATOMS_STEM, BasisInfo, describe
+
+# Cosines of unrelated fine-tunes stay below this (clustering paper, Figure 4; unrelated tasks are near 0.05).
+SIMILAR = 0.1
+
+
+def clustered(
+    vectors: Vectors, clusters: Clusters, inner: str = "mean", *, quiet: bool = True, **options: Any
+) -> Vectors:
+    """One vector per cluster: its members merged by ``inner``, a name in ``merging.METHODS``, with its options.
+
+    ``encoder`` holds each cluster's mean: how the members' data is to be mixed, whatever the inner method does.
+    """
+    if clusters.num_tasks != len(vectors):
+        raise ParameterError(f"the clusters are of {clusters.num_tasks} vectors, but there are {len(vectors)}")
+    changes = [merged(vectors.selected(group), inner, quiet=quiet, **options) for group in clusters.members]
+    return replace(
+        vectors,
+        labels=tuple("+".join(vectors.labels[i] for i in group) for group in clusters.members),
+        encoder=vectors.encoder @ clusters.encoder(),
+        read=lambda name: [change(name) for change in changes],
+    )
+
+
+@dataclass(frozen=True)
+class Similar:
+    """The vectors that resemble a new task: their positions, most similar first, and all cosines [K].
+
+    ``is_new``: none does, so the task's own vector should join them (clustering paper, Table 1).
+    """
+
+    indices: tuple[int, ...]
+    cosines: tuple[float, ...]
+
+    @property
+    def is_new(self) -> bool:
+        return not self.indices
+
+
+def similar(vectors: Vectors, task: Vectors, threshold: float = SIMILAR, *, quiet: bool = True) -> Similar:
+    """Which of the K vectors have a cosine of at least ``threshold`` with one more task vector; one pass over both.
+
+    Raises ParameterError unless ``task`` is one vector, MismatchError if it is over another base.
+    """
+    if len(task) != 1:
+        raise ParameterError(f"one task is compared with the vectors, not {len(task)}; give them one by one")
+    both = joined(vectors, task)
+    gram = torch.zeros(len(both), len(both), dtype=torch.float64)
+    for name in track(both.names, "Similarity", quiet, lambda n: both.base.tensors[n].nbytes):
+        gram += delta_gram(both.deltas(name)).cpu()
+    norms = gram.diagonal().sqrt()
+    cosines = torch.nan_to_num(gram[-1, :-1] / norms[-1] / norms[:-1]).tolist()
+    order = sorted(range(len(vectors)), key=lambda index: -cosines[index])
+    return Similar(tuple(index for index in order if cosines[index] >= threshold), tuple(cosines))
+
+
+def joined(first: Vectors, second: Vectors) -> Vectors:
+    """The vectors of both, over one base; a weight that one of them does not change is unchanged there."""
+    if first.base.fingerprint() != second.base.fingerprint():
+        raise MismatchError(f'"{first.base.label}" and "{second.base.label}" are different bases; their vectors differ')
+    twice = [task for task in second.tasks if task in first.tasks]
+    if twice:
+        raise ParameterError(f'{len(twice)} tasks are in both (first: "{twice[0]}"); give each its own name')
+    names = set(first.names) | set(second.names)
+
+    def read(name: str) -> list[Delta]:
+        return [delta for part in (first, second) for delta in _deltas(part, name)]
+
+    return Vectors(
+        first.base,
+        (*first.tasks, *second.tasks),
+        (*first.labels, *second.labels),
+        tuple(name for name in first.base.tensors if name in names),
+        torch.block_diag(first.encoder, second.encoder),
+        read,
+    )
+
+
+def _deltas(vectors: Vectors, name: str) -> list[Delta]:
+    if name in vectors.names:
+        return vectors.deltas(name)
+    return [Dense(torch.zeros(vectors.base.tensors[name].shape))] * len(vectors)
+
+
+# A basis directory of merged vectors
+
+
+@dataclass(frozen=True)
+class MergedAtoms:
+    """The vectors of a basis, made of the task vectors by methods that need not be linear; see AtomSource."""
+
+    tasks: Vectors
+    vectors: Vectors
+    dtype: torch.dtype | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.vectors.names
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        rows, base = len(self.vectors), self.vectors.base.tensors
+        return {name: TensorInfo((rows, *base[name].shape), self.dtype or base[name].dtype) for name in self.names}
+
+    def parts(self, name: str) -> list[Delta]:
+        info = self.tensors[name]
+        return [Dense(dense(d).reshape(info.shape[1:]).to(info.dtype)) for d in self.vectors.deltas(name)]
+
+    def own(self, name: str, task: int, base: object) -> list[Delta]:
+        return []
+
+    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
+        rows, count, tensors = len(self.vectors), len(self.tasks), self.tensors
+        files = TensorFiles(directory, ATOMS_STEM, tensors)
+
+        def write(name: str) -> list[float]:
+            parts = self.parts(name)
+            files.write(name, torch.stack([part.tuned for part in parts if isinstance(part, Dense)]))
+            products = torch.zeros(rows, rows + count, dtype=torch.float64, device=self.tasks.device)
+            for part in blocks([*parts, *self.tasks.deltas(name)]):
+                products += part[:rows] @ part.T
+            return products.flatten().tolist()
+
+        width = rows * (rows + count)
+        table = written(files, self.names, write, width, "Writing bases", quiet, lambda n: tensors[n].nbytes)
+        inner, cross = table.sum(0).reshape(rows, rows + count).split([rows, count], dim=1)
+        decoder, saved = refit(inner, cross, False)
+        norms = torch.tensor(info.gram, dtype=torch.float64).diagonal()
+        loss = float((norms - saved).clamp_min(0).sum() / (norms.sum() or 1.0))
+        return replace(info.refitted(decoder, saved), loss=loss)
+
+
+def cluster_atoms(
+    tasks: Vectors,
+    gram: Gram,
+    num_bases: float | None,
+    options: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    quiet: bool,
+) -> tuple[BasisInfo, MergedAtoms]:
+    """A basis of clusters whose ``inner`` method is not linear; what ``cluster_bases`` does not know is its option."""
+    own = {name: options[name] for name in ("split_below", "seed") if name in options}
+    rest = {name: value for name, value in options.items() if name not in (*own, "inner")}
+    clusters = find_clusters(gram.matrix, num_bases, **own)
+    vectors = clustered(tasks, clusters, options["inner"], quiet=quiet, **rest)
+    return describe(tasks, gram, _weights(gram.matrix, clusters), options), MergedAtoms(tasks, vectors, dtype)
+
+
+def _weights(gram: Tensor, clusters: Clusters) -> BasisWeights:
+    """What is known before the vectors are written: the shares of the tasks' data; the decoder is fitted then."""
+    encoder = clusters.encoder()
+    decoder = (encoder > 0).to(torch.float64).T.contiguous()
+    bound = float(torch.linalg.eigvalsh(gram)[: len(gram) - len(clusters)].sum().clamp_min(0))
+    loss = squared_error(gram, encoder @ decoder)
+    return BasisWeights("cluster", encoder, decoder, loss, bound, bound, total=float(gram.trace()))

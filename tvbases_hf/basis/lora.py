@@ -1,0 +1,70 @@
+"""A basis of LoRA adapters: one adapter directory that gives every single task back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from .adapters.lora_atoms import AdapterAtoms
+from .adapters.task import TaskAdapter, task_adapter
+from .adapters.verdict import adapter_card
+from .basis import Basis
+from .info import BasisInfo
+
+
+class LoraBasis(Basis):
+    """A Basis of adapters. Its directory is itself a stock PEFT LoRA: the sum of its vectors."""
+
+    _source: AdapterAtoms
+
+    @classmethod
+    def holds(cls, info: BasisInfo) -> bool:
+        return info.adapters is not None
+
+    @classmethod
+    def _opened(cls, path: Path, info: BasisInfo, label: str) -> AdapterAtoms:
+        return AdapterAtoms.open(path, info, label)
+
+    def _card(self, info: BasisInfo) -> str:
+        return adapter_card(info)
+
+    @property
+    def source(self) -> AdapterAtoms:
+        """The stored factors, for what puts them on a model."""
+        return self._source
+
+    def adapter(self, task: str, *, alpha: float = 1.0, base: str | Path | None = None) -> TaskAdapter:
+        """alpha * tau_hat of one task as a LoRA of its own. ``base`` is read for DoRA and for saved modules only."""
+        self.info.index(task)
+        model = self._base(base)
+        return task_adapter(self.info, self._source, task, lambda name: self.terms(task, name, model), alpha, model)
+
+    def negate(self, task: str, alpha: float, *, base: str | Path | None = None) -> TaskAdapter:
+        """The LoRA that forgets a task: theta_0 - alpha * tau_hat."""
+        return self.adapter(task, alpha=-alpha, base=base)
+
+    def attach(self, model: Any, task: str | None = None, *, adapter_name: str | None = None) -> Any:
+        """All vectors as one LoRA of a transformers (or PEFT) model, set to ``task``; None for their sum, times alpha.
+
+        Returns the PeftModel. See ``tvbases_peft.attach``.
+        """
+        return _host().attach(self, model, task, adapter_name=adapter_name)
+
+    def select(self, model: Any, task: str | None, *, adapter_name: str | None = None) -> None:
+        """Switch an attached basis to another task: nothing is loaded, one number changes."""
+        _host().select(self, model, task, adapter_name=adapter_name)
+
+    def mixed(
+        self, model: Any, tasks: Sequence[str | None], *, repeat: int = 1, adapter_name: str | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, row i of every batch uses ``tasks[i]``; ``repeat``: beams or returned sequences per row."""
+        return _host().mixed(self, model, tasks, repeat=repeat, adapter_name=adapter_name)
+
+
+def _host() -> Any:
+    """What puts a basis on a model announces itself by an entry point: this package knows no integration by name."""
+    (found,) = entry_points(group="tvbases_hf.hosts", name="peft")
+    return found.load()

@@ -1,0 +1,100 @@
+"""How many singular components of which matrix and task to keep (TSV-Compress)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..algebra.rank import RankRule
+from ..algebra.svd import singular_values
+from ..errors import ParameterError
+from ..methods.tsv import default_rank
+from ..models.vectors import Vectors
+from ..storage.progress import track
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Singular values of every matrix and task, float64, descending; ``other`` [T] the squared norms of the rest."""
+
+    matrices: dict[str, list[Tensor]]
+    shapes: dict[str, tuple[int, int]]
+    other: Tensor
+
+    def lost(self, ranks: dict[str, list[int]]) -> Tensor:
+        """[T] squared norm that these ranks cut off (Eckart-Young); matrices without ranks are kept whole."""
+        total = torch.zeros_like(self.other)
+        for name, kept in ranks.items():
+            total += torch.stack(
+                [values[k:].square().sum() for values, k in zip(self.matrices[name], kept, strict=True)]
+            )
+        return total
+
+
+def spectra(vectors: Vectors, *, quiet: bool = True) -> Spectra:
+    """One pass over the models; per matrix the eigenvalues of the small side's Gram matrix."""
+    base = vectors.base.tensors
+    matrices: dict[str, list[Tensor]] = {}
+    other = torch.zeros(len(vectors), dtype=torch.float64)
+    for name in track(vectors.names, "Singular values", quiet, lambda n: base[n].nbytes):
+        deltas = vectors.deltas(name)
+        if len(base[name].shape) == 2:
+            matrices[name] = [singular_values(delta).cpu() for delta in deltas]
+        else:
+            other += torch.stack([delta.block(0, base[name].numel).square().sum() for delta in deltas]).cpu()
+    shapes = {name: (base[name].shape[0], base[name].shape[1]) for name in matrices}
+    return Spectra(matrices, shapes, other)
+
+
+def ranks_by_rule(found: Spectra, rule: RankRule | None, num_tasks: int) -> dict[str, list[int]]:
+    """The same rule for every matrix and task; None for 1/T of the components (section 4.1)."""
+    rule = rule or default_rank(num_tasks)
+    ranks = {
+        name: [rule.of_spectrum(v, *found.shapes[name]) for v in values] for name, values in found.matrices.items()
+    }
+    return _worth_factoring(found, ranks)
+
+
+def ranks_by_budget(
+    found: Spectra, vectors: Vectors, budget: float, itemsize: int | None = None
+) -> dict[str, list[int]]:
+    """Ranks that lose least within ``budget``, a share of the task vectors' bytes: most sigma^2 per byte first.
+
+    Raises ParameterError when the budget does not even hold what is kept whole.
+    """
+    if not 0 < budget <= 1:
+        raise ParameterError(f"budget is a share of the task vectors' size, between 0 and 1; got {budget}")
+    base = vectors.base.tensors
+    size = {name: itemsize or base[name].dtype.itemsize for name in vectors.names}
+    whole = sum(base[n].numel * size[n] for n in vectors.names if n not in found.matrices) * len(vectors)
+    available = budget * sum(base[n].nbytes for n in vectors.names) * len(vectors) - whole
+    if available < 0:
+        raise ParameterError(
+            f"budget {budget:g} is smaller than the biases and norms, which are kept whole ({whole} bytes)"
+        )
+    keys, gains, costs = [], [], []
+    for name, values in found.matrices.items():
+        cost = sum(found.shapes[name]) * size[name]
+        for task, spectrum in enumerate(values):
+            keys += [(name, task)] * len(spectrum)
+            gains.append(spectrum.square() / cost)
+            costs.append(torch.full_like(spectrum, cost))
+    order = torch.cat(gains).argsort(descending=True, stable=True)
+    spent = torch.cat(costs)[order].cumsum(0)
+    ranks = {name: [0] * len(vectors) for name in found.matrices}
+    for index in order[: int((spent <= available).sum())].tolist():
+        name, task = keys[index]
+        ranks[name][task] += 1
+    return _worth_factoring(found, ranks)
+
+
+def _worth_factoring(found: Spectra, ranks: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Only where the factors are smaller than the matrices themselves, k < nm / (n + m) on average over the tasks."""
+    kept = {}
+    for name, chosen in ranks.items():
+        rows, columns = found.shapes[name]
+        if sum(chosen) * (rows + columns) < len(chosen) * rows * columns:
+            kept[name] = chosen
+    return kept

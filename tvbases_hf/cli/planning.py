@@ -1,0 +1,195 @@
+"""What a job will read, write, compute and hold in memory, from headers alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..algebra.delta import ENCODE_BYTES, PIECE_BYTES
+from ..bases import ae_bases
+from ..bases.weights import resolve_num_bases
+from ..errors import CheckpointError, ParameterError
+from ..storage.checkpoint import DTYPES, HUB_ID, Checkpoint, TensorInfo
+from ..storage.parallel import default_workers
+from ..storage.run import shares
+from ..storage.tensor_files import file_bytes
+
+# How often every model is read: ties finds two halves of its thresholds first, dare its
+# lengths before and after, bases their Gram matrix.
+PASSES = {"gram": 1, "compress": 2, "linear": 1, "task_arithmetic": 1, "ties": 3, "dare": 3, "ae_bases": 2}
+# Of a thread, beside its pieces: the tables of ties per model.
+TABLES = {"ties": 2 * (1 << 16) * 8}
+MEASURED_BYTES, MEASURED_AT_ONCE = 1 << 30, 1 << 24
+
+Infos = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sizes in bytes. ``memory`` is that of one process, the program itself included; ``ranks`` what each reads."""
+
+    job: str
+    models: int
+    numbers: int
+    """In one task vector."""
+    read: int
+    written: int
+    memory: int
+    operations: float
+    """Multiplications and additions."""
+    bandwidth: float | None
+    seconds: float | None
+    """Reading and writing at the bandwidth, computing not counted."""
+    ranks: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(
+    base: Infos,
+    models: int,
+    job: str,
+    *,
+    num_bases: float = 0.5,
+    dtype: torch.dtype | None = None,
+    processes: int = 1,
+    threads: int | None = None,
+    bandwidth: float | None = None,
+) -> Plan:
+    """What ``job`` (a key of PASSES) does to ``models`` full fine-tunes of a base with these tensors.
+
+    Args:
+        dtype: what the result is stored in; None for the base's own.
+        bandwidth: bytes per second, read and written.
+    """
+    if job not in PASSES:
+        raise ParameterError(f"no plan for {job!r}; known: {', '.join(PASSES)}")
+    if models < 1 or processes < 1:
+        raise ParameterError("at least one model and one process are needed")
+    floating = {name: info for name, info in base.items() if info.dtype.is_floating_point}
+    numbers = sum(info.numel for info in floating.values())
+    size = sum(info.nbytes for info in floating.values())
+    count = resolve_num_bases(num_bases, models)
+    stored = {
+        n: TensorInfo(i.shape, dtype or i.dtype if i.dtype.is_floating_point else i.dtype) for n, i in base.items()
+    }
+    match job:
+        case "gram":
+            written = 0
+        case "compress":
+            written = file_bytes({n: TensorInfo((count, *stored[n].shape), stored[n].dtype) for n in floating})
+        case _:
+            written = file_bytes(stored)
+    read = PASSES[job] * (models + 1) * size + (sum(i.nbytes for i in base.values()) - size if written else 0)
+    each = (ENCODE_BYTES if job == "compress" else PIECE_BYTES) + TABLES.get(job, 0) * models
+    parts = shares(list(floating.values()), lambda info: info.nbytes, processes)
+    traffic = read + written
+    return Plan(
+        job,
+        models,
+        numbers,
+        read,
+        written,
+        own_memory() + (threads or default_workers()) * each,
+        float(numbers) * operations_per_number(job, models, count),
+        bandwidth,
+        traffic / bandwidth if bandwidth else None,
+        tuple(PASSES[job] * (models + 1) * sum(info.nbytes for info in part) for part in parts),
+    )
+
+
+def operations_per_number(job: str, models: int, num_bases: int) -> float:
+    """Per number of the base: differences, products of a pair of models, sums."""
+    gram = models + models * models
+    match job:
+        case "gram":
+            return gram
+        case "compress":
+            return gram + models + 2 * models * num_bases + num_bases * (num_bases + models)
+        case "ae_bases":
+            return gram + 3 * models
+        case "ties":
+            return 10 * models
+        case _:
+            return 3 * models
+
+
+def own_memory() -> int:
+    """What this process has allocated: the program and the libraries that every job comes to use."""
+    ae_bases(torch.eye(2), 1)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        return 200_000_000
+
+
+def headers(source: str) -> Infos:
+    """Names, shapes and dtypes of a checkpoint directory, of a Hub repository, or of the model of a config.json.
+
+    Of a Hub repository only the headers of its safetensors files are fetched. Raises CheckpointError.
+    """
+    path = Path(source).expanduser()
+    if path.name.endswith(".json") and path.is_file():
+        return _of_config(path)
+    if path.exists() or not HUB_ID.match(source):
+        return Checkpoint.open(source).tensors
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        found = get_safetensors_metadata(source)
+    except Exception as error:  # the network, a private repository, no safetensors in it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f'"{source}": no such local directory, and the Hub gave no headers: {reason}; give a directory, or the '
+            "model's config.json"
+        ) from error
+    return {
+        name: TensorInfo(tuple(info.shape), DTYPES[info.dtype])
+        for file in found.files_metadata.values()
+        for name, info in file.tensors.items()
+    }
+
+
+def _of_config(file: Path) -> Infos:
+    """The tensors of the causal language model that a configuration describes; nothing is allocated."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(str(file))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f'"{file}": no configuration of a causal language model: {error}') from error
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    tensors = {n: TensorInfo(tuple(t.shape), dtype) for n, t in model.named_parameters()}
+    return dict(Checkpoint(str(file), tensors, _nothing, config=config.to_dict()).tensors)
+
+
+def _nothing(name: str) -> torch.Tensor:
+    raise CheckpointError(f"{name} is known by its shape only")
+
+
+def bandwidth_of(source: str) -> float | None:
+    """Of the disk that a local checkpoint is on; None where there is no file of its weights."""
+    path = Path(source).expanduser()
+    files = [path] if path.suffix == ".safetensors" else sorted(path.glob("*.safetensors"))
+    return measure_bandwidth(files[0]) if files and files[0].is_file() else None
+
+
+def measure_bandwidth(file: Path) -> float:
+    """Bytes per second of reading the first gigabyte of a file; what is in the page cache already is faster."""
+    started, read = time.perf_counter(), 0
+    with open(file, "rb", buffering=0) as stream:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, MEASURED_BYTES, os.POSIX_FADV_DONTNEED)
+        while read < MEASURED_BYTES and (part := stream.read(MEASURED_AT_ONCE)):
+            read += len(part)
+    return read / max(1e-9, time.perf_counter() - started)

@@ -1,0 +1,70 @@
+"""Pictures of an inspection; matplotlib is asked for only here."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from ..errors import MissingExtraError
+
+
+def picture_of(found: dict[str, Any]) -> bytes:
+    """Cosine similarities, energy left by M bases, STI per layer group and decay of the singular values, as one PNG.
+
+    Raises MissingExtraError without matplotlib.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise MissingExtraError('a picture needs matplotlib; pip install "tvbases-hf[plot]"') from error
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    _similarity(axes[0, 0], found)
+    _losses(axes[0, 1], found)
+    _interference(axes[1, 0], found["layers"])
+    _decay(axes[1, 1], found["layers"])
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    plt.close(figure)
+    return drawn.getvalue()
+
+
+def _similarity(axis: Any, found: dict[str, Any]) -> None:
+    tasks, cosine = found["tasks"], found["cosine"]
+    image = axis.imshow(cosine, vmin=-1, vmax=1, cmap="RdBu_r")
+    axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
+    axis.set_yticks(range(len(tasks)), tasks)
+    if len(tasks) <= 12:
+        for row, values in enumerate(cosine):
+            for column, value in enumerate(values):
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", color="w" if abs(value) > 0.6 else "k")
+    axis.figure.colorbar(image, ax=axis, shrink=0.8)
+    axis.set_title("Cosine similarity of the task vectors")
+
+
+def _losses(axis: Any, found: dict[str, Any]) -> None:
+    unexplained = found["unexplained"]
+    bases = range(1, len(found["tasks"]) + 1)
+    axis.plot(bases, unexplained["any_vectors"], "o--", label="any M vectors (spectral bound)")
+    axis.plot(bases, unexplained["balanced_bases"], "s-", label="M balanced bases")
+    axis.axvline(found["suggested_num_bases"], color="0.7", zorder=0)
+    axis.set(xlabel="bases M", ylabel="energy left unexplained", ylim=(0, 1), title="How many bases")
+    axis.set_xticks(list(bases))
+    axis.legend()
+
+
+def _interference(axis: Any, layers: dict[str, Any]) -> None:
+    groups = list(layers["interference"])
+    axis.bar(range(len(groups)), list(layers["interference"].values()), color="tab:purple")
+    axis.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
+    axis.set(ylabel="singular task interference", title="Interference between tasks, by layer")
+
+
+def _decay(axis: Any, layers: dict[str, Any]) -> None:
+    for task, curve in layers["decay"].items():
+        axis.plot([(step + 1) / len(curve) for step in range(len(curve))], curve, label=task)
+    axis.set(xlabel="share of singular components kept", ylabel="share of energy", ylim=(0, 1.02))
+    axis.set_title("Decay of the singular values (mean over matrices)")
+    axis.legend(fontsize="small")

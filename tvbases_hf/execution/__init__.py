@@ -1,1 +1,0 @@
-"""How work is done: on several threads and processes, with progress, within a plan."""

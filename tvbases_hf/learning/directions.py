@@ -1,0 +1,103 @@
+"""What can be taken away to forget a task: its vector, that vector as bases give it back, or its unique component.
+
+DeVec negates the unique component so that what other tasks share with the unwanted one stays (section 4.3 of the
+paper); the AE paper negates the reconstruction (Table 4). All three are changes of weights, read one at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from ..algebra.delta import Delta, Dense, add
+from ..bases import ae_bases
+from ..errors import ParameterError, did_you_mean
+from ..methods.devec import Options, decompose
+from ..models.gram import Gram, gram_matrix
+from ..models.vectors import Vectors
+
+COMPONENTS = ("plain", "unique", "reconstructed")
+# Directions are asked for once per alpha. Below this they are kept, as dense float32 at the most.
+CACHED_BYTES = 2 << 30
+
+Direction = Callable[[str], Delta]
+
+
+def direction(
+    vectors: Vectors,
+    task: str,
+    component: str = "plain",
+    *,
+    options: Options | None = None,
+    num_bases: float = 0.5,
+    even_errors: bool = False,
+    gram: Gram | None = None,
+    quiet: bool = True,
+) -> Direction:
+    """The change to negate, one weight at a time: ``direction(...)(name)``.
+
+    Args:
+        component: ``plain``, ``unique`` (needs another task, the pool that it is compared with) or ``reconstructed``.
+        options: of the decomposition; the paper's toxicity protocol (iterative pool, threshold 0.85) if left out.
+        num_bases: M of the AE bases, or a fraction of the T tasks; ``gram`` saves a pass if it is known.
+        even_errors: of the bases, so that this task is not one of those that least squares gives up; see ae_bases.
+
+    Raises ParameterError for an unknown task or component, and for one that needs more tasks.
+    """
+    check_component(component, len(vectors))
+    if task not in vectors.tasks:
+        raise ParameterError(
+            f'no task "{task}"{did_you_mean(task, vectors.tasks)}; there are {", ".join(vectors.tasks)}'
+        )
+    index = vectors.tasks.index(task)
+    match component:
+        case "plain":
+            return lambda name: vectors.deltas(name)[index]
+        case "unique":
+            return _unique(vectors, index, options or Options(pool="iterative"))
+        case _:
+            matrix = (gram or gram_matrix(vectors, quiet=quiet)).matrix
+            weights = ae_bases(matrix, num_bases, even_errors=even_errors)
+            column = weights.reconstruction[:, index].tolist()
+            return _kept(vectors, lambda name: add(vectors.deltas(name), column))
+
+
+def check_component(component: str, num_tasks: int) -> None:
+    """ParameterError for an unknown component, or one that this number of tasks does not define."""
+    if component not in COMPONENTS:
+        raise ParameterError(
+            f"unknown component {component!r}{did_you_mean(component, COMPONENTS)}; choose one of "
+            f"{', '.join(COMPONENTS)}"
+        )
+    if component != "plain" and num_tasks < 2:
+        raise ParameterError(
+            f"the {component} component is relative to other tasks, and there is only one; name more fine-tunes of "
+            "this base, for example --task chat=path/to/chat, or take component plain"
+        )
+
+
+def _unique(vectors: Vectors, index: int, options: Options) -> Direction:
+    """The decomposition is dear and is made once: what is kept of a large dense change is its shared part, low-rank."""
+
+    @functools.cache
+    def parts(name: str) -> tuple[Delta | None, Delta | None]:
+        split = decompose(vectors.deltas(name), options, [index])
+        unique = split.unique[index]
+        small = not isinstance(unique, Dense) or _fits(vectors)
+        return (unique, None) if small else (None, split.shared[index])
+
+    def read(name: str) -> Delta:
+        unique, shared = parts(name)
+        if unique is not None or shared is None:
+            return unique or vectors.deltas(name)[index]
+        return add([vectors.deltas(name)[index], shared], [1.0, -1.0])
+
+    return read
+
+
+def _kept(vectors: Vectors, read: Direction) -> Direction:
+    return functools.cache(read) if _fits(vectors) else read
+
+
+def _fits(vectors: Vectors) -> bool:
+    return 4 * vectors.numel <= CACHED_BYTES

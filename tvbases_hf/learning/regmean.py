@@ -1,0 +1,134 @@
+"""RegMean (Jin et al., 2023): linear layers merged by least squares on what they are given as input."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..algebra.delta import dense
+from ..algebra.linalg import solve_psd
+from ..errors import ParameterError
+from ..models.vectors import Vectors
+from .data import TaskData
+from .inplace import Reparametrised
+from .learned import Computed, asking, combined, mean_change, moved, paired, task_changes
+
+# What the authors multiply the entries of X^T X beside the diagonal by (their alpha, 0.9 for most models).
+SHRINK = 0.9
+
+
+def regmean(
+    vectors: Vectors,
+    model: nn.Module,
+    data: Sequence[TaskData],
+    *,
+    at: Vectors | None = None,
+    shrink: float = SHRINK,
+    quiet: bool = True,
+) -> Computed:
+    """(sum_m B_m G_m) (sum_m G_m)^{-1} with G_m = sum_i W_e[i, m] X_i^T X_i per linear layer (AE paper, Table 5).
+
+    X_i [tokens, in] are the layer's inputs when the model at theta_0 plus the vector of task i is asked about the
+    task's data: see task_changes for where that is when the vectors are bases, and ``at``. The paper is silent about
+    it; with its task models still at hand, ``at`` is the task vectors. Sums over tokens, as in the formula: a task with
+    more data counts more. Padding (where a model is given an attention mask) does not count. No labels are needed.
+
+    Weights of other layers, biases, and layers that no data reaches take the plain mean of the vectors, as the authors
+    do; ``report`` counts them. Where the sum of the G_m is singular, directions that no input has stay at theta_0.
+
+    Holds, in float64, X^T X of every linear layer twice and a copy of these layers' weights, whatever T and K.
+
+    Args:
+        shrink: factor of the entries of G beside the diagonal, 0 to 1.
+
+    Raises:
+        ParameterError: data that does not fit the tasks, or ``shrink`` out of range.
+        MismatchError: the model is not the base.
+    """
+    if not 0 <= shrink <= 1:
+        raise ParameterError(f"shrink must lie between 0 and 1, got {shrink}; the authors use 0.9")
+    given, shares, points = paired(vectors, data), vectors.data_weights(), task_changes(vectors, at)
+    layers = linear_layers(model, vectors.names)
+    above: dict[str, Tensor] = {}
+    below: dict[str, Tensor] = {}
+    with asking(vectors, model) as weights:
+        bar = tqdm(total=len(given), desc="RegMean", disable=True if quiet else None, leave=False)
+        with bar:
+            for index, task in given:
+                change, row = points[index], shares[index]
+                if change is not None:
+                    products = input_products(model, moved(weights, change), layers, task)
+                    for name, product in products.items():
+                        shrunk = shrink * product + (1 - shrink) * product.diag().diag()
+                        mixed = dense(combined(vectors.deltas(name), row.tolist())).to(shrunk.device)
+                        _accumulate(above, name, mixed @ shrunk)
+                        _accumulate(below, name, float(row.sum()) * shrunk)
+                bar.update()
+    solved = tuple(name for name in vectors.names if name in below)
+    tensors = {name: mean_change(vectors, name).float() for name in vectors.names if name not in below}
+    for name in solved:
+        tensors[name] = solve_psd(below.pop(name).cpu(), above.pop(name).cpu().T).T.float().contiguous()
+    unseen = [name for name in layers.values() if name not in solved]
+    report = {"solved": len(solved), "averaged": len(vectors.names) - len(solved), "layers_without_input": unseen}
+    return Computed({name: tensors[name] for name in vectors.names}, report)
+
+
+def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """{module: the name of its weight} for the linear layers whose weight is among ``names``."""
+    wanted = set(names)
+    return {
+        name: f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (f"{name}.weight" if name else "weight") in wanted
+    }
+
+
+def input_products(
+    model: nn.Module, leaves: dict[str, Tensor], layers: dict[str, str], task: TaskData
+) -> dict[str, Tensor]:
+    """{weight: X^T X [in, in] float64} of the inputs that a task's data makes for each layer that it reaches."""
+    found: dict[str, Tensor] = {}
+    empty = True
+    with torch.no_grad(), _watching(model, layers, found):
+        for batch in task.batches:
+            task.readout(Reparametrised(model, leaves), batch)
+            empty = False
+    if empty:
+        raise ParameterError(f'the data of "{task.name}" is empty')
+    return found
+
+
+@contextlib.contextmanager
+def _watching(model: nn.Module, layers: dict[str, str], found: dict[str, Tensor]) -> Iterator[None]:
+    mask: list[Tensor | None] = [None]
+
+    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask[0] = kwargs.get("attention_mask")
+
+    def take(weight: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs, seen = args[0].detach(), mask[0]
+            if seen is not None and seen.ndim == 2 and inputs.shape[:-1] == seen.shape:
+                inputs = inputs[seen.bool()]
+            rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float64)
+            _accumulate(found, weight, rows.T @ rows)
+
+        return hook
+
+    modules = dict(model.named_modules())
+    hooks = [model.register_forward_pre_hook(ask, with_kwargs=True)]
+    hooks += [modules[layer].register_forward_pre_hook(take(weight)) for layer, weight in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    sums[name] = sums[name].add_(part) if name in sums else part

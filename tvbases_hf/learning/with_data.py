@@ -1,0 +1,37 @@
+"""The merging methods that need data, by name: ``method(vectors, model, data, quiet=..., **options)`` gives Changes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..models.vectors import Vectors
+from .adamerging import adamerging
+from .atlas import atlas
+from .data import TaskData
+from .fisher import fisher
+from .learned import Changes
+from .localize import localize, stitch
+from .regmean import regmean
+
+
+def localize_and_stitch(
+    vectors: Vectors, model: nn.Module, data: Sequence[TaskData], *, quiet: bool = True, **options: Any
+) -> Changes:
+    """Masks trained and stitched at once; see localize for the options. The result's ``vectors`` are sparse."""
+    return stitch(localize(vectors, model, data, quiet=quiet, **options))
+
+
+DATA_METHODS: dict[str, Callable[..., Changes]] = {
+    "fisher": fisher,
+    "fisher_empirical": functools.partial(fisher, empirical=True),
+    "regmean": regmean,
+    "localize": localize_and_stitch,
+    "adamerging": adamerging,
+    "adamerging_task": functools.partial(adamerging, per="task"),
+    "atlas": atlas,
+    "atlas_nonnegative": functools.partial(atlas, nonnegative=True),
+}

@@ -1,0 +1,76 @@
+"""Shared and unique components of whole models, written as checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.delta import Delta, dense, square_norm
+from ..methods.devec import Decomposition, Options, decompose
+from ..models.grouping import group_of, in_order
+from ..models.vectors import Vectors
+from ..storage.checkpoint import Checkpoint
+from ..storage.model import copy_side_files
+from ..storage.output import transaction, write_json
+from ..storage.progress import track
+from ..storage.tensor_files import TensorFiles
+
+MARKER = "tvbases_components.json"
+SHARED = "shared"
+
+
+def write_components(vectors: Vectors, options: Options, out: Path, *, quiet: bool = True) -> dict[str, Any]:
+    """Write ``out/unique/TASK`` and ``out/shared``: the base plus each unique component, and plus the shared one.
+
+    Tensors that are not matrices count as unique. Returns, per layer group and task, the share of the task vector's
+    energy that is shared. Raises OutputError for an output that is not ours or a full disk.
+    """
+    base = vectors.base
+    copies = [f"unique/{task}" for task in vectors.tasks] + [SHARED]
+    energy: dict[str, Tensor] = {}
+    with transaction(out, is_components, base.nbytes * len(copies)) as work:
+        files = {copy: _begin(base, work / copy) for copy in copies}
+        for name in track(list(base.tensors), "Decomposing", quiet, lambda n: base.tensors[n].nbytes):
+            if name in vectors.names:
+                deltas = vectors.deltas(name)
+                split = decompose(deltas, options)
+                changes = dict(zip(copies, [*split.unique, split.combined], strict=True))
+                table = energy.setdefault(group_of(name), torch.zeros(2, len(vectors), dtype=torch.float64))
+                table += _energies(split, deltas)
+            else:
+                changes = dict.fromkeys(copies)
+            for copy, change in changes.items():
+                files[copy].write(name, _edited(base.read(name), change))
+        found = {"options": vars(options), "tasks": list(vectors.tasks), "shared_energy": _shares(energy)}
+        write_json(work / MARKER, found)
+    return found
+
+
+def is_components(directory: Path) -> bool:
+    return (directory / MARKER).is_file()
+
+
+def _begin(base: Checkpoint, directory: Path) -> TensorFiles:
+    directory.mkdir(parents=True)
+    if base.path is not None and base.path.is_dir():
+        copy_side_files(base.path, directory)
+    return TensorFiles(directory, "model", base.tensors)
+
+
+def _edited(tensor: Tensor, change: Delta | None) -> Tensor:
+    return tensor if change is None else (tensor.to(change.device, torch.float64) + dense(change)).to(tensor.dtype)
+
+
+def _energies(split: Decomposition, deltas: list[Delta]) -> Tensor:
+    rows = [[square_norm(part) for part in split.shared], [square_norm(delta) for delta in deltas]]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _shares(energy: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Share of shared energy per group and task, and over all groups."""
+    total = sum(energy.values(), torch.zeros_like(next(iter(energy.values()))))
+    tables = {**in_order(energy), "all": total}
+    return {group: (table[0] / table[1].clamp_min(1e-300)).tolist() for group, table in tables.items()}

@@ -1,0 +1,393 @@
+"""LoRA and DoRA adapters as low-rank task vectors: PEFT directories read exactly, or refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.delta import Delta, Dense, Dora, LowRank, dense
+from ..errors import CheckpointError, MismatchError, TvbasesError
+from ..storage.checkpoint import WEIGHT_FILES as CHECKPOINT_FILES
+from ..storage.checkpoint import Checkpoint, TensorInfo, locate
+from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
+from .names import Naming, is_conv1d, is_shared, is_tied_away
+
+PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+BIAS = "lora_B.bias"
+PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+FACTOR = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<kind>weight|bias))?$"
+)
+# Kinds whose weight the base stores as [in, out], the transpose of B A.
+TRANSPOSED = ("conv1d", "embedding")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How PEFT stores the factors of a weight: ``kind`` linear, conv1d (weight [in, out]), embedding or conv."""
+
+    module: str
+    kind: str
+    kernel: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """Stored names of one module's factors; ``scaling`` is alpha / r, or alpha / sqrt(r) for rsLoRA."""
+
+    layout: Layout
+    scaling: float
+    parts: Mapping[str, str]
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The stored names of A and B."""
+        first, second = PAIRS[self.layout.kind == "embedding"]
+        return self.parts[first], self.parts[second]
+
+
+class Adapter:
+    """One adapter over one base: ``names`` are the base's tensors it changes, ``delta`` gives a change.
+
+    Factors are read when asked for. The base is read for DoRA and for saved modules only. Two things cannot be seen in
+    files and are taken to be PEFT's usual ones: that convolutions pad with zeros and are not dilated, and that
+    embeddings do not limit their norm.
+    """
+
+    def __init__(self, label: str, config: Mapping[str, Any], stored: Checkpoint, base: Checkpoint) -> None:
+        """Match every stored tensor to a tensor of the base.
+
+        Raises:
+            CheckpointError: a variant that is not a plain change of weights, or two files that do not belong together.
+            MismatchError: a module that the base does not have or uses twice, or factors of another shape.
+        """
+        self.label, self.config = label, dict(config)
+        self._stored, self._base = stored, base
+        self._options = LoraOptions.parse(self.config, label)
+        parts, saved = _group(stored, label)
+        for module, found in parts.items():
+            self._check_parts(module, found)
+        self._head = {name: saved.pop(name) for name in self._find_head(saved)} if parts else {}
+        self.naming = self._resolve([f"{module}.weight" for module in parts], list(saved))
+        self._modules: dict[str, LoraModule] = {}
+        self._biases: dict[str, LoraModule] = {}
+        for module, found in parts.items():
+            self._add_module(module, found)
+        self._saved = self._match_saved(saved)
+        self.names = tuple(dict.fromkeys([*self._modules, *self._biases, *self._saved]))
+        self._refuse_shared()
+
+    @classmethod
+    def open(
+        cls, source: str | Path, base: Checkpoint, *, revision: str | None = None, label: str | None = None
+    ) -> Adapter:
+        """Open a PEFT directory or Hub id. Pickled weights are read with ``weights_only`` and never run code."""
+        label = label or str(source)
+        path = locate(str(source), revision)
+        config = read_config(path, label)
+        file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+        if file is None:
+            raise CheckpointError(f'"{label}": {CONFIG_FILE} is here but not {WEIGHT_FILES[0]}; copy the weights too')
+        return cls(label, config, Checkpoint.open(file, label=label), base)
+
+    @property
+    def base_id(self) -> str:
+        """The base that the adapter says it was trained on; empty if it says nothing."""
+        return str(self.config.get("base_model_name_or_path") or "")
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max((self._rank(module) for module in self._modules.values()), default=0)
+
+    @property
+    def has_dora(self) -> bool:
+        return any(MAGNITUDE in module.parts for module in self._modules.values())
+
+    @property
+    def saved_names(self) -> tuple[str, ...]:
+        """The base's tensors that the adapter carries whole: ``modules_to_save`` and trained biases."""
+        return tuple(self._saved)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """What is stored, by stored name."""
+        return self._stored.tensors
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Tensors of saved modules that the base lacks, a classifier for example, by the adapter's name.
+
+        They are no change of the base, but an adapter that is made of this one keeps them.
+        """
+        return tuple(self._head)
+
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """The tensors of ``head_names``."""
+        return {name: self._read(stored) for name, stored in self._head.items()}
+
+    def fingerprint(self) -> str:
+        """Digest of the configuration, and of names, shapes, dtypes and first numbers of what is stored."""
+        config = json.dumps(self.config, sort_keys=True, default=str)
+        return hashlib.sha256(f"{config} {self._stored.fingerprint()}".encode()).hexdigest()[:32]
+
+    def delta(self, name: str) -> Delta | None:
+        """The change of the base's tensor ``name``; None where the adapter changes nothing.
+
+        Low-rank or Dora for modules with factors, convolutions flattened to [out, in * kernel] as PEFT does; dense for
+        biases, saved modules, and DoRA of a weight stored as [in, out], which scales columns and not rows.
+        Raises CheckpointError for NaN or infinity.
+        """
+        if name in self._modules:
+            return self._change(self._modules[name], name)
+        saved = Dense(self._read(self._saved[name]), self._base.read(name)) if name in self._saved else None
+        if name not in self._biases:
+            return saved
+        module = self._biases[name]
+        bias = module.scaling * self._factor(module.parts[BIAS])
+        return Dense(bias if saved is None else bias + dense(saved, bias.dtype))
+
+    def layout(self, name: str) -> Layout | None:
+        """How the factors of a weight are stored; None for biases, saved modules and what the adapter lacks."""
+        return self._modules[name].layout if name in self._modules else None
+
+    def module_of_bias(self, name: str) -> str | None:
+        """The targeted module whose LoRA bias changes the base's tensor ``name``."""
+        return self._biases[name].layout.module if name in self._biases else None
+
+    def _change(self, module: LoraModule, name: str) -> Delta:
+        a, b = (self._factor(stored) for stored in module.pair)
+        product = LowRank(module.scaling * b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1))
+        transposed = module.layout.kind in TRANSPOSED
+        if MAGNITUDE not in module.parts:
+            return LowRank(product.right.T, product.left.T) if transposed else product
+        base = self._base.read(name)
+        magnitude = self._factor(module.parts[MAGNITUDE]).reshape(-1)
+        change = dora_change(product, magnitude, base.T if transposed else base)
+        if not torch.isfinite(change.scale).all():
+            raise CheckpointError(f'"{self.label}": {name} plus its factors has rows of zeros, which DoRA divides by')
+        return Dense(dense(change, product.left.dtype).T) if transposed else change
+
+    def _factor(self, stored: str) -> Tensor:
+        """A stored tensor in float32 at least."""
+        tensor = self._read(stored)
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+    def _read(self, stored: str) -> Tensor:
+        tensor = self._stored.read(stored)
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise CheckpointError(
+                f'"{self.label}": {stored} holds {bad} NaN or infinite numbers of {tensor.numel()}; the training run '
+                "diverged or the file is damaged: use an earlier checkpoint"
+            )
+        return tensor
+
+    def _rank(self, module: LoraModule) -> int:
+        return self._stored.tensors[module.pair[0]].shape[0]
+
+    def _shape(self, stored: str) -> tuple[int, ...]:
+        return self._stored.tensors[stored].shape
+
+    def _check_parts(self, module: str, parts: Mapping[str, str]) -> None:
+        """One complete pair of factors, and nothing that the configuration denies or lacks."""
+        options, label = self._options, f'"{self.label}": {module}'
+        pair = PAIRS[any("embedding" in part for part in parts)]
+        missing = [part for part in pair if part not in parts]
+        if missing:
+            raise CheckpointError(f"{label} has {', '.join(parts)} but not {missing[0]}; the file is incomplete")
+        extra = [part for part in parts if part not in (*pair, MAGNITUDE, BIAS)]
+        if extra:
+            raise CheckpointError(f"{label} has {extra[0]}, which no variant that is known here has")
+        for part, option, on in ((MAGNITUDE, "use_dora", options.use_dora), (BIAS, "lora_bias", options.lora_bias)):
+            if (part in parts) != on:
+                raise CheckpointError(
+                    f"{label} has {part if part in parts else f'no {part}'}, but {CONFIG_FILE} says {option}: "
+                    f"{str(on).lower()}; the two files do not belong together"
+                )
+        flat = [part for part in pair if len(self._shape(parts[part])) < 2]
+        if flat:
+            raise CheckpointError(f"{label}: {flat[0]} is no matrix (a part of a sharded one?); save the adapter again")
+        rank, configured = self._shape(parts[pair[0]])[0], options.rank_of(module)
+        if rank < 1 or configured < 1:
+            raise CheckpointError(f"{label} has rank 0, so it changes nothing; train or save it again")
+        if rank != configured:
+            raise CheckpointError(
+                f"{label} has rank {rank} but {CONFIG_FILE} says {configured}, so its scaling is unknown; "
+                "the two files do not belong together"
+            )
+
+    def _resolve(self, weights: list[str], saved: list[str]) -> Naming:
+        """How the adapter's names become the base's. Names of tied outputs, which the base lacks, are refused."""
+        saved = [name.replace(".base_layer.", ".") for name in saved]
+        for name in (*weights, *saved):
+            if name not in self._base.tensors and is_tied_away(name, self._base, self.config):
+                raise self._tied(name.removesuffix(".weight"))
+            if f"{name.removesuffix('.weight')}.in_proj_weight" in self._base.tensors:
+                raise CheckpointError(f'"{self.label}": LoRA on {name}, an nn.MultiheadAttention, is not supported')
+        try:
+            return Naming.resolve(list(dict.fromkeys([*weights, *saved])), self._base)
+        except MismatchError as error:
+            trained_on = f" ({self.base_id})" if self.base_id else ""
+            raise MismatchError(
+                f'"{self.label}": {error}; give the base that the adapter was trained on{trained_on}, with its head'
+            ) from error
+
+    def _find_head(self, saved: Iterable[str]) -> list[str]:
+        """Names of tensors in ``modules_to_save`` of which the base has none, behind any prefix."""
+        modules = self.config.get("modules_to_save") or []
+        trunk = [f".{own}" for own in self._base.tensors]
+        return [
+            name
+            for name in saved
+            if any(f".{module}." in f".{name}" for module in modules)
+            and not is_tied_away(name, self._base, self.config)
+            and not any(own.endswith(f".{name}") or f".{name}".endswith(own) for own in trunk)
+        ]
+
+    def _name(self, name: str) -> str:
+        own = self.naming.to_base(name)
+        assert own is not None
+        return own
+
+    def _add_module(self, module: str, parts: Mapping[str, str]) -> None:
+        name = self._name(f"{module}.weight")
+        if not self._options.is_target(module):
+            raise CheckpointError(
+                f'"{self.label}": {module} has factors, but {CONFIG_FILE} does not target it, so that PEFT leaves '
+                "them out; the two files do not belong together"
+            )
+        layout = self._find_layout(module, name, parts)
+        if layout.kind in TRANSPOSED and MAGNITUDE in parts and len(self._base.tensors[name].shape) != 2:
+            raise MismatchError(f'"{self.label}": {module} is no matrix in the base ({self._base.label})')
+        scaling = self._options.scaling(module, self._options.rank_of(module))
+        self._modules[name] = LoraModule(layout, scaling, parts)
+        if BIAS in parts:
+            bias = self._name(f"{module}.bias")
+            if bias not in self._base.tensors:
+                raise MismatchError(
+                    f'"{self.label}": lora_bias on {module}, which has no bias in the base ({self._base.label}); '
+                    "no change of the base's tensors does what it does"
+                )
+            self._biases[bias] = self._modules[name]
+
+    def _find_layout(self, module: str, name: str, parts: Mapping[str, str]) -> Layout:
+        embedding = "lora_embedding_A" in parts
+        a, b = (self._shape(parts[part]) for part in PAIRS[embedding])
+        shape = self._base.tensors[name].shape
+        magnitude = math.prod(self._shape(parts[MAGNITUDE])) if MAGNITUDE in parts else b[0]
+        matching = math.prod(b[1:]) == a[0] and magnitude == b[0]
+        made = b[:1] + a[1:]
+        kind = self._find_kind(name, shape, made, embedding) if matching else None
+        if kind is not None:
+            return Layout(module, kind, a[2:])
+        if len(a) > 2 and len(b) > 1 and 0 < b[1] < a[0]:
+            raise CheckpointError(
+                f'"{self.label}": {module} is a convolution in {a[0] // b[1]} groups, which LoRA mixes, so that no '
+                "change of its weight does what PEFT computes; PEFT cannot merge it either"
+            )
+        raise MismatchError(
+            f'"{self.label}": the factors of {module} make a change of shape {list(made)} but the base\'s weight '
+            f"({self._base.label}) is {list(shape)}; give the base it was trained on"
+        )
+
+    def _find_kind(self, name: str, shape: tuple[int, ...], made: tuple[int, ...], embedding: bool) -> str | None:
+        """The kind of a weight of ``shape`` that factors of a product [out, in, *kernel] fit; None if none does."""
+        if embedding:
+            return "embedding" if shape == made[::-1] else None
+        if len(made) > 2:
+            return "conv" if shape == made else None
+        if shape not in (made, made[::-1]):
+            return None
+        stored_as_in_out = is_conv1d(name, self._base, self._options.fan_in_fan_out)
+        if stored_as_in_out is None and shape[0] == shape[1]:
+            raise CheckpointError(
+                f'"{self.label}": {CONFIG_FILE} says fan_in_fan_out, and nothing in the base tells whether the square '
+                f"weight {name} is stored as [in, out]; set fan_in_fan_out to false if it is an nn.Linear"
+            )
+        if stored_as_in_out is None:
+            stored_as_in_out = shape != made
+        return ("conv1d" if stored_as_in_out else "linear") if shape == made[:: -1 if stored_as_in_out else 1] else None
+
+    def _match_saved(self, saved: Mapping[str, str]) -> dict[str, str]:
+        """Saved modules and biases, by the base's name. PEFT stores targeted embeddings too: a copy changes nothing."""
+        found = {}
+        for name, stored in saved.items():
+            own = self._name(name.replace(".base_layer.", "."))
+            if self._shape(stored) != self._base.tensors[own].shape:
+                raise MismatchError(
+                    f'"{self.label}": saved module {name} is {list(self._shape(stored))}, in the base '
+                    f"({self._base.label}) it is {list(self._base.tensors[own].shape)}; resize the base first"
+                )
+            if own not in self._modules:
+                found[own] = stored
+                continue
+            copy = self._stored.read(stored)
+            if not torch.equal(copy, self._base.read(own).to(copy.dtype)):
+                raise MismatchError(
+                    f'"{self.label}": carries its own copy of {own}, which differs from the base ({self._base.label}); '
+                    "give the base that the adapter was trained on"
+                )
+        return found
+
+    def _refuse_shared(self) -> None:
+        for name in self.names:
+            if is_shared(name, self._base, self.config):
+                raise self._tied(name.removesuffix(".weight"))
+
+    def _tied(self, module: str) -> TvbasesError:
+        return MismatchError(
+            f'"{self.label}": changes {module}, whose matrix the model uses twice, as input embedding and as output '
+            "(tied); PEFT changes one of the two uses, which no change of the one matrix does. Untie the base "
+            "(tie_word_embeddings: false, saved with both matrices) or merge the adapter with PEFT into such a base"
+        )
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a local directory holds an adapter, or one half of its two files, and not a whole model."""
+    files = {name for name in (CONFIG_FILE, *WEIGHT_FILES, *CHECKPOINT_FILES) if (path / name).is_file()}
+    return bool(files) and files.isdisjoint(CHECKPOINT_FILES)
+
+
+def dora_change(product: LowRank, magnitude: Tensor, base: Tensor) -> Dora:
+    """diag(g) (W + s B A) - W with g = magnitude / |rows of W + s B A|.
+
+    Args:
+        product: s B A, [n, m].
+        magnitude: [n].
+        base: W, [n, *] with m numbers in a row.
+    """
+    updated = base.reshape(product.shape).to(product.left.dtype) + product.left @ product.right
+    factor = magnitude / updated.norm(dim=1)
+    return Dora(factor - 1, base, LowRank(factor[:, None] * product.left, product.right))
+
+
+def _group(stored: Checkpoint, label: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Stored names by module and part, and other saved tensors by name. Anything unknown is refused."""
+    parts: dict[str, dict[str, str]] = {}
+    saved: dict[str, str] = {}
+    for stored_name in stored.tensors:
+        name = stored_name.removeprefix(PREFIX)
+        match = FACTOR.match(name)
+        if match:
+            part = match["part"] + (".bias" if match["kind"] == "bias" else "")
+            parts.setdefault(match["module"], {})[part] = stored_name
+        elif "lora_" in name:
+            raise CheckpointError(f'"{label}": tensor {stored_name} is of a LoRA variant that is not known here')
+        else:
+            saved[name] = stored_name
+    if not parts and not saved:
+        raise CheckpointError(f'"{label}": the adapter holds no tensors')
+    return parts, saved

@@ -1,0 +1,148 @@
+"""Whether models fit one base: the same architecture, names, shapes and number format; and what they leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..errors import MismatchError, ParameterError
+from ..storage.checkpoint import Checkpoint
+from .adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The tensors that carry task vectors, and what they leave out: tensors that a fine-tune lacks, that the base
+    lacks, or of another shape. ``heads`` are those of adapters that the base lacks; see Adapter.head_names.
+    """
+
+    names: tuple[str, ...] = ()
+    missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    extra: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    heads: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """One line per finding, for the user."""
+        lines = []
+        for task, names in self.missing.items():
+            lines.append(
+                f'"{task}": {len(names)} tensors of the base are absent (first: {names[0]}); counted as unchanged'
+            )
+        for task, names in self.extra.items():
+            lines.append(f'"{task}": {len(names)} tensors are not in the base (first: {names[0]}); left out')
+        for task, names in self.heads.items():
+            lines.append(
+                f'"{task}": {len(names)} tensors are not in the base (first: {names[0]}); an adapter keeps them as '
+                "they are, a checkpoint leaves them out"
+            )
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} tensors differ in shape (first: {self.skipped[0]}); left out")
+        return lines
+
+
+def check_fit(base: Checkpoint, models: Mapping[str, Checkpoint | Adapter], skip_mismatched: bool = False) -> Coverage:
+    """The tensors that carry task vectors of the models; see Vectors.of_models for arguments and what is raised."""
+    if not models:
+        raise ParameterError("no task given; name at least one, for example --task math=path/to/math")
+    checkpoints = {task: model for task, model in models.items() if isinstance(model, Checkpoint)}
+    adapters = {task: model for task, model in models.items() if isinstance(model, Adapter)}
+    floating = [name for name, info in base.tensors.items() if info.dtype.is_floating_point]
+    for task, model in checkpoints.items():
+        _check_architecture(task, model, base, floating)
+        _check_dtypes(task, model, floating)
+    _check_same_base(adapters)
+    mismatched = {task: _mismatched(model, base, floating) for task, model in checkpoints.items()}
+    for task, names in mismatched.items():
+        if names and not skip_mismatched:
+            raise _shape_error(task, names, checkpoints[task], base, len(floating))
+    skipped = {name for names in mismatched.values() for name in names}
+    changed = None if checkpoints else {name for adapter in adapters.values() for name in adapter.names}
+    names = tuple(n for n in floating if n not in skipped and (changed is None or n in changed))
+    return _coverage(checkpoints, adapters, base, names, tuple(sorted(skipped)))
+
+
+def _quoted(task: str, model: Checkpoint) -> str:
+    return f'"{task}"' if task == model.label else f'"{task}" ({model.label})'
+
+
+def _check_architecture(task: str, model: Checkpoint, base: Checkpoint, names: Sequence[str]) -> None:
+    ours, theirs = base.config.get("model_type"), model.config.get("model_type")
+    if ours and theirs and ours != theirs:
+        raise MismatchError(
+            f"{_quoted(task, model)} is a {theirs} model but the base ({base.label}) is {ours}; "
+            "a task vector needs a fine-tune of this very base"
+        )
+    common = sum(name in model.tensors for name in names)
+    if common * 2 < len(names) or common == 0:
+        sample = next(iter(model.tensors))
+        raise MismatchError(
+            f"{_quoted(task, model)} has {common} of the {len(names)} tensors of the base ({base.label}); "
+            f"it is another architecture (it has {sample}, "
+            f"the base has {names[0] if names else 'no floating-point tensor'})"
+        )
+
+
+def _check_dtypes(task: str, model: Checkpoint, names: Sequence[str]) -> None:
+    """Quantised weights mean something only with scales that are stored elsewhere: their differences mean nothing."""
+    integers = [n for n in names if n in model.tensors and not model.tensors[n].dtype.is_floating_point]
+    if integers:
+        dtype = str(model.tensors[integers[0]].dtype).removeprefix("torch.")
+        raise MismatchError(
+            f"{_quoted(task, model)}: {len(integers)} of {len(names)} tensors are stored as integers "
+            f"(first: {integers[0]}, {dtype}), so the model is quantised; give the fine-tune as it was before that"
+        )
+
+
+def _mismatched(model: Checkpoint, base: Checkpoint, names: Sequence[str]) -> list[str]:
+    return [n for n in names if n in model.tensors and model.tensors[n].shape != base.tensors[n].shape]
+
+
+def _shape_error(task: str, names: list[str], model: Checkpoint, base: Checkpoint, total: int) -> MismatchError:
+    first = names[0]
+    theirs, ours = list(model.tensors[first].shape), list(base.tensors[first].shape)
+    vocabulary = (
+        len(theirs) == 2 and theirs[1:] == ours[1:] and ("embed" in first or "lm_head" in first or "wte" in first)
+    )
+    advice = (
+        f"the vocabularies differ ({theirs[0]} and {ours[0]} tokens): resize the fine-tune's to the base's with "
+        f"model.resize_token_embeddings({ours[0]}) and save it; in a mergekit YAML, `tokenizer: {{source: base}}` "
+        "aligns them"
+        if vocabulary
+        else "use a fine-tune of this base"
+    )
+    return MismatchError(
+        f"{_quoted(task, model)}: {len(names)} of {total} tensors differ in shape from the base "
+        f"(first: {first} {theirs} vs {ours}); {advice}"
+    )
+
+
+def _check_same_base(adapters: Mapping[str, Adapter]) -> None:
+    """Adapters name the base they were trained on; the last part of the name must agree, wherever it is kept."""
+    named = {task: adapter.base_id.rstrip("/").split("/")[-1] for task, adapter in adapters.items() if adapter.base_id}
+    if len(set(named.values())) > 1:
+        found = ", ".join(f'"{task}" on {adapters[task].base_id}' for task in named)
+        raise MismatchError(
+            f"the adapters were trained on different bases: {found}; their changes cannot be added. If it is one model "
+            "under several names, set base_model_name_or_path in adapter_config.json to the same name"
+        )
+
+
+def _coverage(
+    checkpoints: Mapping[str, Checkpoint],
+    adapters: Mapping[str, Adapter],
+    base: Checkpoint,
+    names: tuple[str, ...],
+    skipped: tuple[str, ...],
+) -> Coverage:
+    missing = {task: tuple(n for n in names if n not in model.tensors) for task, model in checkpoints.items()}
+    if not checkpoints:  # beside checkpoints, an adapter naturally changes few of the tensors
+        missing = {task: tuple(n for n in names if n not in model.names) for task, model in adapters.items()}
+    extra = {task: tuple(n for n in model.tensors if n not in base.tensors) for task, model in checkpoints.items()}
+    return Coverage(
+        names=names,
+        missing={task: found for task, found in missing.items() if found},
+        extra={task: found for task, found in extra.items() if found},
+        skipped=skipped,
+        heads={task: adapter.head_names for task, adapter in adapters.items() if adapter.head_names},
+    )

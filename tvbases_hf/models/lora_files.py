@@ -1,0 +1,297 @@
+"""Changes of weights written as a PEFT LoRA directory that loads without this package."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..algebra.delta import Delta, Dense, Dora, LowRank, dense
+from ..errors import ParameterError
+from ..storage.checkpoint import Checkpoint
+from ..storage.output import contains_only, write_json
+from .adapter import BIAS, MAGNITUDE, PREFIX, TRANSPOSED, Adapter, Layout
+from .lora_config import CONFIG_FILE, WEIGHT_FILES
+from .names import Naming
+
+OUR_FILES = (CONFIG_FILE, "adapter_model*", "README.md", ".gitattributes")
+# A row of the base that is scaled by this share is as good as gone: less is left of it than its rounding.
+SMALLEST_FACTOR = torch.finfo(torch.float32).eps / 8
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a merged adapter takes over from its sources: where the factors go, and the configuration's words.
+
+    ``layouts`` and ``bias_modules`` are by name of the base's tensors; the modules in them, and ``naming``, are named
+    as in the first source (that has a head). ``saved`` are tensors that some source carries whole; ``head`` those of
+    them that the base lacks, by the adapter's name; ``saved_modules`` what the sources call modules that are saved.
+    """
+
+    layouts: dict[str, Layout]
+    bias_modules: dict[str, str]
+    config: dict[str, Any] = field(default_factory=dict)
+    saved: frozenset[str] = frozenset()
+    naming: Naming = field(default_factory=Naming)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    saved_modules: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter], base_id: str) -> Template:
+        """The union of the adapters' modules. A word on which they disagree (the task type) is left out.
+
+        Raises ParameterError where they bring different heads.
+        """
+        naming = next((adapter for adapter in adapters if adapter.head_names), adapters[0]).naming
+
+        def renamed(name: str) -> str:
+            return naming.to_adapter(name).rpartition(".")[0]
+
+        found = {name: layout for a in reversed(adapters) for name in a.names if (layout := a.layout(name))}
+        layouts = {n: Layout(renamed(n), layout.kind, layout.kernel) for n, layout in found.items()}
+        biases = {name: renamed(name) for a in adapters for name in a.names if a.module_of_bias(name)}
+        config: dict[str, Any] = {"base_model_name_or_path": base_id}
+        for word in ("task_type", "auto_mapping"):
+            values = [adapter.config.get(word) for adapter in adapters]
+            if all(value == values[0] for value in values):
+                config[word] = values[0]
+        saved = frozenset(name for adapter in adapters for name in adapter.saved_names)
+        modules = frozenset(module for adapter in adapters for module in adapter.config.get("modules_to_save") or ())
+        return cls(layouts, biases, config, saved, naming, _common_head(adapters), modules)
+
+    def module_to_save(self, name: str) -> str:
+        """The module by which PEFT saves a tensor: the outermost that a source names, else the tensor's own.
+
+        A task type makes PEFT save ``classifier``, and then ``classifier.dense`` within it must not be saved again.
+        """
+        owners = _owners(name)
+        named = (owner for owner in owners if any(f".{owner}".endswith(f".{module}") for module in self.saved_modules))
+        return next(named, owners[-1] if owners else "")
+
+
+def adapter_tensors(
+    changes: Mapping[str, Delta], template: Template, base: Checkpoint, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the configuration of a PEFT adapter that makes exactly these changes.
+
+    Args:
+        changes: by name of the base's tensors: low-rank ones for modules of the template, dense ones for saved modules
+            and biases. With a Dora among them all modules become DoRA, which represents any sum of such changes.
+        dtype: of the factors; magnitudes and saved modules stay in float32 and in the base's dtype.
+
+    Raises ParameterError for a dense change of a module that no source carries whole, and where PEFT cannot express
+    the changes in one adapter.
+    """
+    factored = {name: delta for name, delta in changes.items() if _is_factored(name, delta, template)}
+    others = {name: delta for name, delta in changes.items() if name not in factored}
+    dora = any(isinstance(delta, Dora) for delta in factored.values())
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, delta in (factored or _placeholder(template, others, base)).items():
+        layout = template.layouts[name]
+        low, magnitude = _as_dora(delta, base.read(name), layout) if dora else (_low_rank(delta, name), None)
+        ranks[layout.module] = max(1, low.rank)
+        tensors |= _factors(layout, _padded(low), dtype)
+        if magnitude is not None:
+            ones = (1,) * len(layout.kernel)
+            shape = (1, -1, *ones) if layout.kind == "conv" else (-1,)
+            tensors[f"{PREFIX}{layout.module}.{MAGNITUDE}"] = magnitude.to(torch.float32).reshape(shape)
+    words = {} if dora else _lora_biases(others, template, factored, tensors)
+    trained = {name: delta for name, delta in others.items() if dora or name not in template.bias_modules}
+    words |= _saved_tensors(trained, template, base, tensors, ranks)
+    return tensors, _config(template, ranks, dora, words)
+
+
+def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """adapter_model.safetensors and adapter_config.json into an existing directory."""
+    own = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    seen = Counter(tensor.untyped_storage().data_ptr() for tensor in own.values())
+    own = {name: t.clone() if seen[t.untyped_storage().data_ptr()] > 1 else t for name, t in own.items()}
+    save_file(own, directory / WEIGHT_FILES[0], {"format": "pt"})
+    write_json(directory / CONFIG_FILE, dict(config))
+
+
+def is_adapter_directory(directory: Path) -> bool:
+    """Whether a directory holds an adapter and nothing else: what a merged adapter may replace."""
+    return (directory / CONFIG_FILE).is_file() and contains_only(directory, OUR_FILES)
+
+
+def _common_head(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    found: dict[str, tuple[str, Tensor]] = {}
+    for adapter in adapters:
+        for name, tensor in adapter.head.items():
+            first, known = found.setdefault(name, (adapter.label, tensor))
+            if not torch.equal(known, tensor):
+                raise ParameterError(
+                    f'"{first}" and "{adapter.label}" each bring a head of their own ({name}), which the base does not '
+                    "have, and one adapter has room for one. Take adapters that share it, or a base that has one with "
+                    "which all were trained"
+                )
+    return {name: tensor for name, (_, tensor) in found.items()}
+
+
+def _is_factored(name: str, delta: Delta, template: Template) -> bool:
+    return name in template.layouts and not (isinstance(delta, Dense) and name in template.saved)
+
+
+def _placeholder(template: Template, others: Mapping[str, Delta], base: Checkpoint) -> dict[str, Delta]:
+    """PEFT refuses an adapter without factors; one module that does not change makes it one."""
+    free = [name for name in template.layouts if name not in others]
+    if not free:
+        raise ParameterError("PEFT has no adapter without low-rank factors; write a full checkpoint")
+    shape = base.tensors[free[0]].shape
+    rows = shape[0]
+    return {free[0]: LowRank(torch.zeros(rows, 0), torch.zeros(0, base.tensors[free[0]].numel // max(1, rows)))}
+
+
+def _low_rank(delta: Delta, name: str) -> LowRank:
+    if not isinstance(delta, LowRank):
+        raise ParameterError(f"the change of {name} is not low-rank; truncate it first, or write a full checkpoint")
+    return delta
+
+
+def _as_dora(delta: Delta, base: Tensor, layout: Layout) -> tuple[LowRank, Tensor]:
+    """Factors L' R and magnitude mu with mu * rows of (W + L' R) / norm = W + change.
+
+    W + diag(d) W + L R = diag(1 + d) (W + diag(1 + d)^-1 L R), whose rows DoRA normalises and scales by mu: exact, and
+    within the rounding of W where a row is scaled to zero. PEFT's rows are the outputs, so a weight that is stored as
+    [in, out] takes the norms of its columns; a change that scales its columns is Dense here, and refused.
+    """
+    if isinstance(delta, Dora):
+        factor = nonzero(1 + delta.scale)
+        low = LowRank(delta.low.left / factor[:, None], delta.low.right)
+    else:
+        low = _low_rank(delta, f"{layout.module}.weight")
+        factor = torch.ones(())
+    updated = base.reshape(low.shape) + dense(low, torch.promote_types(low.left.dtype, torch.float32))
+    return low, factor * updated.norm(dim=0 if layout.kind in TRANSPOSED else 1)
+
+
+def nonzero(factor: Tensor) -> Tensor:
+    """``factor`` without zeros: DoRA divides by what it scales a row with, so it cannot make a row vanish."""
+    floor = torch.full_like(factor, SMALLEST_FACTOR).copysign(factor)
+    return torch.where(factor.abs() < SMALLEST_FACTOR, floor, factor)
+
+
+def _padded(delta: LowRank) -> LowRank:
+    """PEFT has no rank 0: a module that does not change gets one component of zeros."""
+    if delta.rank:
+        return delta
+    return LowRank(torch.zeros(delta.shape[0], 1), torch.zeros(1, delta.shape[1]))
+
+
+def _factors(layout: Layout, delta: LowRank, dtype: torch.dtype) -> dict[str, Tensor]:
+    prefix = f"{PREFIX}{layout.module}"
+    left, right = delta.left.to(dtype), delta.right.to(dtype)
+    match layout.kind:
+        case "embedding":
+            return {f"{prefix}.lora_embedding_A": left.T, f"{prefix}.lora_embedding_B": right.T}
+        case "conv1d":
+            left, right = right.T, left.T
+        case "conv":
+            ones = (1,) * len(layout.kernel)
+            left = left.reshape(*left.shape, *ones)
+            right = right.reshape(len(right), -1, *layout.kernel)
+    return {f"{prefix}.lora_A.weight": right, f"{prefix}.lora_B.weight": left}
+
+
+def _lora_biases(
+    others: Mapping[str, Delta], template: Template, factored: Mapping[str, Delta], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Add LoRA biases to ``tensors``: PEFT wants one for every module, or none. Embeddings cannot have one."""
+    wanted = {
+        template.bias_modules[n]: dense(d, torch.float32) for n, d in others.items() if n in template.bias_modules
+    }
+    if not wanted:
+        return {}
+    for name, delta in factored.items():
+        layout = template.layouts[name]
+        if layout.kind == "embedding":
+            raise ParameterError(
+                f"{next(iter(wanted))} has a LoRA bias and {layout.module} is an embedding; PEFT has no adapter with "
+                "both. Write a full checkpoint"
+            )
+        size = delta.shape[1] if layout.kind == "conv1d" else delta.shape[0]
+        tensors[f"{PREFIX}{layout.module}.{BIAS}"] = wanted.get(layout.module, torch.zeros(size))
+    return {"lora_bias": True}
+
+
+def _saved_tensors(
+    trained: Mapping[str, Delta],
+    template: Template,
+    base: Checkpoint,
+    tensors: dict[str, Tensor],
+    ranks: Mapping[str, int],
+) -> dict[str, Any]:
+    """Add whole tensors to ``tensors``, as biases or as saved modules; return the words for the configuration."""
+    names = {name: template.naming.to_adapter(name) for name in base.tensors}
+    modules = {template.module_to_save(name) for name in template.head}
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in template.head.items()}
+    words: dict[str, Any] = {}
+    for name, delta in trained.items():
+        module, _, leaf = names[name].rpartition(".")
+        inner = ".base_layer" if module in ranks else ""
+        if leaf == "bias" and f"{name.rpartition('.')[0]}.weight" not in trained:
+            words["bias"] = "all"
+        elif module and not inner:
+            modules.add(template.module_to_save(names[name]))
+        else:
+            raise ParameterError(f"PEFT cannot save {name} by itself; write a full checkpoint")
+        tensors[f"{PREFIX}{module}{inner}.{leaf}"] = _sum(base, name, delta)
+    clash = [module for module in ranks if _is_saved(f"{module}.weight", modules)]
+    if clash:
+        raise ParameterError(
+            f"{clash[0]} has factors and belongs to a module that is saved whole, by PEFT's rule for the ends of "
+            "names; write a full checkpoint"
+        )
+    for name, own in names.items():
+        if _is_saved(own, modules):
+            tensors.setdefault(f"{PREFIX}{own}", base.read(name))
+    return words | ({"modules_to_save": sorted(modules)} if modules else {})
+
+
+def _is_saved(name: str, modules: set[str]) -> bool:
+    """PEFT takes every module whose name ends like a saved one for a saved one, and wants all of its tensors."""
+    return any(owner.endswith(saved) for owner in _owners(name) for saved in modules)
+
+
+def _owners(name: str) -> list[str]:
+    """The modules that a tensor is in, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _sum(base: Checkpoint, name: str, delta: Delta) -> Tensor:
+    info = base.tensors[name]
+    return (base.read(name).to(torch.float64) + dense(delta).reshape(info.shape)).to(info.dtype)
+
+
+def _config(template: Template, ranks: Mapping[str, int], dora: bool, words: Mapping[str, Any]) -> dict[str, Any]:
+    """alpha = r everywhere, so that every scaling is 1 and the factors are the change."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    # PEFT matches patterns with the ends of names: anchored, one cannot reach a longer name.
+    pattern = {f"^{module}": rank for module, rank in ranks.items() if rank != common}
+    conv1d = any(layout.kind == "conv1d" for layout in template.layouts.values())
+    return {
+        "peft_type": "LORA",
+        **template.config,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": conv1d,
+        "use_rslora": False,
+        "use_dora": dora,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        **words,
+    }

@@ -1,0 +1,202 @@
+"""K named vectors over one base, none of them in memory: task vectors, bases, reconstructions.
+
+These are the same thing to a merging method. What tells them apart is ``encoder``: how much of each task is in each
+vector, which is also how statistics of the tasks' data are mixed (AE paper, Table 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..algebra.delta import Delta, Dense, LowRank, mix, moved
+from ..bases import BasisWeights
+from ..errors import ParameterError
+from ..storage.checkpoint import Checkpoint, locate
+from .adapter import Adapter, is_adapter
+from .fit import Coverage, check_fit
+
+Model = Checkpoint | Adapter
+OVER = ("bases", "reconstructions")
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """K vectors of T tasks over the tensors of one base.
+
+    ``names`` are the weights that they change, ``labels`` [K] what they are called, ``encoder`` [T, K] float64 the
+    share of every task in every vector (the identity for task vectors and for reconstructions), ``read(name)`` the K
+    changes of one weight. ``models`` are what task vectors were opened from (also those that bases are mixed of), and
+    ``device`` is where changes are, and so whatever is computed of them.
+    """
+
+    base: Checkpoint
+    tasks: tuple[str, ...]
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+    encoder: Tensor
+    read: Callable[[str], list[Delta]]
+    models: Mapping[str, Model] = field(default_factory=dict)
+    coverage: Coverage = field(default_factory=Coverage)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def open(cls, base: str | Path, tasks: Mapping[str, str | Path], *, device: str | torch.device = "cpu") -> Vectors:
+        """Task vectors of checkpoints or adapters by path or Hub id; see open_model and of_models."""
+        opened = Checkpoint.open(base)
+        return cls.of_models(
+            opened, {task: open_model(source, opened) for task, source in tasks.items()}, device=device
+        )
+
+    @classmethod
+    def of_models(
+        cls,
+        base: Checkpoint,
+        models: Mapping[str, Model],
+        *,
+        skip_mismatched: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> Vectors:
+        """Task vectors tau_i = theta_i - theta_0, once every model is known to fit the base.
+
+        ``names`` are the floating-point tensors of the base, in its order, of adapters those that one of them changes;
+        integer buffers carry no task vector.
+
+        Args:
+            base: the pretrained model.
+            models: fine-tuned models or adapters by task name, in the order of the Gram matrix.
+            skip_mismatched: leave out tensors whose shapes differ instead of raising.
+            device: where each weight's changes are moved to when they are read; see storage.device.find_device.
+
+        Raises:
+            ParameterError: no task.
+            MismatchError: another architecture, tensors of other shapes, or quantised ones.
+        """
+        coverage = check_fit(base, models, skip_mismatched)
+        place = torch.device(device)
+        return cls(
+            base,
+            tasks=tuple(models),
+            labels=tuple(models),
+            names=coverage.names,
+            encoder=torch.eye(len(models), dtype=torch.float64),
+            read=lambda name: _changes(base, models, name, place),
+            models=dict(models),
+            coverage=coverage,
+            device=place,
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def are_adapters(self) -> bool:
+        """Whether every model is an adapter."""
+        return bool(self.models) and not any(isinstance(model, Checkpoint) for model in self.models.values())
+
+    @property
+    def numel(self) -> int:
+        """d, the numbers in one vector."""
+        return sum(self.base.tensors[name].numel for name in self.names)
+
+    def deltas(self, name: str) -> list[Delta]:
+        """One change per vector for the weight ``name``, on the device; a tensor that a task lacks is unchanged."""
+        return self.read(name)
+
+    def stored(self, name: str) -> list[Tensor]:
+        """What is mapped of the base and the full checkpoints when ``deltas(name)`` is computed."""
+        models = [model for model in self.models.values() if isinstance(model, Checkpoint) and name in model.tensors]
+        return [model.read(name) for model in [self.base, *models]] if models else []
+
+    def mixed(self, weights: BasisWeights, over: str = "bases") -> Vectors:
+        """Bases of these vectors, or the reconstructions from them, before any rounding.
+
+        A method that has a mean vector (PCA) gives its bases without it: the mean is in the reconstructions only.
+        """
+        if over == "reconstructions":
+            return replace(self, read=lambda name: mix(self.read(name), weights.reconstruction))
+        check_over(over)
+        labels = basis_labels(weights.num_bases)
+        encoder = self.encoder @ weights.encoder
+        return replace(self, labels=labels, encoder=encoder, read=lambda name: mix(self.read(name), weights.encoder))
+
+    def data_weights(self) -> Tensor:
+        """[T, K] float64, columns that sum to 1: how much the data of each task counts for each vector.
+
+        Raises ParameterError for a vector without any positive share, as PCA has them: its data is not defined.
+        """
+        shares = self.encoder.clamp_min(0)
+        empty = [label for label, total in zip(self.labels, shares.sum(0).tolist(), strict=True) if total <= 0]
+        if empty:
+            raise ParameterError(
+                f"{len(empty)} of {len(self)} vectors hold no positive share of any task (first: {empty[0]}), so no "
+                "data belongs to them; use ae bases, pca_positive, or merge over the reconstructions"
+            )
+        return shares / shares.sum(0)
+
+    def selected(self, indices: Sequence[int]) -> Vectors:
+        """Some of the vectors, in the order given."""
+        kept = list(indices)
+        return replace(
+            self,
+            labels=tuple(self.labels[i] for i in kept),
+            encoder=self.encoder[:, kept],
+            read=lambda name: [deltas[i] for deltas in [self.read(name)] for i in kept],
+        )
+
+
+def open_model(source: str | Path, base: Checkpoint, *, revision: str | None = None) -> Model:
+    """A checkpoint or an adapter, whichever is there."""
+    path = locate(str(source), revision)
+    if is_adapter(path):
+        return Adapter.open(path, base, label=str(source))
+    return Checkpoint.open(path, label=str(source))
+
+
+def parse_tasks(items: Iterable[str]) -> dict[str, str]:
+    """``NAME=PATH`` arguments as a dictionary; ParameterError for a bad or repeated one."""
+    tasks: dict[str, str] = {}
+    for item in items:
+        name, separator, source = item.partition("=")
+        if not separator or not name.strip() or not source.strip():
+            raise ParameterError(f'"{item}" is not NAME=PATH, for example math=path/to/math')
+        if name in tasks:
+            raise ParameterError(f'two tasks are named "{name}" ({tasks[name]} and {source}); give each its own name')
+        tasks[name] = source
+    return tasks
+
+
+def basis_labels(count: int) -> tuple[str, ...]:
+    """What M basis vectors are called."""
+    return tuple(f"basis {index}" for index in range(count))
+
+
+def check_over(over: str) -> None:
+    if over not in OVER:
+        raise ParameterError(f"over must be one of {', '.join(OVER)}; got {over!r}")
+
+
+def _changes(base: Checkpoint, models: Mapping[str, Model], name: str, device: torch.device) -> list[Delta]:
+    # One tensor for all models, on another device one copy of it.
+    whole = any(isinstance(model, Checkpoint) for model in models.values())
+    own = base.read(name).to(device) if whole else None
+    return [moved(_change(base, model, name, own), device) for model in models.values()]
+
+
+def _change(base: Checkpoint, model: Model, name: str, own: Tensor | None) -> Delta:
+    if isinstance(model, Checkpoint):
+        assert own is not None
+        return Dense(model.read(name) if name in model.tensors else own, own)
+    return model.delta(name) or _no_change(base, name)
+
+
+def _no_change(base: Checkpoint, name: str) -> Delta:
+    shape = base.tensors[name].shape
+    if len(shape) < 2:
+        return Dense(torch.zeros(shape))
+    return LowRank(torch.zeros(shape[0], 0), torch.zeros(0, math.prod(shape[1:])))
