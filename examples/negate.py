@@ -83,10 +83,10 @@ def search(place: InPlace, vectors: Vectors, validation: Metrics, test: Metrics,
     common: dict[str, Curve] = {}
     for title, chosen in (("8 task vectors", everything), (f"{NUM_BASES} bases", bases)):
         change = functools.cache(summed(chosen))  # 90 MB for this model
-        curve = common[title] = grid_search(place, change, validation, own=own, quiet=say.quiet)
+        curve = common[title] = grid_search(place, change, validation, own=own)
         curve.save(curves / f"{title.replace(' ', '_')}.json")
         row(title, f"{curve.chosen:g}", curve.best, len(curve.alphas), change, curve.chosen)
-    found = coordinate_search(place, bases, validation, common[f"{NUM_BASES} bases"].chosen, own=own, quiet=say.quiet)
+    found = coordinate_search(place, bases, validation, common[f"{NUM_BASES} bases"].chosen, own=own)
     numbers = ", ".join(f"{alpha:g}" for alpha in found.alphas)
     row(f"{NUM_BASES} bases, one by one", numbers, found.score, found.evaluations, summed(bases, found.alphas), 1.0)
     say.print(table)
@@ -119,7 +119,7 @@ def forget(
         before = test(model)
     for name, change in changes.items():
         kept = functools.cache(change)
-        found: Negation = negate(place, kept, validation, task, quiet=say.quiet)
+        found: Negation = negate(place, kept, validation, task)
         write_json(curves / f"forget_{task}_{name.replace(' ', '_')}.json", found.to_json())
         with place.changed(kept, -found.alpha) as model:
             after = test(model)

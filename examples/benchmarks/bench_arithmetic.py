@@ -185,7 +185,7 @@ def with_data(name: str, vectors: Vectors, bench: Bench, problems: Mapping[str, 
     if name.startswith("adamerging"):
         options["start"] = START * len(vectors.tasks) / len(vectors)
     place, began = InPlace(bench.model, vectors.names), clock()
-    found = DATA_METHODS[name](vectors, bench.model, data_of(vectors, problems), quiet=False, **options)
+    found = DATA_METHODS[name](vectors, bench.model, data_of(vectors, problems), **options)
     change = functools.cache(found.change)
     size = found.vectors.nbytes if isinstance(found, Stitched) else None
     cells = [bench.cell(name, place, change, 1.0, began, vectors, size)]

@@ -10,7 +10,7 @@ import torch
 
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.methods.devec import THRESHOLD, Options
-from tvbases_hf.storage.progress import track
+from tvbases_hf.storage.run import track
 from tvbases_hf.styles.lora_source import Source
 from tvbases_hf.styles.mixed_file import bias, factors, write_mix
 from tvbases_hf.styles.mixing import Part, Recipe, Styles, combine, parse_scales, split
@@ -36,7 +36,6 @@ def mix_styles(
     rank: str | float | None = None,
     shared_weight: float = 0.0,
     adapter_name: str = ADAPTER,
-    quiet: bool = True,
 ) -> StyleMix:
     """Mix style LoRAs into one adapter of the pipeline and make it the active one.
 
@@ -65,7 +64,7 @@ def mix_styles(
     numbers = parse_scales(opened.names, scales)
     check_fits(pipe, opened)
     counted, parts, stream = Tally(opened, recipe), [], split(opened, recipe)
-    for _ in track(opened.places, "Mixing", quiet, lambda place: place.nbytes):
+    for _ in track(opened.places, "Mixing", lambda place: place.nbytes):
         part = next(stream)
         counted.add(part)
         parts.append(part)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvbases_hf.errors import MissingExtraError
+from tvbases_hf.storage.run import current
 
 from .plan import Plan
 from .variants import Variant
@@ -29,21 +30,21 @@ class Session:
     loaded: Mapping[str, Any]
 
     @classmethod
-    def open(cls, plan: Plan, *, quiet: bool = True) -> Session:
+    def open(cls, plan: Plan) -> Session:
         """Load the tasks. Raises MissingExtraError without lm-eval, ParameterError for unknown tasks or bad data."""
         try:
             import lm_eval  # noqa: F401
         except ImportError as error:
             raise MissingExtraError(f'evaluation needs lm-eval ({error}); pip install "tvbases-hf[eval]"') from error
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        with _silent(quiet):
+        with _silent():
             loaded = plan.manager().load(plan.requests())
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
         return cls(plan, loaded)
 
-    def measure(self, model: Any, tokenizer: Any, *, quiet: bool = True) -> Measured:
+    def measure(self, model: Any, tokenizer: Any) -> Measured:
         """All metrics of one model; every model starts from the plan's seed."""
         import numpy as np
         import torch
@@ -57,7 +58,7 @@ class Session:
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(seed=plan.seed)
         wrapper: Any = HFLM  # its decorator hides the constructor from type checkers
-        with _silent(quiet):
+        with _silent():
             results = evaluate(
                 wrapper(pretrained=model, tokenizer=tokenizer, batch_size=plan.batch_size),
                 dict(self.loaded),  # type: ignore[arg-type]
@@ -69,17 +70,17 @@ class Session:
         return {key: value for task in _shown(results, plan) for key, value in _metrics(results, task)}
 
 
-def evaluate(variants: Iterable[Variant], plan: Plan, *, quiet: bool = True) -> dict[str, Any]:
+def evaluate(variants: Iterable[Variant], plan: Plan) -> dict[str, Any]:
     """Rows of ``task, role, metric, higher_is_better``, and for every model its value and standard error.
 
     A metric that a model does not have, because every score failed, is absent from ``values``. Raises as Session.open.
     """
-    session = Session.open(plan, quiet=quiet)
+    session = Session.open(plan)
     labels: list[str] = []
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for variant in variants:
         labels.append(variant.label)
-        found = session.measure(variant.model, variant.tokenizer, quiet=quiet)
+        found = session.measure(variant.model, variant.tokenizer)
         for key, (value, error, better) in found.items():
             row = rows.setdefault(key, {"higher_is_better": better, "values": {}})
             row["values"][variant.label] = {"value": value, "stderr": error}
@@ -130,9 +131,9 @@ def _role(task: str, plan: Plan) -> str:
 
 
 @contextlib.contextmanager
-def _silent(quiet: bool) -> Iterator[None]:
+def _silent() -> Iterator[None]:
     """lm-eval and datasets draw their bars on stderr whatever one asks for."""
-    if not quiet:
+    if not current().quiet:
         yield
         return
     with contextlib.redirect_stderr(io.StringIO()):

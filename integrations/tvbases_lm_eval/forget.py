@@ -43,27 +43,27 @@ class Request:
     even_errors: bool = False
 
 
-def directions(vectors: Vectors, request: Request, *, quiet: bool = True) -> dict[str, Direction]:
+def directions(vectors: Vectors, request: Request) -> dict[str, Direction]:
     """The changes to negate, by component. Raises ParameterError as ``direction`` does."""
-    gram = gram_matrix(vectors, quiet=quiet) if "reconstructed" in request.components and len(vectors) > 1 else None
+    gram = gram_matrix(vectors) if "reconstructed" in request.components and len(vectors) > 1 else None
     bases = {"num_bases": request.num_bases, "even_errors": request.even_errors}
-    how = {"options": request.options, **bases, "gram": gram, "quiet": quiet}
+    how = {"options": request.options, **bases, "gram": gram}
     return {component: direction(vectors, request.forget, component, **how) for component in request.components}
 
 
 def curves(
-    vectors: Vectors, found: Mapping[str, Direction], variant: Variant, request: Request, plan: Plan, *, quiet: bool
+    vectors: Vectors, found: Mapping[str, Direction], variant: Variant, request: Request, plan: Plan
 ) -> dict[str, Negation]:
     """Target and controls over alpha for every direction, and the alpha that the control rule chooses for each.
 
     Raises ParameterError without a target or a control, and where a metric could not be measured.
     """
     check_plan(plan)
-    session = Session.open(plan, quiet=quiet)
+    session = Session.open(plan)
     place = InPlace(variant.model, vectors.names)
 
     def metrics(model: Any) -> dict[str, float]:
-        return worth(session.measure(model, variant.tokenizer, quiet=True), plan)
+        return worth(session.measure(model, variant.tokenizer), plan)
 
     before = metrics(variant.model)
     patience = None if request.whole_curve else 4
@@ -76,7 +76,6 @@ def curves(
             keep=request.keep,
             alphas=request.alphas,
             patience=patience,
-            quiet=quiet,
         )
         for component, change in found.items()
     }
@@ -125,9 +124,7 @@ def _plain(measured: Measured, plan: Plan) -> set[str]:
     return {task for task, _ in measured} & set(plan.names)
 
 
-def write(
-    vectors: Vectors, change: Direction, alpha: float, out: Path, note: str, *, adapter: bool, quiet: bool = True
-) -> Path:
+def write(vectors: Vectors, change: Direction, alpha: float, out: Path, note: str, *, adapter: bool) -> Path:
     """theta_0 - alpha * change as a checkpoint, or as an adapter.
 
     Raises:
@@ -136,7 +133,7 @@ def write(
         OutputError: ``out`` is not ours, or the disk is full.
     """
     if not adapter:
-        return write_forgotten(vectors.base, vectors.names, change, alpha, out, note, quiet=quiet)
+        return write_forgotten(vectors.base, vectors.names, change, alpha, out, note)
     models = [model for model in vectors.models.values() if isinstance(model, Adapter)]
     if len(models) < len(vectors):
         raise ParameterError(

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from tqdm import tqdm
-
 from tvbases_hf.errors import MissingExtraError, ParameterError
+from tvbases_hf.storage.run import bar, track
 
 OFFLINE = "profanity"
 PYTHON = "python:"
@@ -26,7 +25,7 @@ class Scorer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def score(self, texts: Sequence[str], *, quiet: bool = True) -> list[float | None]: ...
+    def score(self, texts: Sequence[str]) -> list[float | None]: ...
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,8 @@ class CallableScorer:
     name: str = "python"
     first_failure: list[str] = field(default_factory=list, compare=False)
 
-    def score(self, texts: Sequence[str], *, quiet: bool = True) -> list[float | None]:
-        bar = tqdm(texts, "Scoring", unit="text", disable=True if quiet else None, leave=False)
-        return [self._one(text) for text in bar]
+    def score(self, texts: Sequence[str]) -> list[float | None]:
+        return [self._one(text) for text in track(texts, "Scoring", unit="text")]
 
     def _one(self, text: str) -> float | None:
         try:
@@ -67,7 +65,7 @@ class ProfanityScorer:
             ) from error
         self._predict = predict_prob
 
-    def score(self, texts: Sequence[str], *, quiet: bool = True) -> list[float | None]:
+    def score(self, texts: Sequence[str]) -> list[float | None]:
         return [checked(value) for value in self._predict(list(texts))] if texts else []
 
 
@@ -98,13 +96,13 @@ class ClassifierScorer:
         self._index = toxic_label({int(key): str(value) for key, value in config.id2label.items()}, label, source)
         self._independent = config.problem_type == "multi_label_classification" or config.num_labels == 1
 
-    def score(self, texts: Sequence[str], *, quiet: bool = True) -> list[float | None]:
+    def score(self, texts: Sequence[str]) -> list[float | None]:
         scores: list[float | None] = []
-        with tqdm(total=len(texts), desc="Scoring", unit="text", disable=True if quiet else None, leave=False) as bar:
+        with bar("Scoring", len(texts), "text") as shown:
             for start in range(0, len(texts), self._batch_size):
                 batch = list(texts[start : start + self._batch_size])
                 scores += self._batch(batch)
-                bar.update(len(batch))
+                shown.update(len(batch))
         return scores
 
     def _batch(self, texts: list[str]) -> list[float | None]:

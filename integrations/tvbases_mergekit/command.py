@@ -11,6 +11,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 
 from tvbases_hf.errors import ParameterError, TvbasesError
 from tvbases_hf.storage.output import check_output, contains_only, transaction
+from tvbases_hf.storage.run import current, using
 
 from . import register
 
@@ -49,7 +51,6 @@ def merge(arguments: list[str]) -> None:
     from mergekit.options import MergeOptions
     from mergekit.scripts.run_yaml import main
 
-    from . import sources
     from .configuration import read_config
     from .mended import mended_mergekit
     from .preflight import check_config
@@ -70,10 +71,10 @@ def merge(arguments: list[str]) -> None:
     given = context.params
     file, out = Path(given["config_file"]), Path(given["out_path"])
     options = MergeOptions(**{name: given[name] for name in MergeOptions.model_fields})
-    sources.quiet = options.quiet
     config = read_config(file)
     check_output(out, is_merged_model)  # before anything is downloaded
-    with reported(options.quiet), _stopped(options.verbosity > 0), mended_mergekit():
+    quiet = using(replace(current(), quiet=options.quiet))
+    with quiet, reported(), _stopped(options.verbosity > 0), mended_mergekit():
         needed = check_config(config, options, out)
         with transaction(out, is_merged_model, needed) as work, _disk_errors():
             given["out_path"] = str(work)
@@ -88,7 +89,7 @@ def is_merged_model(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def reported(quiet: bool) -> Iterator[None]:
+def reported() -> Iterator[None]:
     """Show what our methods say; mergekit shows warnings only, and transformers none that a user could act on."""
     from transformers.utils import logging as transformers_logging
 
@@ -97,7 +98,7 @@ def reported(quiet: bool) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(message)s"))
     level, propagate, verbosity = logger.level, logger.propagate, transformers_logging.get_verbosity()
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.WARNING if current().quiet else logging.INFO)
     logger.propagate = False
     transformers_logging.set_verbosity_error()
     try:

@@ -51,7 +51,6 @@ class Request:
     rank: str | None = None
     dtype: torch.dtype | None = None
     seed: int = 0
-    quiet: bool = False
     device: str | torch.device = "cpu"
 
 
@@ -70,13 +69,13 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
     _check_supported(config)
     check_structure(config, method)
     dtype = request.dtype or _dtype(config)
-    with reported(request.quiet):
+    with reported():
         inputs = open_inputs(config, out, request.device)
         planned = plan(config, method, inputs, file.read_text(encoding="utf-8"), request)
         if request.adapter:
             _check_adapter(planned, inputs)
-            return write_adapter_merge(planned, out, Limits(rank, dtype or torch.float32), quiet=request.quiet)
-        return write_checkpoint_merge(planned, out, dtype=dtype, quiet=request.quiet)
+            return write_adapter_merge(planned, out, Limits(rank, dtype or torch.float32))
+        return write_checkpoint_merge(planned, out, dtype=dtype)
 
 
 def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe: str, request: Request) -> Merge:
@@ -90,7 +89,7 @@ def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe
         combine, stream = _linear(inputs, bound), _linear_stream(inputs, bound)
         names = tuple(n for n in names if n in inputs.vectors.names or _base_share(bound[n]))
     elif isinstance(method, BasisMerge):
-        combine, stream = _over_bases(method, bound, _gram(inputs, request.quiet), weights)
+        combine, stream = _over_bases(method, bound, _gram(inputs), weights)
     else:
         combine, stream = _by_weight(method, bound, weights)
     stream = stream if is_linear or (names and streams(method, bound[names[0]])) else None
@@ -109,8 +108,8 @@ def _over_bases(
     )
 
 
-def _gram(inputs: Inputs, quiet: bool) -> GroupGram:
-    found = gram_matrix(inputs.vectors, quiet=quiet)
+def _gram(inputs: Inputs) -> GroupGram:
+    found = gram_matrix(inputs.vectors)
     for line in found.warnings():
         LOG.warning("%s", line)
     return GroupGram(found, inputs.models)

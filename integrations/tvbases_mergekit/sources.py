@@ -70,8 +70,6 @@ def _summary(name: str, tasks: Sequence[str], weights: BasisWeights) -> str:
 
 _CACHE: dict[Hashable, GroupGram] = {}
 _LOCK = threading.Lock()
-# Set by `tvbases mergekit-yaml --quiet`; mergekit does not tell its methods.
-quiet = False
 
 
 def gram_of(groups: Sequence[TensorGroup], planned: Mapping[str | None, tuple[Hashable, ...]]) -> GroupGram | None:
@@ -104,7 +102,7 @@ def _from_files(base_entry: TensorEntry | None, models: tuple[Hashable, ...]) ->
             vectors = Vectors.of_models(
                 Checkpoint.open(paths[base], label=str(base)), checkpoints, skip_mismatched=True
             )
-            gram = gram_matrix(vectors, quiet=quiet)
+            gram = gram_matrix(vectors)
             for line in (*vectors.coverage.notes(), *gram.warnings()):
                 LOG.warning("%s", line)
             _CACHE[key] = GroupGram(gram, models)

@@ -92,8 +92,8 @@ def test_an_interrupted_run_asks_only_what_is_not_answered(tmp_path):
     asked: list[int] = []
     workshop = Workshop(tmp_path, TWO, "generated")
     with pytest.raises(KeyboardInterrupt):
-        runner.run([_study(asked)], workshop, 1, quiet=True)
-    found = runner.run([_study(asked)], workshop, 1, quiet=True)["squares"]
+        runner.run([_study(asked)], workshop, 1)
+    found = runner.run([_study(asked)], workshop, 1)["squares"]
     assert asked == [0, 1, 2, 2, 3]
     assert [a["square"] for a in found.of()] == [0, 1, 4, 9]
     assert found.one(n=3)["square"] == 9

@@ -14,8 +14,7 @@ from tvbases_hf import Basis, Vectors
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.apply import METHODS, merged
-from tvbases_hf.storage.device import find_device
-from tvbases_hf.storage.run import Alone, Run, using
+from tvbases_hf.storage.run import Alone, Run, find_device, using
 from zoo.adapter_zoo import Zoo, config_of, make_zoo, run_native
 from zoo.fake_device import ELSEWHERE, fake_device
 from zoo.hf_models import read_state
@@ -45,7 +44,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 def on_fake_device(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """The command with ``--device cuda``, where that is the fake device; whatever it computes, it computes there."""
-    monkeypatch.setattr("tvbases_hf.storage.device.find_device", lambda name: ELSEWHERE if name == "cuda" else 1 / 0)
+    monkeypatch.setattr("tvbases_hf.storage.run.find_device", lambda name: ELSEWHERE if name == "cuda" else 1 / 0)
     with using(Run(workers=1)), fake_device() as seen:  # the device is this thread's
         outcome = tvbases(*arguments, "--device", "cuda", "--quiet")
     assert outcome.code == 0, outcome.err
@@ -151,7 +150,7 @@ def test_without_a_gpu_nothing_is_written_and_the_message_says_what_to_do(
 
 
 def test_adapters_stay_on_the_cpu(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tvbases_hf.storage.device.find_device", torch.device)
+    monkeypatch.setattr("tvbases_hf.storage.run.find_device", torch.device)
     run_native(config_of(zoo, "task_arithmetic", WEIGHTS), tmp_path / "done")
     tasks = [part for name, path in zoo.adapters.items() for part in ("--task", f"{name}={path}")]
     for command in (

@@ -177,8 +177,8 @@ def test_shares_are_consecutive_whole_and_balanced_to_one_item(sizes: list[int],
 def test_results_come_in_order_and_sums_do_not_depend_on_the_threads(workers: int) -> None:
     items = list(range(50))
     with using(Run(workers=workers)):
-        found = list(each(items, lambda item: item * item, "x", True, lambda _: 1))
-        table = rows(items, lambda item: [1 / (item + 1), item], 2, "x", True, lambda _: 1)
+        found = list(each(items, lambda item: item * item, "x", lambda _: 1))
+        table = rows(items, lambda item: [1 / (item + 1), item], 2, "x", lambda _: 1)
     assert found == [(item, item * item) for item in items]
     assert torch.equal(table[:, 0], torch.tensor([1 / (item + 1) for item in items], dtype=torch.float64))
 
@@ -197,14 +197,14 @@ def test_work_waits_until_its_memory_is_free_and_what_never_fits_is_told_before(
 
     items = [30, 60, 40, 10, 90, 20, 5, 70] * 5
     with using(Run(workers=4, memory=100)):
-        assert len(list(each(items, work, "x", True, lambda _: 1, lambda item: item))) == len(items)
+        assert len(list(each(items, work, "x", lambda _: 1, lambda item: item))) == len(items)
     assert most <= 100
     with using(Run(workers=4)):
-        list(each(items, work, "x", True, lambda _: 1, lambda item: item))
+        list(each(items, work, "x", lambda _: 1, lambda item: item))
     assert most > 100
     begun: list[int] = []
     with using(Run(memory=80)), pytest.raises(ParameterError, match=r"90 takes about 90 B .* 80 B are allowed.*94\.5B"):
-        list(each(items, begun.append, "x", True, lambda _: 1, lambda item: item))
+        list(each(items, begun.append, "x", lambda _: 1, lambda item: item))
     assert not begun
 
 
@@ -231,7 +231,7 @@ def test_a_failure_ends_the_rest(tmp_path: Path) -> None:
         return item
 
     with using(Run(workers=2)), pytest.raises(ZeroDivisionError):
-        for _ in each(range(10_000), work, "x", True, lambda _: 1):
+        for _ in each(range(10_000), work, "x", lambda _: 1):
             pass
     assert len(begun) < 10_000
 

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ParameterError
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.parallel import written
-from ..storage.progress import track
+from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
 from .info import ATOMS_STEM, BasisInfo
 
@@ -52,7 +52,7 @@ class AtomSource(Protocol):
         """
         ...
 
-    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
+    def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         """Write all vectors; return the info with decoder and errors as they are after rounding."""
         ...
 
@@ -86,7 +86,7 @@ class EncodedAtoms:
     def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
         return []
 
-    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
+    def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         size, count = self.encoder.shape[1], len(self.vectors)
         base, tensors = self.vectors.base.tensors, self.tensors
         files = TensorFiles(directory, ATOMS_STEM, tensors)
@@ -108,7 +108,7 @@ class EncodedAtoms:
 
         weight = lambda name: base[name].nbytes * (count + 1)  # noqa: E731
         width, reads = size * (size + count), self.vectors.stored
-        table = written(files, self.names, write, width, "Writing bases", quiet, weight, lambda _: ENCODE_BYTES, reads)
+        table = written(files, self.names, write, width, "Writing bases", weight, lambda _: ENCODE_BYTES, reads)
         total = table.sum(dim=0)
         inner, cross = total[: size * size].reshape(size, size), total[size * size :].reshape(size, count)
         return info.refitted(*refit(inner, cross, self.has_mean))
@@ -156,11 +156,11 @@ class TruncatedAtoms:
     def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
         return []
 
-    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
+    def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         files = TensorFiles(directory, ATOMS_STEM, self.tensors)
         lost = torch.zeros(len(self.vectors), dtype=torch.float64)
         base = self.vectors.base.tensors
-        for name in track(self.names, "Writing components", quiet, lambda n: base[n].nbytes):
+        for name in track(self.names, "Writing components", lambda n: base[n].nbytes):
             parts = self.parts(name)
             for index, (part, delta) in enumerate(zip(parts, self.vectors.deltas(name), strict=True)):
                 difference = dense(delta) - dense(part)
@@ -197,9 +197,9 @@ class StoredAtoms:
     def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
         return []
 
-    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
+    def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         files = TensorFiles(directory, ATOMS_STEM, self.tensors)
-        for name in track(list(self.tensors), "Writing", quiet, lambda n: self.tensors[n].nbytes):
+        for name in track(list(self.tensors), "Writing", lambda n: self.tensors[n].nbytes):
             files.write(name, self.checkpoint.read(name))
         return info
 

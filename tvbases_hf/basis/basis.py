@@ -50,7 +50,6 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         """Use ``build``, ``truncate`` or ``from_pretrained``."""
         self.info = info
         self._source = source
-        self._quiet = True
         self._hub_mixin_config = None  # everything is in basis_config.json; the mixin's own config.json would repeat it
 
     @classmethod
@@ -62,7 +61,6 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         method: str = "ae",
         dtype: torch.dtype | None = None,
         gram: Gram | None = None,
-        quiet: bool = True,
         **options: Any,
     ) -> Self:
         """Choose M bases of the task vectors: one pass over the checkpoints for the Gram matrix, then T x T work.
@@ -78,14 +76,14 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         """
         if vectors.are_adapters:
             request = Request(method, num_bases=num_bases, options=options)
-            return cls.of_adapters(vectors, request, dtype=dtype, gram=gram, quiet=quiet)
+            return cls.of_adapters(vectors, request, dtype=dtype, gram=gram)
         if method not in METHODS:
             raise ParameterError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}, or tsv")
-        gram = gram or gram_matrix(vectors, quiet=quiet)
+        gram = gram or gram_matrix(vectors)
         if method == "cluster" and options.get("inner", "mean") not in INNER:
             from .clusters import cluster_atoms
 
-            return cls._of(*cluster_atoms(vectors, gram, num_bases, options, dtype, quiet))
+            return cls._of(*cluster_atoms(vectors, gram, num_bases, options, dtype))
         weights = once(lambda: METHODS[method](gram.matrix, num_bases, **options))
         info = describe(vectors, gram, weights, options)
         return cls._of(info, EncodedAtoms(vectors, stored_encoder(weights), dtype, weights.mean is not None))
@@ -99,7 +97,6 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         budget: float | None = None,
         dtype: torch.dtype | None = None,
         gram: Gram | None = None,
-        quiet: bool = True,
     ) -> Self:
         """Keep every task vector, its matrices cut to their leading singular components (TSV-Compress).
 
@@ -111,11 +108,9 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
             raise ParameterError("give rank or budget, not both")
         rule = None if rank is None else RankRule.parse(rank)
         if vectors.are_adapters:
-            return cls.of_adapters(
-                vectors, Request("tsv", budget=budget, rank=rank), dtype=dtype, gram=gram, quiet=quiet
-            )
-        gram = gram or gram_matrix(vectors, quiet=quiet)
-        found = spectra(vectors, quiet=quiet)
+            return cls.of_adapters(vectors, Request("tsv", budget=budget, rank=rank), dtype=dtype, gram=gram)
+        gram = gram or gram_matrix(vectors)
+        found = spectra(vectors)
         ranks = (
             ranks_by_rule(found, rule, len(vectors))
             if budget is None
@@ -138,10 +133,9 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         dtype: torch.dtype | None = None,
         normalize: bool = True,
         gram: Gram | None = None,
-        quiet: bool = True,
     ) -> Self:
         """A basis of adapters, which is itself a stock PEFT LoRA: the sum of its vectors. See ``compress_adapters``."""
-        info, source = compress_adapters(vectors, request, dtype=dtype, normalize=normalize, gram=gram, quiet=quiet)
+        info, source = compress_adapters(vectors, request, dtype=dtype, normalize=normalize, gram=gram)
         return cls._of(info, source)
 
     @property
@@ -222,7 +216,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         shared = [(share, part) for share, part in zip(shares, parts, strict=bool(parts)) if share]
         return shared + [(1.0, part) for part in self._source.own(name, index, base)]
 
-    def restore(self, task: str, base: str | Path, out: str | Path, *, alpha: float = 1.0, quiet: bool = True) -> Path:
+    def restore(self, task: str, base: str | Path, out: str | Path, *, alpha: float = 1.0) -> Path:
         """Write the checkpoint theta_0 + alpha * tau_hat of one task; a negative alpha forgets the task.
 
         Raises:
@@ -242,23 +236,22 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
             return (torch.stack(found).sum(dim=0) for found in zip(*parts, strict=True))
 
         note = f"{task} restored from a basis of {len(self.tasks)} tasks, alpha {alpha:g}"
-        return write_model(model, Path(out), changes, note, quiet=quiet)
+        return write_model(model, Path(out), changes, note)
 
-    def save_pretrained(self, save_directory: str | Path, *, quiet: bool = True, **kwargs: Any) -> str | None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:  # type: ignore[override]
         """Write the basis directory as a transaction; ``push_to_hub`` and the rest as in ModelHubMixin."""
         needed = sum(info.nbytes for info in self.tensors.values())
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         stored = {name: [str(info.dtype), *info.shape] for name, info in self.tensors.items()}
         job = {"info": self.info.to_json(), "tensors": stored}  # the Gram matrix in it tells the models apart
         with transaction(save_directory, is_basis_directory, needed, job) as work:
-            self._quiet = quiet
             super().save_pretrained(work)
         if push:
             return self.push_to_hub(repo_id=repo_id or Path(save_directory).name, **kwargs)
         return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        info = self._source.write(save_directory, self.info, self._quiet)
+        info = self._source.write(save_directory, self.info)
         write_json(save_directory / CONFIG_FILE, info.to_json())
         (save_directory / "README.md").write_text(self._card(info), encoding="utf-8")
 

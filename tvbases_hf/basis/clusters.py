@@ -22,7 +22,7 @@ from ..models.gram import Gram
 from ..models.vectors import Vectors
 from ..storage.checkpoint import TensorInfo
 from ..storage.parallel import written
-from ..storage.progress import track
+from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
 from .atoms import refit
 from .info import ATOMS_STEM, BasisInfo, describe
@@ -31,16 +31,14 @@ from .info import ATOMS_STEM, BasisInfo, describe
 SIMILAR = 0.1
 
 
-def clustered(
-    vectors: Vectors, clusters: Clusters, inner: str = "mean", *, quiet: bool = True, **options: Any
-) -> Vectors:
+def clustered(vectors: Vectors, clusters: Clusters, inner: str = "mean", **options: Any) -> Vectors:
     """One vector per cluster: its members merged by ``inner``, a name in ``merging.METHODS``, with its options.
 
     ``encoder`` holds each cluster's mean: how the members' data is to be mixed, whatever the inner method does.
     """
     if clusters.num_tasks != len(vectors):
         raise ParameterError(f"the clusters are of {clusters.num_tasks} vectors, but there are {len(vectors)}")
-    changes = [merged(vectors.selected(group), inner, quiet=quiet, **options) for group in clusters.members]
+    changes = [merged(vectors.selected(group), inner, **options) for group in clusters.members]
     return replace(
         vectors,
         labels=tuple("+".join(vectors.labels[i] for i in group) for group in clusters.members),
@@ -64,7 +62,7 @@ class Similar:
         return not self.indices
 
 
-def similar(vectors: Vectors, task: Vectors, threshold: float = SIMILAR, *, quiet: bool = True) -> Similar:
+def similar(vectors: Vectors, task: Vectors, threshold: float = SIMILAR) -> Similar:
     """Which of the K vectors have a cosine of at least ``threshold`` with one more task vector; one pass over both.
 
     Raises ParameterError unless ``task`` is one vector, MismatchError if it is over another base.
@@ -73,7 +71,7 @@ def similar(vectors: Vectors, task: Vectors, threshold: float = SIMILAR, *, quie
         raise ParameterError(f"one task is compared with the vectors, not {len(task)}; give them one by one")
     both = joined(vectors, task)
     gram = torch.zeros(len(both), len(both), dtype=torch.float64)
-    for name in track(both.names, "Similarity", quiet, lambda n: both.base.tensors[n].nbytes):
+    for name in track(both.names, "Similarity", lambda n: both.base.tensors[n].nbytes):
         gram += delta_gram(both.deltas(name)).cpu()
     norms = gram.diagonal().sqrt()
     cosines = torch.nan_to_num(gram[-1, :-1] / norms[-1] / norms[:-1]).tolist()
@@ -136,7 +134,7 @@ class MergedAtoms:
     def own(self, name: str, task: int, base: object) -> list[Delta]:
         return []
 
-    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
+    def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         rows, count, tensors = len(self.vectors), len(self.tasks), self.tensors
         files = TensorFiles(directory, ATOMS_STEM, tensors)
 
@@ -149,7 +147,7 @@ class MergedAtoms:
             return products.flatten().tolist()
 
         width = rows * (rows + count)
-        table = written(files, self.names, write, width, "Writing bases", quiet, lambda n: tensors[n].nbytes)
+        table = written(files, self.names, write, width, "Writing bases", lambda n: tensors[n].nbytes)
         inner, cross = table.sum(0).reshape(rows, rows + count).split([rows, count], dim=1)
         decoder, saved = refit(inner, cross, False)
         norms = torch.tensor(info.gram, dtype=torch.float64).diagonal()
@@ -163,13 +161,12 @@ def cluster_atoms(
     num_bases: float | None,
     options: Mapping[str, Any],
     dtype: torch.dtype | None,
-    quiet: bool,
 ) -> tuple[BasisInfo, MergedAtoms]:
     """A basis of clusters whose ``inner`` method is not linear; what ``cluster_bases`` does not know is its option."""
     own = {name: options[name] for name in ("split_below", "seed") if name in options}
     rest = {name: value for name, value in options.items() if name not in (*own, "inner")}
     clusters = find_clusters(gram.matrix, num_bases, **own)
-    vectors = clustered(tasks, clusters, options["inner"], quiet=quiet, **rest)
+    vectors = clustered(tasks, clusters, options["inner"], **rest)
     return describe(tasks, gram, _weights(gram.matrix, clusters), options), MergedAtoms(tasks, vectors, dtype)
 
 

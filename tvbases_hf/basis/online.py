@@ -26,8 +26,7 @@ from ..methods.threshold import check_density, thresholds
 from ..models.vectors import Model, Vectors
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.output import check_output, transaction, write_json
-from ..storage.progress import track
-from ..storage.run import current
+from ..storage.run import current, track
 from ..storage.tensor_files import TensorFiles
 from ..version import library_version
 from .basis import Basis
@@ -151,7 +150,7 @@ class OnlineBasis:
         """The merged change of each weight, by a method of ``merging.METHODS`` over the stored vectors."""
         return merged(self.vectors, method, self.weights, alpha=alpha, **options)
 
-    def add(self, name: str, model: str | Path | Model | Mapping[str, Tensor], *, quiet: bool = True) -> BasisInfo:
+    def add(self, name: str, model: str | Path | Model | Mapping[str, Tensor]) -> BasisInfo:
         """Add one more task; when this returns it is on disk, and before that the old directory is.
 
         Args:
@@ -179,7 +178,7 @@ class OnlineBasis:
             if info.dtype.is_floating_point
         }
         with transaction(self.directory, is_basis_directory, sum(i.nbytes for i in tensors.values())) as work:
-            joint = self._write(work, tensors, step, read, quiet)
+            joint = self._write(work, tensors, step, read)
             info = self._describe(follow(before, step, self.settings.method, joint), (*self.tasks, name))
             write_json(work / CONFIG_FILE, info.to_json())
             (work / "README.md").write_text(model_card(info), encoding="utf-8")
@@ -187,13 +186,13 @@ class OnlineBasis:
         self._basis = Basis.from_pretrained(self.directory)
         return self._basis.info
 
-    def _write(self, work: Path, tensors: Mapping[str, TensorInfo], step: Step, read: Changes, quiet: bool) -> Tensor:
+    def _write(self, work: Path, tensors: Mapping[str, TensorInfo], step: Step, read: Changes) -> Tensor:
         """Write the new vectors, one pass; the Gram matrix of the old ones, the new task's, and the new as stored."""
         files = TensorFiles(work, ATOMS_STEM, tensors)
         known = self.buffer.size + 1
         joint = torch.zeros(known + len(step.weights), known + len(step.weights), dtype=torch.float64)
-        update = self._update(tensors, step, read, quiet)
-        for name in track(list(tensors), "Adding", quiet, lambda n: tensors[n].nbytes):
+        update = self._update(tensors, step, read)
+        for name in track(list(tensors), "Adding", lambda n: tensors[n].nbytes):
             start, size, dtype = 0, self.base.tensors[name].numel, tensors[name].dtype
             for part in update(name):
                 stored = part[known:].to(dtype)
@@ -207,7 +206,7 @@ class OnlineBasis:
         return joint
 
     def _update(
-        self, tensors: Mapping[str, TensorInfo], step: Step, read: Changes, quiet: bool
+        self, tensors: Mapping[str, TensorInfo], step: Step, read: Changes
     ) -> Callable[[str], Iterator[Tensor]]:
         """Blocks [K + 1 + K', k] of a weight: old vectors, new task vector, new vectors before rounding."""
 
@@ -217,7 +216,7 @@ class OnlineBasis:
         if step.mixing is not None:
             mixing = step.mixing
             return lambda name: (torch.cat([part, mixing.T @ part]) for part in blocks(touched(name)))
-        combine = self._running(lambda: map(touched, track(list(tensors), "Thresholds", quiet, lambda _: 1)))
+        combine = self._running(lambda: map(touched, track(list(tensors), "Thresholds", lambda _: 1)))
         return lambda name: blocks([*(known := touched(name)), combine(known)])
 
     def _running(self, passes: Callable[[], Iterator[Sequence[Delta]]]) -> Callable[[Sequence[Delta]], Delta]:

@@ -12,7 +12,7 @@ from ..algebra.svd import singular_values
 from ..errors import ParameterError
 from ..methods.tsv import default_rank
 from ..models.vectors import Vectors
-from ..storage.progress import track
+from ..storage.run import track
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Spectra:
         return total
 
 
-def spectra(vectors: Vectors, *, quiet: bool = True) -> Spectra:
+def spectra(vectors: Vectors) -> Spectra:
     """One pass over the models; per matrix the eigenvalues of the small side's Gram matrix."""
     base = vectors.base.tensors
     matrices: dict[str, list[Tensor]] = {}
     other = torch.zeros(len(vectors), dtype=torch.float64)
-    for name in track(vectors.names, "Singular values", quiet, lambda n: base[n].nbytes):
+    for name in track(vectors.names, "Singular values", lambda n: base[n].nbytes):
         deltas = vectors.deltas(name)
         if len(base[name].shape) == 2:
             matrices[name] = [singular_values(delta).cpu() for delta in deltas]

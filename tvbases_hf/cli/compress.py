@@ -141,8 +141,8 @@ def compress(
     from ..basis.info import is_basis_directory
     from ..models.gram import gram_matrix
     from ..models.vectors import Vectors, parse_tasks
-    from ..storage.device import find_device
     from ..storage.output import check_output
+    from ..storage.run import find_device
     from .tables import compression, print_compression, warn
 
     # Whatever can be wrong is found before the long reading, not after it.
@@ -170,10 +170,10 @@ def compress(
     request = Request(method, budget, num_bases, rank, alpha, options)
     request = request.resolved(len(tasks)) if vectors.are_adapters else request
     with resources(threads, memory, resume):
-        gram = gram_matrix(vectors, quiet=quiet)
+        gram = gram_matrix(vectors)
         warn([*vectors.coverage.notes(), *gram.warnings()])
-        built = _built(vectors, request, dtype=stored, gram=gram, quiet=quiet)
-        built.save_pretrained(out, quiet=quiet)
+        built = _built(vectors, request, dtype=stored, gram=gram)
+        built.save_pretrained(out)
         found = compression(Basis.from_pretrained(out), vectors, gram, out)
     if not quiet:
         print_compression(found, console)
@@ -222,7 +222,7 @@ def _check_kind(
 
 
 def _built(vectors: Vectors, request: Request, **how: Any) -> Basis:
-    """``how`` is what all ways to build take: dtype, gram, quiet."""
+    """``how`` is what all ways to build take: dtype, gram."""
     from ..basis import Basis
 
     if vectors.are_adapters:

@@ -81,7 +81,7 @@ def evaluate(
     from tvbases_lm_eval.table import print_table
     from tvbases_lm_eval.variants import Where, variants
 
-    found = run(variants(model, base, task, Where(device, loaded_as)), plan, quiet=quiet)
+    found = run(variants(model, base, task, Where(device, loaded_as)), plan)
     if not quiet:
         print_table(found, console)
     write_report(json, found)

@@ -48,7 +48,7 @@ def inspect(
     from ..models.gram import gram_matrix
     from ..models.layers import examine_layers
     from ..models.vectors import Vectors, parse_tasks
-    from ..storage.device import find_device
+    from ..storage.run import find_device
     from .tables import inspection, warn
 
     check_json(json)
@@ -61,7 +61,7 @@ def inspect(
         raise ParameterError("--bounds are computed on the CPU; leave --device out")
     vectors = Vectors.open(base, parse_tasks(task), device=place)
     loaded, losses = _prepare(vectors.base, data or [], text_column, label_column, max_rows, batch_size)
-    gram = gram_matrix(vectors, quiet=quiet)
+    gram = gram_matrix(vectors)
     found = inspection(vectors, gram)
     warn(found["warnings"])
     measured = None
@@ -69,10 +69,10 @@ def inspect(
         from ..theory.bounds import measure_bounds
 
         count = resolve_num_bases(found["suggested_num_bases"] if num_bases is None else num_bases, len(vectors))
-        measured = measure_bounds(loaded, vectors, losses, count, gram=gram, alpha=alpha, quiet=quiet)
+        measured = measure_bounds(loaded, vectors, losses, count, gram=gram, alpha=alpha)
         found["bounds"] = measured.to_json()
     if layers or plot or html:
-        found["layers"] = vars(examine_layers(vectors, quiet=quiet))
+        found["layers"] = vars(examine_layers(vectors))
     _show(found, measured, plot, html, quiet)
     write_report(json, found)
 
@@ -140,15 +140,15 @@ def decompose(
     from ..merging.components import is_components, write_components
     from ..methods.devec import Options
     from ..models.vectors import Vectors, parse_tasks
-    from ..storage.device import find_device
     from ..storage.output import check_output
+    from ..storage.run import find_device
     from .tables import print_components, warn
 
     options = Options(threshold, subspace, pool, side, rank)
     check_output(out, is_components)
     vectors = Vectors.open(base, parse_tasks(task), device=find_device(device))
     warn(vectors.coverage.notes())
-    found = write_components(vectors, options, out, quiet=quiet)
+    found = write_components(vectors, options, out)
     if not quiet:
         print_components(found, console)
     write_report(json, found)

@@ -43,7 +43,7 @@ def merge(
     register()  # before anything that needs mergekit is imported: its message names the extra
     from tvbases_mergekit import native
 
-    from ..storage.device import find_device
+    from ..storage.run import find_device
     from .tables import print_merge, warn
 
     check_json(json)
@@ -52,7 +52,7 @@ def merge(
         raise ParameterError("--device is of merges into a checkpoint; factors of adapters are small: leave it out")
     if memory is not None and adapter:
         raise ParameterError("--memory is kept by merges into a checkpoint; an adapter is held whole: leave it out")
-    request = native.Request(adapter, rank, parse_dtype(dtype), random_seed, quiet, place)
+    request = native.Request(adapter, rank, parse_dtype(dtype), random_seed, place)
     with resources(threads, memory, resume):
         found = native.merge(config, out, request)
     warn(found["warnings"])

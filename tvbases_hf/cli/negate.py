@@ -96,13 +96,13 @@ def negate(
         check_plan(plan)
     vectors = Vectors.open(base, tasks)
     warn(vectors.coverage.notes())
-    found = directions(vectors, request, quiet=quiet)
+    found = directions(vectors, request)
     report: dict[str, object] = {"base": base, "forget": forget, "component": component}
     if plan is not None:
         from tvbases_lm_eval.variants import BEFORE, Variant, Where, load
 
         loaded = Variant(BEFORE, *load(base, Where(device)))
-        negations = curves(vectors, found, loaded, request, plan, quiet=quiet)
+        negations = curves(vectors, found, loaded, request, plan)
         alpha = negations[component].alpha
         report["curves"] = {name: negation.to_json() for name, negation in negations.items()}
         if plot:
@@ -120,7 +120,6 @@ def negate(
         out,
         f"{forget} forgotten, {component}, {alpha:g}",
         adapter=adapter,
-        quiet=quiet,
     )
     report |= {"alpha": alpha, "out": str(out)}
     if not quiet:

@@ -36,7 +36,7 @@ def add_online(context: typer.Context) -> None:
     for model in models.values():
         warn(model.coverage.notes())
     for name, model in models.items():
-        basis.add(name, model.models[name], quiet=chosen["quiet"])
+        basis.add(name, model.models[name])
         if not chosen["quiet"]:
             held = f"{_count(len(basis.tasks), 'task')} in {_count(len(basis.weights), 'vector')}"
             console.print(f"{name} added: {held} ({basis.settings.method})")

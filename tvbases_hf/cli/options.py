@@ -13,6 +13,16 @@ import typer
 
 from ..errors import OutputError, ParameterError
 
+
+def _quietly(context: typer.Context, quiet: bool) -> bool:
+    """The command's work is without bars; only then is anything imported that is not needed to parse."""
+    if quiet:
+        from ..storage.run import current, using
+
+        context.with_resource(using(replace(current(), quiet=True)))
+    return quiet
+
+
 _BASE = typer.Option("--base", help="The pretrained model: a directory or a Hub id.", metavar="PATH_OR_ID")
 _TASK = typer.Option("--task", help="A fine-tuned model; repeat for each.", metavar="NAME=PATH_OR_ID")
 Base = Annotated[str, _BASE]
@@ -21,7 +31,7 @@ Value = TypeVar("Value")
 # Of commands that can do without in some of their uses; see ``required``.
 OptionalBase = Annotated[Optional[str], _BASE]  # noqa: UP045
 OptionalTask = Annotated[Optional[list[str]], _TASK]  # noqa: UP045
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no report.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no report.", callback=_quietly)]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Write the report as JSON.", metavar="FILE")]  # noqa: UP045
 Threads = Annotated[
     Optional[int],  # noqa: UP045

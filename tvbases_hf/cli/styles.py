@@ -86,7 +86,7 @@ def mix_styles(
     recipe = Recipe(component, Options(threshold, subspace, pool, side, factored_rank=rank), shared_weight)
     sources = parse_tasks(style)
     scales = parse_scales(tuple(sources), _scales(scale or []))
-    how: dict[str, Any] = {"sources": sources, "dtype": stored, "pairs": report or json is not None, "quiet": quiet}
+    how: dict[str, Any] = {"sources": sources, "dtype": stored, "pairs": report or json is not None}
     found = write_mix(Styles.open(sources), recipe, scales, out, **how)
     warn(found["notes"])
     if not quiet:

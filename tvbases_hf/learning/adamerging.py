@@ -32,7 +32,6 @@ def adamerging(
     start: float | Sequence[float] = START,
     lr: float = LEARNING_RATE,
     steps: int = STEPS,
-    quiet: bool = True,
 ) -> Learned:
     """argmin over c of the entropy of the answers of theta_0 + {sum_k c_k^l B_k^l}_l to unlabelled data.
 
@@ -59,7 +58,6 @@ def adamerging(
         steps=steps,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=lr),
         title="AdaMerging",
-        quiet=quiet,
     )
 
 

@@ -30,7 +30,6 @@ def atlas(
     lr: float = LEARNING_RATE,
     weight_decay: float = WEIGHT_DECAY,
     epochs: int = EPOCHS,
-    quiet: bool = True,
 ) -> Learned:
     """argmin over the blocks' coefficients Lambda_k of the loss of theta_0 + sum_k Lambda_k B_k (AE paper, Table 5).
 
@@ -64,5 +63,4 @@ def atlas(
         cosine=True,
         squared=nonnegative,
         title="aTLAS",
-        quiet=quiet,
     )

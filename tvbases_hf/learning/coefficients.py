@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..algebra.delta import add
 from ..errors import ParameterError
 from ..models.vectors import Vectors
+from ..storage.run import bar
 from .curve import Curve, score_of
 from .data import TaskData
 from .inplace import Change, InPlace
@@ -54,7 +54,6 @@ def grid_search(
     patience: int = PATIENCE,
     domain: tuple[float, float] = NON_NEGATIVE,
     own: Mapping[str, float] | None = None,
-    quiet: bool = True,
 ) -> Curve:
     """The alpha of the best mean metric of theta_0 + alpha * change, and all that was evaluated on the way.
 
@@ -74,14 +73,14 @@ def grid_search(
         raise ParameterError(f"patience is a number of values, 1 or more; got {patience}")
     first = min(range(len(grid)), key=lambda i: abs(grid[i] - start)) if start is not None else 0
     found: dict[int, dict[str, float]] = {}
-    with tqdm(total=len(grid), desc="Searching alpha", disable=True if quiet else None, leave=False) as bar:
+    with bar("Searching alpha", len(grid), "model") as shown:
 
         def score(index: int) -> float:
             with place.changed(change, grid[index]) as model:
                 found[index] = dict(metrics(model))
             value = score_of(found[index], own)
-            bar.set_postfix(alpha=f"{grid[index]:g}", metric=f"{value:.4g}")
-            bar.update()
+            shown.set_postfix(alpha=f"{grid[index]:g}", metric=f"{value:.4g}")
+            shown.update()
             return value
 
         best = climb(score, len(grid), first, patience=patience, plateaus=True)
@@ -138,7 +137,6 @@ def coordinate_search(
     sweeps: int = 2,
     patience: int = 2,
     own: Mapping[str, float] | None = None,
-    quiet: bool = True,
 ) -> Coefficients:
     """alpha_m >= 0 for every vector, one after another, from the best common alpha; never worse than that one.
 
@@ -150,14 +148,14 @@ def coordinate_search(
     grid = check_alphas(sorted({*alphas, common}), NON_NEGATIVE)
     known: dict[tuple[int, ...], dict[str, float]] = {}
     position = [grid.index(common)] * len(vectors)
-    with tqdm(desc="Searching alphas", unit="model", disable=True if quiet else None, leave=False) as bar:
+    with bar("Searching alphas", None, "model") as shown:
 
         def score(positions: Sequence[int]) -> float:
             key = tuple(positions)
             if key not in known:
                 with place.changed(summed(vectors, [grid[i] for i in key])) as model:
                     known[key] = dict(metrics(model))
-                bar.update()
+                shown.update()
             return score_of(known[key], own)
 
         for _ in range(sweeps):

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..algebra.delta import Delta, LowRank, add, dense
 from ..errors import ParameterError
 from ..models.grouping import group_of
 from ..models.vectors import Vectors
+from ..storage.run import bar
 from .data import TaskData
 from .inplace import Reparametrised
 from .learned import asking, gradients
@@ -135,7 +135,6 @@ def learn(
     cosine: bool = False,
     squared: bool = False,
     title: str = "Coefficients",
-    quiet: bool = True,
 ) -> Learned:
     """Coefficients that lower the mean over the tasks of ``loss``, one batch of each task per step.
 
@@ -153,7 +152,7 @@ def learn(
         descent = optimizer([parameters])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, steps) if cosine else None
         losses, rounds = [], [_forever(task) for task in data]
-        with tqdm(total=steps, desc=title, disable=True if quiet else None, leave=False) as bar:
+        with bar(title, steps, "step") as shown:
             for _ in range(steps):
                 values = parameters.square() if squared else parameters * 1
                 found, slope = loss_and_gradient(mixture, model, data, [next(r) for r in rounds], loss, values.detach())
@@ -163,8 +162,8 @@ def learn(
                 descent.step()
                 if schedule is not None:
                     schedule.step()
-                bar.update()
-                bar.set_postfix(loss=f"{found:.4f}")
+                shown.update()
+                shown.set_postfix(loss=f"{found:.4f}")
     final = parameters.detach()
     return Learned(vectors, final.square() if squared else final.clone(), blocks, tuple(losses))
 

@@ -32,7 +32,6 @@ def direction(
     num_bases: float = 0.5,
     even_errors: bool = False,
     gram: Gram | None = None,
-    quiet: bool = True,
 ) -> Direction:
     """The change to negate, one weight at a time: ``direction(...)(name)``.
 
@@ -56,7 +55,7 @@ def direction(
         case "unique":
             return _unique(vectors, index, options or Options(pool="iterative"))
         case _:
-            matrix = (gram or gram_matrix(vectors, quiet=quiet)).matrix
+            matrix = (gram or gram_matrix(vectors)).matrix
             weights = ae_bases(matrix, num_bases, even_errors=even_errors)
             column = weights.reconstruction[:, index].tolist()
             return _kept(vectors, lambda name: add(vectors.deltas(name), column))

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..algebra.delta import add, dense
 from ..errors import ParameterError
 from ..models.vectors import Vectors
+from ..storage.run import bar
 from .data import TaskData
 from .inplace import Reparametrised
 from .learned import Computed, asking, combined, gradients, moved, paired, task_changes
@@ -32,7 +32,6 @@ def fisher(
     samples: int | None = None,
     floor: float = FLOOR,
     seed: int = 0,
-    quiet: bool = True,
 ) -> Computed:
     """sum_m F_m B_m / sum_m F_m with F_m = sum_i W_e[i, m] F_i, entry by entry (AE paper, Table 5).
 
@@ -61,8 +60,7 @@ def fisher(
     with asking(vectors, model) as weights:
         above = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
         below = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
-        bar = tqdm(total=len(given), desc="Fisher", disable=True if quiet else None, leave=False)
-        with bar:
+        with bar("Fisher", len(given), "task") as shown:
             for index, task in given:
                 change, row = points[index], shares[index]
                 if change is not None:
@@ -73,7 +71,7 @@ def fisher(
                         mixed = dense(combined(vectors.deltas(name), row.tolist())).to(information.device)
                         above[name].addcmul_(information, mixed.reshape(information.shape))
                         below[name].add_(information, alpha=float(row.sum()))
-                bar.update()
+                shown.update()
     mean = float(sum(part.sum() for part in below.values())) / max(1, sum(part.numel() for part in below.values()))
     least = floor * mean / len(vectors) if mean > 0 else 1.0
     tensors = {}

@@ -63,16 +63,14 @@ def as_merge(found: Changes, vectors: Vectors, method: str, recipe: str = "") ->
     )
 
 
-def write_merged(
-    found: Changes, base: Checkpoint, out: str | Path, note: str, *, alpha: float = 1.0, quiet: bool = True
-) -> Path:
+def write_merged(found: Changes, base: Checkpoint, out: str | Path, note: str, *, alpha: float = 1.0) -> Path:
     """The checkpoint theta_0 + alpha * change, rounded once to the base's dtypes: where only bases are left.
 
     Raises OutputError if ``out`` is not ours, or the disk is full.
     """
     names = set(found.names)
     changes = lambda name: pieces(found.change(name), alpha) if name in names else None  # noqa: E731
-    return write_model(base, Path(out), changes, note, quiet=quiet)
+    return write_model(base, Path(out), changes, note)
 
 
 def digest(found: Changes) -> str:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..algebra.delta import Delta, Dense, add, dense
 from ..errors import ParameterError
 from ..models.vectors import Vectors
+from ..storage.run import bar
 from .data import TaskData
 from .inplace import Reparametrised
 from .learned import asking, gradients, moved, paired
@@ -35,7 +35,6 @@ def localize(
     lr: float = STEP,
     l1: float = 0.0,
     epochs: int = EPOCHS,
-    quiet: bool = True,
 ) -> MaskedVectors:
     """S_m = argmin sum_i W_e[i, m] L_i(theta_0 + sigmoid(S) * B_m) + l1 |sigmoid(S)|_1, rounded (AE paper, equation 9).
 
@@ -64,7 +63,7 @@ def localize(
     found = []
     with (
         asking(vectors, model) as weights,
-        tqdm(total=len(vectors) * epochs, desc="Masks", disable=True if quiet else None, leave=False) as bar,
+        bar("Masks", len(vectors) * epochs, "epoch") as shown,
     ):
         for m in range(len(vectors)):
             vector = {
@@ -79,7 +78,7 @@ def localize(
                     chance = logits.sigmoid()
                     slope = slopes.pop(name) * vector[name] + l1 if name in slopes else l1
                     logits.sub_(lr * slope * chance * (1 - chance))
-                bar.update()
+                shown.update()
             found.append({name: Csr.masked(vector[name], mask[name] > 0) for name in vectors.names})
     return MaskedVectors(vectors.labels, tuple(found))
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..algebra.delta import Dense, pieces
 from ..errors import CheckpointError, ParameterError, did_you_mean
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint
 from ..storage.model import write_model
+from ..storage.run import bar
 from .coefficients import NON_NEGATIVE, PATIENCE, Metrics, check_alphas
 from .curve import Curve, score_of
 from .inplace import Change, InPlace
@@ -97,7 +97,6 @@ def negate(
     alphas: Sequence[float] = ALPHAS,
     expected: float | None = None,
     patience: int | None = PATIENCE,
-    quiet: bool = True,
 ) -> Negation:
     """theta_0 - alpha * change with the largest alpha for which the control keeps its share ``keep`` of theta_0's.
 
@@ -118,7 +117,7 @@ def negate(
         )
     grid = check_alphas(sorted({0.0, *alphas}), NON_NEGATIVE)
     found: dict[float, dict[str, float]] = {}
-    with tqdm(total=len(grid), desc=f"Forgetting {target}", disable=True if quiet else None, leave=False) as bar:
+    with bar(f"Forgetting {target}", len(grid), "model") as shown:
         chosen, misses, limit = 0.0, 0, -math.inf
         for alpha in grid:
             with place.changed(change, -alpha) as model:
@@ -128,8 +127,8 @@ def negate(
                 _check_control(control, keep, expected)
                 limit = keep * control * (1 - ROUNDING)
             chosen, misses = (alpha, 0) if control >= limit else (chosen, misses + 1)
-            bar.set_postfix(alpha=f"{alpha:g}", control=f"{control:.4g}")
-            bar.update()
+            shown.set_postfix(alpha=f"{alpha:g}", control=f"{control:.4g}")
+            shown.update()
             if patience is not None and misses >= patience:
                 break
     controls = tuple(task for task in found[0.0] if task != target)
@@ -151,9 +150,7 @@ def change_of(vectors: Vectors, label: str) -> Change:
     return lambda name: vectors.deltas(name)[index]
 
 
-def write_forgotten(
-    base: Checkpoint, names: Iterable[str], change: Change, alpha: float, out: Path, note: str, *, quiet: bool = True
-) -> Path:
+def write_forgotten(base: Checkpoint, names: Iterable[str], change: Change, alpha: float, out: Path, note: str) -> Path:
     """Write the checkpoint theta_0 - alpha * change, rounded once to the base's dtypes; see write_model."""
     covered = set(names)
 
@@ -163,7 +160,7 @@ def write_forgotten(
         found = change(name)
         return pieces(Dense(found) if isinstance(found, Tensor) else found, -alpha)
 
-    return write_model(base, out, changes, note, quiet=quiet)
+    return write_model(base, out, changes, note)
 
 
 def _control(metrics: Mapping[str, float], target: str) -> float:

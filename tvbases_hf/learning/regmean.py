@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..algebra.delta import dense
 from ..algebra.linalg import solve_psd
 from ..errors import ParameterError
 from ..models.vectors import Vectors
+from ..storage.run import bar
 from .data import TaskData
 from .inplace import Reparametrised
 from .learned import Computed, asking, combined, mean_change, moved, paired, task_changes
@@ -29,7 +29,6 @@ def regmean(
     *,
     at: Vectors | None = None,
     shrink: float = SHRINK,
-    quiet: bool = True,
 ) -> Computed:
     """(sum_m B_m G_m) (sum_m G_m)^{-1} with G_m = sum_i W_e[i, m] X_i^T X_i per linear layer (AE paper, Table 5).
 
@@ -56,19 +55,17 @@ def regmean(
     layers = linear_layers(model, vectors.names)
     above: dict[str, Tensor] = {}
     below: dict[str, Tensor] = {}
-    with asking(vectors, model) as weights:
-        bar = tqdm(total=len(given), desc="RegMean", disable=True if quiet else None, leave=False)
-        with bar:
-            for index, task in given:
-                change, row = points[index], shares[index]
-                if change is not None:
-                    products = input_products(model, moved(weights, change), layers, task)
-                    for name, product in products.items():
-                        shrunk = shrink * product + (1 - shrink) * product.diag().diag()
-                        mixed = dense(combined(vectors.deltas(name), row.tolist())).to(shrunk.device)
-                        _accumulate(above, name, mixed @ shrunk)
-                        _accumulate(below, name, float(row.sum()) * shrunk)
-                bar.update()
+    with asking(vectors, model) as weights, bar("RegMean", len(given), "task") as shown:
+        for index, task in given:
+            change, row = points[index], shares[index]
+            if change is not None:
+                products = input_products(model, moved(weights, change), layers, task)
+                for name, product in products.items():
+                    shrunk = shrink * product + (1 - shrink) * product.diag().diag()
+                    mixed = dense(combined(vectors.deltas(name), row.tolist())).to(shrunk.device)
+                    _accumulate(above, name, mixed @ shrunk)
+                    _accumulate(below, name, float(row.sum()) * shrunk)
+            shown.update()
     solved = tuple(name for name in vectors.names if name in below)
     tensors = {name: mean_change(vectors, name).float() for name in vectors.names if name not in below}
     for name in solved:

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..errors import ParameterError
+from ..storage.run import bar
 from .data import TaskData
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,7 +26,6 @@ def fine_tune(
     weight_decay: float = 0.0,
     clip: float = 1.0,
     seed: int = 0,
-    quiet: bool = True,
 ) -> Model:
     """Train ``model`` in place, a Linearised one too, and return it.
 
@@ -45,13 +44,13 @@ def fine_tune(
     warm = max(1, round(warmup * total))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / warm, (total - k) / total))
     title = f"Fine-tuning {tasks[0].name}" if len(tasks) == 1 else f"Fine-tuning {len(tasks)} tasks jointly"
-    with tqdm(total=total, desc=title, unit="step", disable=True if quiet else None, leave=False) as bar:
+    with bar(title, total, "step") as shown:
         for epoch in range(epochs):
             for task, batch in interleaved(tasks, seed + epoch):
                 loss = task.loss(model, batch)
                 if not math.isfinite(loss.item()):
                     raise ParameterError(
-                        f'the loss of "{task.name}" is {loss.item()} after {bar.n} steps; lower lr ({lr:g}) or check '
+                        f'the loss of "{task.name}" is {loss.item()} after {shown.n} steps; lower lr ({lr:g}) or check '
                         "the data"
                     )
                 loss.backward()
@@ -59,7 +58,7 @@ def fine_tune(
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-                bar.update()
+                shown.update()
     return model
 
 

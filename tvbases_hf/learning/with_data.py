@@ -18,11 +18,9 @@ from .localize import localize, stitch
 from .regmean import regmean
 
 
-def localize_and_stitch(
-    vectors: Vectors, model: nn.Module, data: Sequence[TaskData], *, quiet: bool = True, **options: Any
-) -> Changes:
+def localize_and_stitch(vectors: Vectors, model: nn.Module, data: Sequence[TaskData], **options: Any) -> Changes:
     """Masks trained and stitched at once; see localize for the options. The result's ``vectors`` are sparse."""
-    return stitch(localize(vectors, model, data, quiet=quiet, **options))
+    return stitch(localize(vectors, model, data, **options))
 
 
 DATA_METHODS: dict[str, Callable[..., Changes]] = {

@@ -20,7 +20,7 @@ from ..methods.sparse import ties, top_k
 from ..methods.sums import task_arithmetic
 from ..methods.threshold import check_scope, thresholds
 from ..methods.tsv import tsv_merge
-from ..storage.progress import track
+from ..storage.run import track
 
 if TYPE_CHECKING:
     from ..models.vectors import Vectors
@@ -86,7 +86,6 @@ def merged(
     weights: Sequence[float] | None = None,
     *,
     alpha: float = 1.0,
-    quiet: bool = True,
     **options: Any,
 ) -> Callable[[str], Delta]:
     """``name -> alpha * method(vectors)``, the merged change of one weight, computed when asked for.
@@ -113,7 +112,7 @@ def merged(
         scope = options.pop("scope", "model")
         if scope == "model":
             density = options.get("density", chosen.options["density"])
-            options["limits"] = model_thresholds(vectors, density, quiet=quiet)
+            options["limits"] = model_thresholds(vectors, density)
 
     def change(name: str) -> Delta:
         deltas, shape = vectors.deltas(name), vectors.base.tensors[name].shape
@@ -131,11 +130,11 @@ def _try(method: Method, options: Mapping[str, Any]) -> None:
     method.combine([Dense(torch.ones(1, 1))], [1.0], **{n: v for n, v in options.items() if n != "scope"})
 
 
-def model_thresholds(vectors: Vectors, density: float, *, quiet: bool = True) -> list[float]:
+def model_thresholds(vectors: Vectors, density: float) -> list[float]:
     """[K] the magnitude of the smallest entry among the ``density`` largest of each vector, over all weights."""
     tensors = vectors.base.tensors
 
     def one_pass():
-        return map(vectors.deltas, track(vectors.names, "Thresholds", quiet, lambda n: tensors[n].nbytes))
+        return map(vectors.deltas, track(vectors.names, "Thresholds", lambda n: tensors[n].nbytes))
 
     return thresholds(one_pass, density)

@@ -15,14 +15,14 @@ from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint
 from ..storage.model import copy_side_files
 from ..storage.output import transaction, write_json
-from ..storage.progress import track
+from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
 
 MARKER = "tvbases_components.json"
 SHARED = "shared"
 
 
-def write_components(vectors: Vectors, options: Options, out: Path, *, quiet: bool = True) -> dict[str, Any]:
+def write_components(vectors: Vectors, options: Options, out: Path) -> dict[str, Any]:
     """Write ``out/unique/TASK`` and ``out/shared``: the base plus each unique component, and plus the shared one.
 
     Tensors that are not matrices count as unique. Returns, per layer group and task, the share of the task vector's
@@ -33,7 +33,7 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, quiet: bo
     energy: dict[str, Tensor] = {}
     with transaction(out, is_components, base.nbytes * len(copies)) as work:
         files = {copy: _begin(base, work / copy) for copy in copies}
-        for name in track(list(base.tensors), "Decomposing", quiet, lambda n: base.tensors[n].nbytes):
+        for name in track(list(base.tensors), "Decomposing", lambda n: base.tensors[n].nbytes):
             if name in vectors.names:
                 deltas = vectors.deltas(name)
                 split = decompose(deltas, options)

@@ -14,7 +14,7 @@ from ..models.adapter import Adapter
 from ..models.lora_files import Template, adapter_tensors, write_adapter
 from ..storage.model import stream_model
 from ..storage.output import transaction
-from ..storage.progress import track
+from ..storage.run import track
 from .card import model_card
 from .fit import Errors, Limits
 from .merge import Merge, is_merge, leave_marker
@@ -22,9 +22,7 @@ from .merge import Merge, is_merge, leave_marker
 RECIPE_FILE = "mergekit_config.yml"
 
 
-def write_checkpoint_merge(
-    merge: Merge, out: Path, *, dtype: torch.dtype | None = None, quiet: bool = True
-) -> dict[str, Any]:
+def write_checkpoint_merge(merge: Merge, out: Path, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Write the base plus the merged change, rounded once to ``dtype`` (None: each tensor's own), and report.
 
     Raises:
@@ -35,13 +33,13 @@ def write_checkpoint_merge(
     size = sum(info.numel * (dtype.itemsize if dtype else info.dtype.itemsize) for info in base.tensors.values())
     with transaction(out, is_merge, size, merge.job(dtype)) as work:
         changes = lambda name: merge.pieces(name) if name in names else None  # noqa: E731
-        stream_model(base, work, changes, dtype=dtype, need=merge.need, reads=merge.vectors.stored, quiet=quiet)
+        stream_model(base, work, changes, dtype=dtype, need=merge.need, reads=merge.vectors.stored)
         stored = dtype or next((base.tensors[name].dtype for name in merge.names), torch.float32)
         report = {**merge.report("checkpoint", out), "dtype": _name(stored)}
         return _finish(merge, work, report)
 
 
-def write_adapter_merge(merge: Merge, out: Path, limits: Limits | None = None, *, quiet: bool = True) -> dict[str, Any]:
+def write_adapter_merge(merge: Merge, out: Path, limits: Limits | None = None) -> dict[str, Any]:
     """Write the merged change as a PEFT adapter of stock LoRA or DoRA, and report what truncation and rounding cost.
 
     Raises:
@@ -53,7 +51,7 @@ def write_adapter_merge(merge: Merge, out: Path, limits: Limits | None = None, *
     changes: dict[str, Delta] = {}
     errors = Errors()
     with transaction(out, is_merge) as work:
-        for name in track(merge.names, "Merging", quiet, lambda n: base.tensors[n].nbytes):
+        for name in track(merge.names, "Merging", lambda n: base.tensors[n].nbytes):
             inputs = merge.inputs(name)
             change = merge.combine(name, inputs)
             changes[name] = limits.fit(name, change, inputs, base, template)

@@ -68,7 +68,7 @@ class Gram:
         return lines
 
 
-def gram_matrix(vectors: Vectors, *, quiet: bool = True) -> Gram:
+def gram_matrix(vectors: Vectors) -> Gram:
     """Inner products of all task vectors, in one pass over the base and the T models.
 
     Each tensor is mapped, subtracted and multiplied in blocks: O(T^2 d) operations, memory for one block per thread.
@@ -90,7 +90,7 @@ def gram_matrix(vectors: Vectors, *, quiet: bool = True) -> Gram:
 
     size = lambda name: vectors.base.tensors[name].nbytes * (count + 1)  # noqa: E731
     width, need = count * count + 1, lambda _: PIECE_BYTES
-    table = rows(vectors.names, products, width, "Gram matrix", quiet, size, need, vectors.stored)
+    table = rows(vectors.names, products, width, "Gram matrix", size, need, vectors.stored)
     total = table.sum(dim=0)
     base_norm = None if vectors.are_adapters else float(total[-1]) ** 0.5
     return Gram(vectors.tasks, total[:-1].reshape(count, count), base_norm)

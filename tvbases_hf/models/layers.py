@@ -12,7 +12,7 @@ from ..algebra.delta import square_norm
 from ..algebra.svd import singular_values, svd
 from ..methods.devec import MIN_SIDE, Options, chance_share, column_space, project, shared_subspace
 from ..methods.tsv import default_rank, interference
-from ..storage.progress import track
+from ..storage.run import track
 from .grouping import group_of, in_order
 from .vectors import Vectors
 
@@ -33,14 +33,14 @@ class LayerReport:
     decay: dict[str, list[float]] = field(default_factory=dict)
 
 
-def examine_layers(vectors: Vectors, options: Options = OPTIONS, *, quiet: bool = True) -> LayerReport:
+def examine_layers(vectors: Vectors, options: Options = OPTIONS) -> LayerReport:
     """One pass over the matrices (those with both sides of at least MIN_SIDE); several SVDs each."""
     names = [n for n in vectors.names if len(s := vectors.base.tensors[n].shape) == 2 and min(s) >= MIN_SIDE]
     pairs = list(itertools.combinations(range(len(vectors)), 2))
     report = LayerReport()
     curves = torch.zeros(len(vectors), DECAY_POINTS, dtype=torch.float64)
     energy, found = torch.zeros(len(pairs), 2, dtype=torch.float64), torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for name in track(names, "Layers", quiet, lambda n: vectors.base.tensors[n].nbytes):
+    for name in track(names, "Layers", lambda n: vectors.base.tensors[n].nbytes):
         deltas = vectors.deltas(name)
         parts = [svd(delta, default_rank(len(deltas))) for delta in deltas]
         group = group_of(name)

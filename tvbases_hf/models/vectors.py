@@ -71,7 +71,7 @@ class Vectors:
             base: the pretrained model.
             models: fine-tuned models or adapters by task name, in the order of the Gram matrix.
             skip_mismatched: leave out tensors whose shapes differ instead of raising.
-            device: where each weight's changes are moved to when they are read; see storage.device.find_device.
+            device: where each weight's changes are moved to when they are read; see storage.run.find_device.
 
         Raises:
             ParameterError: no task.

@@ -28,12 +28,10 @@ def write_model(
     out: Path,
     changes: Changes,
     note: str,
-    *,
-    quiet: bool = True,
 ) -> Path:
     """Write ``base`` plus a change as a directory of its own; see stream_model."""
     with transaction(out, is_edited_model, base.nbytes) as work:
-        stream_model(base, work, changes, quiet=quiet)
+        stream_model(base, work, changes)
         files = sorted(file.name for file in work.iterdir())
         write_json(work / MARKER, {"base": base.label, "edit": note, "files": files})
     return out
@@ -47,7 +45,6 @@ def stream_model(
     dtype: torch.dtype | None = None,
     need: Callable[[str], int] = lambda _: 0,
     reads: Callable[[str], Iterable[Tensor]] | None = None,
-    quiet: bool = True,
 ) -> None:
     """Put weights, configuration and tokenizer into an existing directory, on several threads.
 
@@ -70,7 +67,7 @@ def stream_model(
             raise RuntimeError(f"{name}: the change has {start} numbers, the tensor {len(tensor)}; this is a defect")
         return ()
 
-    written(files, list(tensors), write, 0, "Writing", quiet, lambda n: tensors[n].nbytes, need, reads)
+    written(files, list(tensors), write, 0, "Writing", lambda n: tensors[n].nbytes, need, reads)
     if base.path is not None and base.path.is_dir():
         copy_side_files(base.path, directory)
         if dtype is not None:

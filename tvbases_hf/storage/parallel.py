@@ -22,8 +22,7 @@ from torch import Tensor
 
 from ..errors import ParameterError
 from .output import readable_size
-from .progress import bar
-from .run import current, share
+from .run import bar, current, share
 from .tensor_files import TensorFiles
 
 Item = TypeVar("Item")
@@ -44,7 +43,6 @@ def each(
     items: Sequence[Item],
     work: Callable[[Item], Result],
     title: str,
-    quiet: bool,
     weight: Callable[[Item], int],
     need: Callable[[Item], int] = lambda _: 0,
     reads: Callable[[Item], Iterable[Tensor]] | None = None,
@@ -68,7 +66,7 @@ def each(
         with gate.holding(need(item)):
             return work(item)
 
-    with bar(title, quiet, sum(map(weight, items))) as shown:
+    with bar(title, sum(map(weight, items))) as shown:
         if count == 1:
             try:
                 for item in items:
@@ -94,7 +92,6 @@ def rows(
     work: Callable[[Item], Sequence[float]],
     width: int,
     title: str,
-    quiet: bool,
     weight: Callable[[Item], int],
     need: Callable[[Item], int] = lambda _: 0,
     reads: Callable[[Item], Iterable[Tensor]] | None = None,
@@ -106,7 +103,7 @@ def rows(
     team = current().team
     place = {item: index for index, item in enumerate(items)}
     table = torch.zeros(len(items), width, dtype=torch.float64)
-    for item, row in each(share(items, weight), work, title, quiet or team.rank > 0, weight, need, reads):
+    for item, row in each(share(items, weight), work, title, weight, need, reads):
         table[place[item]] = torch.tensor(row, dtype=torch.float64)
     return team.sum(table)
 
@@ -117,7 +114,6 @@ def written(
     work: Callable[[str], Sequence[float]],
     width: int,
     title: str,
-    quiet: bool,
     weight: Callable[[str], int],
     need: Callable[[str], int] = lambda _: 0,
     reads: Callable[[str], Iterable[Tensor]] | None = None,
@@ -131,7 +127,7 @@ def written(
             files.finish(name, known)
         return known
 
-    return rows(names, row, width, title, quiet, weight, need, reads)
+    return rows(names, row, width, title, weight, need, reads)
 
 
 class _ReadAhead:

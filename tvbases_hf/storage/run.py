@@ -1,18 +1,27 @@
-"""How this process works: alone or as one of several, on how many threads, from the start or from where one was killed.
+"""How this process works: alone or as one of several, on how many threads and which device, with or without bars.
 
-The command line says it once (``using``); what reads and writes models asks ``current``.
+The command line says it once (``using``); what reads and writes models asks ``current``. Models are read on the CPU:
+Vectors moves the changes of one weight to its device when they are asked for, what is made of them is computed there,
+and tensor_files moves it back to write it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from ..errors import ParameterError
+
+# What find_device knows.
+DEVICES = ("cpu", "cuda")
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
@@ -68,22 +77,48 @@ class Run:
     """Threads per process; None for one per processor."""
     memory: int | None = None
     """Bytes that the work of one process may take beside the program itself; None for no limit."""
+    quiet: bool = False
+    """No progress bars; there are none either where nobody watches."""
 
 
 _RUN: ContextVar[Run] = ContextVar("run")
+# Of the main thread, for threads that a host starts.
+_main = Run()
 
 
 def current() -> Run:
-    return _RUN.get(Run())
+    return _RUN.get(_main)
 
 
 @contextlib.contextmanager
 def using(run: Run) -> Iterator[None]:
-    token = _RUN.set(run)
+    """The block works so, and threads that start in it do if this is the main thread."""
+    global _main
+    token, before, is_main = _RUN.set(run), _main, threading.current_thread() is threading.main_thread()
+    if is_main:
+        _main = run
     try:
         yield
     finally:
         _RUN.reset(token)
+        if is_main:
+            _main = before
+
+
+def bar(title: str, total: int | None, unit: str = "B") -> tqdm:
+    """A progress bar, by default in bytes; silent when asked, and when nobody watches."""
+    quiet = True if current().quiet else None
+    return tqdm(total=total, desc=title, unit=unit, unit_scale=unit == "B", disable=quiet, leave=False)
+
+
+def track(
+    items: Sequence[Item], title: str, weight: Callable[[Item], int] = lambda _: 1, unit: str = "B"
+) -> Iterator[Item]:
+    """Yield the items, advancing a bar by ``weight`` after each."""
+    with bar(title, sum(map(weight, items)), unit) as shown:
+        for item in items:
+            yield item
+            shown.update(weight(item))
 
 
 def once(work: Callable[[], Value]) -> Value:
@@ -118,3 +153,26 @@ def shares(items: Sequence[Item], weight: Callable[[Item], int], count: int) -> 
         parts[min(count - 1, int(middle * count / total))].append(item)
         before += weight(item)
     return parts
+
+
+def find_device(name: str) -> torch.device:
+    """``cpu``, ``cuda`` or ``cuda:1``. Of several processes on a machine each takes a GPU of its own with ``cuda``.
+
+    Raises ParameterError, with what to do, for a device that is not there.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in DEVICES or (index and not index.isdecimal()) or (kind == "cpu" and index):
+        raise ParameterError(f"--device: {name!r} is unknown; choose cpu, cuda, or one of several as cuda:1")
+    if kind == "cpu":
+        return torch.device(kind)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        built = "" if torch.version.cuda or torch.version.hip else f" (torch {torch.__version__} is built without it)"
+        raise ParameterError(
+            f"--device {name}: torch sees no CUDA device{built}; leave --device out to compute on the CPU, or install "
+            "a torch with CUDA and check that nvidia-smi shows a GPU"
+        )
+    number = int(index) if index else current().team.local_rank % count
+    if number >= count:
+        raise ParameterError(f"--device {name}: there are {count} CUDA devices, the first is cuda:0; choose another")
+    return torch.device(kind, number)

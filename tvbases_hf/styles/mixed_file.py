@@ -15,7 +15,7 @@ from torch import Tensor
 from ..algebra.delta import LowRank
 from ..storage.checkpoint import TensorInfo
 from ..storage.output import file_transaction
-from ..storage.progress import track
+from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
 from ..version import library_version
 from .lora_layers import BIAS, A, B
@@ -37,7 +37,6 @@ def write_mix(
     sources: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     pairs: bool = False,
-    quiet: bool = True,
 ) -> dict[str, Any]:
     """Write the mix, scales inside, and the recipe in the header; return the report.
 
@@ -56,7 +55,7 @@ def write_mix(
     with file_transaction(out, is_mix, sum(info.nbytes for info in infos.values())) as file:
         files = TensorFiles(file.parent, file.stem, infos, ONE_FILE, header)
         stream = iter(split(styles, recipe) if parts is None else parts)
-        for place in track(styles.places, "Mixing", quiet, lambda place: place.nbytes):
+        for place in track(styles.places, "Mixing", lambda place: place.nbytes):
             part = next(stream)
             counted.add(part)
             for name, tensor in factors(place, combine(part, scales), stored).items():

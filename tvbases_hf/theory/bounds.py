@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..algebra.delta import add, dense
 from ..bases import ae_bases
@@ -20,6 +19,7 @@ from ..errors import ParameterError, did_you_mean
 from ..learning.inplace import Change, InPlace
 from ..models.gram import Gram, gram_matrix
 from ..models.vectors import Vectors
+from ..storage.run import bar
 from .hessian import MAX_ITERATIONS, TOLERANCE, Terms, TopEigenvalue, gradient, mean_loss, top_eigenvalue
 from .theorems import (
     Constants,
@@ -98,7 +98,6 @@ def measure_bounds(
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
     seed: int = 0,
-    quiet: bool = True,
 ) -> Bounds:
     """Theorems 3.5 to 3.7, both sides, for every task that has a loss.
 
@@ -119,11 +118,11 @@ def measure_bounds(
         raise ParameterError(f"data was given for {given}; the tasks are {', '.join(vectors.tasks)}")
     if not 0 <= alpha <= 1:
         raise ParameterError(f"the theorem on negation is about alpha in [0, 1], got {alpha:g}")
-    gram = gram or gram_matrix(vectors, quiet=quiet)
+    gram = gram or gram_matrix(vectors)
     found = constants(gram.matrix, num_bases)
-    lab = _Lab(InPlace(model, vectors.names), vectors, gram.matrix, losses, quiet)
-    options = {"tolerance": tolerance, "max_iterations": max_iterations, "seed": seed, "quiet": quiet}
-    with lab.bar:
+    lab = _Lab(InPlace(model, vectors.names), vectors, gram.matrix, losses)
+    options = {"tolerance": tolerance, "max_iterations": max_iterations, "seed": seed}
+    with lab.shown:
         curved = {task: lab.curvature(task, options) for task in losses}
         theorems = _Theorems(lab, curved, found, num_bases, alpha, balance)
         sides = [*theorems.addition(), *theorems.ood(), *theorems.negation()]
@@ -133,12 +132,10 @@ def measure_bounds(
 class _Lab:
     """Evaluates theta_0 + sum_i w_i tau_i, each once, and knows gradients and distances."""
 
-    def __init__(
-        self, place: InPlace, vectors: Vectors, gram: Tensor, losses: Mapping[str, Terms], quiet: bool
-    ) -> None:
+    def __init__(self, place: InPlace, vectors: Vectors, gram: Tensor, losses: Mapping[str, Terms]) -> None:
         self.place, self.vectors, self.gram, self.losses = place, vectors, gram, losses
         self.eye = torch.eye(len(vectors), dtype=torch.float64)
-        self.bar = tqdm(desc="Measuring bounds", unit="model", disable=True if quiet else None, leave=False)
+        self.shown = bar("Measuring bounds", None, "model")
         self._known: dict[tuple[float, ...], dict[str, float]] = {}
         self._slopes: dict[str, Tensor] = {}
 
@@ -156,7 +153,7 @@ class _Lab:
         if key not in self._known:
             with self.place.changed(self.change(weights)) as model:
                 self._known[key] = {name: mean_loss(model, terms) for name, terms in self.losses.items()}
-            self.bar.update()
+            self.shown.update()
         return self._known[key][task]
 
     def curvature(self, task: str, options: dict[str, Any]) -> Curvature:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from ..errors import ParameterError
 from ..learning.data import TaskData
 from ..learning.inplace import Reparametrised, weights_of
+from ..storage.run import bar
 
 Terms = Callable[[Any], Iterator[tuple[Tensor, int]]]
 """A loss: for every batch the sum over its examples, and how many these are; the loss is sum / number."""
@@ -97,7 +97,6 @@ def top_eigenvalue(
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
     seed: int = 0,
-    quiet: bool = True,
 ) -> TopEigenvalue:
     """The Hessian's eigenvalue of the largest size, by power iteration on Hessian-vector products.
 
@@ -114,15 +113,15 @@ def top_eigenvalue(
     vector = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     vector /= vector.norm()
     value, residual, iteration = 0.0, 0.0, 0
-    with tqdm(total=max_iterations, desc="Top eigenvalue", disable=True if quiet else None, leave=False) as bar:
+    with bar("Top eigenvalue", max_iterations, "step") as shown:
         for iteration in range(1, max_iterations + 1):
             product = hessian_product(model, wanted, terms, vector)
             value, length = float(vector @ product), float(product.norm())
             if not torch.isfinite(product).all():
                 raise ParameterError("the loss has no finite second derivative here: NaN or infinity in H v")
             residual = float((product - value * vector).norm()) / abs(value) if value else float(length > 0)
-            bar.set_postfix(value=f"{value:.4g}", residual=f"{residual:.1e}")
-            bar.update()
+            shown.set_postfix(value=f"{value:.4g}", residual=f"{residual:.1e}")
+            shown.update()
             if residual <= tolerance:
                 return TopEigenvalue(value, residual, iteration, True)
             vector = product / length

@@ -50,8 +50,8 @@ def answers(workdir: Path, settings: Settings, source: str, processes: int, quie
     workdir.mkdir(parents=True, exist_ok=True)
     models.base_model(workdir)
     workshop = Workshop(workdir, settings, source)
-    tuned = run(STUDIES[:1], workshop, processes, quiet=quiet)
-    return tuned | run([s for s in STUDIES[1:] if settings.asks(s.name)], workshop, processes, quiet=quiet)
+    tuned = run(STUDIES[:1], workshop, processes)
+    return tuned | run([s for s in STUDIES[1:] if settings.asks(s.name)], workshop, processes)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Claim]:

@@ -263,7 +263,7 @@ def test_an_incomplete_tensor_that_comes_first_uses_the_gram_matrix_of_all_model
         RawPyTorchMergeConfig.model_validate(config), str(tmp_path / "out"), True, False, MergeOptions()
     )
     first = next(task for task in tasks if isinstance(task, SaveTensor) and task.tensor_name == "d")
-    ((_, merged),) = Executor([first.tensor_task]).run(quiet=True)
+    ((_, merged),) = Executor([first.tensor_task]).run()
     vectors = flat_vectors(tmp_path / "models", files)
     encoder = ae_bases(vectors.gram, 2, balance=False).encoder
     only = Vectors({"d": vectors.base["d"]}, {"d": vectors.tau["d"]})

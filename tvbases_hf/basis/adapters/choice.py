@@ -15,7 +15,7 @@ from ...algebra.delta import LowRank
 from ...algebra.rank import RankRule
 from ...algebra.svd import SVD
 from ...bases import BasisWeights
-from ...storage.progress import track
+from ...storage.run import track
 from .budget import Menu, spend
 from .codec import SIDES
 from .cores import Cores, Shared, energies_within, largest, share_rows, shared_axes, widths
@@ -88,13 +88,13 @@ class Survey:
     joint: dict[str, Menu]
 
 
-def survey(pool: Pool, quiet: bool) -> Survey:
+def survey(pool: Pool) -> Survey:
     """Menus of truncation alone and with shared rows and columns, the Gram matrix of the low-rank parts [T, T]."""
     count = len(pool)
     gram = torch.zeros(count, count, dtype=torch.float64)
     overlaps, alone, joint = [], {}, {}
     identity = torch.eye(count, dtype=torch.float64)
-    for name in track(pool.names, "Singular values", quiet, lambda n: pool.vectors.base.tensors[n].nbytes):
+    for name in track(pool.names, "Singular values", lambda n: pool.vectors.base.tensors[n].nbytes):
         cores = pool.cores(name)
         gram += cores.gram()
         overlaps.append(_overlap(cores))
@@ -107,10 +107,10 @@ def survey(pool: Pool, quiet: bool) -> Survey:
     return Survey(gram, _mean(overlaps), alone, joint)
 
 
-def encoded_menus(pool: Pool, candidates: Sequence[BasisWeights], quiet: bool) -> list[dict[str, Menu]]:
+def encoded_menus(pool: Pool, candidates: Sequence[BasisWeights]) -> list[dict[str, Menu]]:
     """Menus of the vectors of several encoders, side by side, in one pass."""
     found: list[dict[str, Menu]] = [{} for _ in candidates]
-    for name in track(pool.names, "Singular values", quiet, lambda n: pool.vectors.base.tensors[n].nbytes):
+    for name in track(pool.names, "Singular values", lambda n: pool.vectors.base.tensors[n].nbytes):
         cores = pool.cores(name)
         for menus, weights in zip(found, candidates, strict=True):
             shares = vector_shares(weights, pool.weights)

@@ -82,7 +82,6 @@ def compress_adapters(
     dtype: torch.dtype | None = None,
     normalize: bool = True,
     gram: Gram | None = None,
-    quiet: bool = True,
 ) -> tuple[BasisInfo, AdapterAtoms]:
     """Choose, encode and describe a basis of adapters.
 
@@ -94,12 +93,12 @@ def compress_adapters(
     Raises ParameterError for a request that cannot be met, such as a budget below what has to be kept.
     """
     request = request.resolved(len(vectors))
-    gram = gram or gram_matrix(vectors, quiet=quiet)
+    gram = gram or gram_matrix(vectors)
     pool = Pool.of(vectors, gram, dtype, normalize)
-    found = survey(pool, quiet)
-    plans = _plans(pool, found, request, normalize, quiet)
-    best, candidates = _best(pool, plans, request, quiet)
-    encoded = encode(pool, best, request.alpha, quiet)
+    found = survey(pool)
+    plans = _plans(pool, found, request, normalize)
+    best, candidates = _best(pool, plans, request)
+    encoded = encode(pool, best, request.alpha)
     atoms = assemble(
         encoded.stored, encoded.specs, pool.beside, pool.template, vectors.base, request.alpha, best.row_weights
     )
@@ -108,12 +107,12 @@ def compress_adapters(
     trivial = encoded
     if best.method != "tsv":
         alone = _truncated(pool, found, max(0, used - pool.fixed_bytes(request.alpha)))
-        trivial = encode(pool, alone, request.alpha, quiet, keep=False)
+        trivial = encode(pool, alone, request.alpha, keep=False)
     info = _describe(pool, encoded, trivial, request, candidates, found, gram, stock_error(atoms, vectors.base))
     return info, atoms
 
 
-def _plans(pool: Pool, found: Survey, request: Request, normalize: bool, quiet: bool) -> list[Plan]:
+def _plans(pool: Pool, found: Survey, request: Request, normalize: bool) -> list[Plan]:
     """The plans to compare: the one that was asked for, or truncation, joint and atoms at the budget."""
     if request.budget is None:
         weights = _identity(len(pool), "tsv") if request.method == "tsv" else _weights(pool, found, request, normalize)
@@ -132,7 +131,7 @@ def _plans(pool: Pool, found: Survey, request: Request, normalize: bool, quiet: 
     if "joint" in wanted:
         plans.append(_tasks_plan(pool, found, "joint", found.joint, available))
     if set(OF_ATOMS) & set(wanted) and (len(pool) > 1 or request.method):
-        plans.append(_atoms_plan(pool, found, request, normalize, available, quiet))
+        plans.append(_atoms_plan(pool, found, request, normalize, available))
     return plans
 
 
@@ -147,7 +146,7 @@ def _tasks_plan(pool: Pool, found: Survey, method: str, menus: Mapping[str, Menu
     return Plan(_identity(len(pool), method), pool.weights, choices, lost=lost)
 
 
-def _atoms_plan(pool: Pool, found: Survey, request: Request, normalize: bool, available: float, quiet: bool) -> Plan:
+def _atoms_plan(pool: Pool, found: Survey, request: Request, normalize: bool, available: float) -> Plan:
     """Atoms at the budget; without a number of them, the one that promises the least error."""
     count = len(pool)
     tried = sorted({max(1, round(share * count)) for share in TRIED_BASES} - {count}) or [1]
@@ -156,7 +155,7 @@ def _atoms_plan(pool: Pool, found: Survey, request: Request, normalize: bool, av
         numbers = tried
     options = [_weights(pool, found, request, normalize, number) for number in numbers]
     plans = []
-    for weights, menus in zip(options, encoded_menus(pool, options, quiet), strict=True):
+    for weights, menus in zip(options, encoded_menus(pool, options), strict=True):
         choices, gain = choose(menus, available)
         total = sum(float(menu.gain[-1]) for menu in menus.values())
         residual = weights.reconstruction - torch.eye(count, dtype=torch.float64)
@@ -187,7 +186,7 @@ def _identity(count: int, method: str) -> BasisWeights:
     return BasisWeights(method, identity, identity, loss=0.0, bound=0.0, spectral_bound=0.0)
 
 
-def _best(pool: Pool, plans: Sequence[Plan], request: Request, quiet: bool) -> tuple[Plan, dict[str, float]]:
+def _best(pool: Pool, plans: Sequence[Plan], request: Request) -> tuple[Plan, dict[str, float]]:
     """The plan of least error, truncation where another is not better; root mean square errors by method."""
     if request.budget is None:
         return plans[0], {}
@@ -196,7 +195,7 @@ def _best(pool: Pool, plans: Sequence[Plan], request: Request, quiet: bool) -> t
     for plan in plans:
         lost = plan.lost
         if lost is None:
-            lost = float(encode(pool, plan, request.alpha, quiet, keep=False).before @ pool.weights)
+            lost = float(encode(pool, plan, request.alpha, keep=False).before @ pool.weights)
         errors[plan.method] = (max(0.0, lost) / total) ** 0.5
     by_method = {plan.method: plan for plan in plans}
     best = min(errors, key=errors.__getitem__)

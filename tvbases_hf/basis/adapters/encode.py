@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...algebra.delta import LowRank, inner
-from ...storage.progress import track
+from ...storage.run import track
 from ..atoms import refit
 from .choice import Plan
 from .codec import Spec, Stored, restored, store
@@ -29,11 +29,11 @@ class Encoded:
     after: Tensor
 
 
-def encode(pool: Pool, plan: Plan, alpha: float, quiet: bool, *, keep: bool = True) -> Encoded:
+def encode(pool: Pool, plan: Plan, alpha: float, *, keep: bool = True) -> Encoded:
     """One pass over the adapters: decompose, round, and measure on the rounded numbers; ``keep=False``: errors only."""
     specs, stored = {}, {}
     exact, rounded = _Fit(plan, len(pool)), _Fit(plan, len(pool))
-    for name in track(pool.names, "Encoding", quiet, lambda n: pool.vectors.base.tensors[n].nbytes):
+    for name in track(pool.names, "Encoding", lambda n: pool.vectors.base.tensors[n].nbytes):
         vectors, changes = plan.vectors(pool, name), pool.changes(name)
         spec, factor = _spec(pool, plan, name, vectors), pool.row_factor(name, alpha, plan.row_weights)
         for fit, dtype in ((exact, torch.float64), (rounded, pool.dtype)):

@@ -104,7 +104,7 @@ class AdapterAtoms:
         columns = weight.numel() // len(weight)
         return [Dora(scales[task], weight, LowRank(torch.zeros(len(weight), 0), torch.zeros(0, columns)))]
 
-    def write(self, directory: Path, info: BasisInfo, quiet: bool) -> BasisInfo:
+    def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         """Both files as they are: errors were measured on the rounded numbers."""
         write_adapter(directory, {name: self.stock.read(name) for name in self.stock.tensors}, self.config)
         beside = {name: self.beside.read(name).contiguous() for name in self.beside.tensors}
