@@ -262,8 +262,8 @@ def test_an_exception_in_the_middle_of_a_grid_leaves_every_bit_as_it_was(dtype: 
 INTERRUPTED = """
 import signal, torch
 from torch import nn
-from tvbases_hf.evaluation.coefficients import grid_search
-from tvbases_hf.evaluation.inplace import InPlace
+from tvbases_hf.learning.coefficients import grid_search
+from tvbases_hf.learning.inplace import InPlace
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -165,12 +165,12 @@ def test_the_command_shows_before_and_after(
     data = write_rows(tmp_path / "prompts.jsonl", toxigen_rows(2))
     outcome = tvbases(
         *("evaluate", adapters["toxic"], "--target", "tvbases_toxigen_generate", "--data", f"toxigen={data}"),
-        *("-k", 2, "--control", f"text:{text}", "--scorer", "python:toxic_data.bad_share", "--device", "cpu"),
+        *("-k", 2, "--control", f"text:{text}", "--scorer", "python:zoo.toxic_data.bad_share", "--device", "cpu"),
         *("--json", tmp_path / "found.json"),
     )
     assert outcome.code == 0, outcome
     found = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
-    assert found["models"] == ["before", "toxic"] and found["scorer"] == "python:toxic_data.bad_share"
+    assert found["models"] == ["before", "toxic"] and found["scorer"] == "python:zoo.toxic_data.bad_share"
     assert "toxic_rate" in outcome.out and "byte_perplexity" in outcome.out
     (perplexity,) = [row for row in found["rows"] if row["metric"] == "byte_perplexity"]
     assert perplexity["role"] == "control"

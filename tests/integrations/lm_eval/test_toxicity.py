@@ -89,7 +89,7 @@ def test_the_offline_scorer_names_the_extra_that_brings_it(monkeypatch: pytest.M
 
 
 def test_a_function_is_found_by_its_name() -> None:
-    assert scorer_of("python:toxic_data.bad_share").score([f"{BAD} word1"]) == [0.5]
+    assert scorer_of("python:zoo.toxic_data.bad_share").score([f"{BAD} word1"]) == [0.5]
     assert scorer_of(scorer_of(bad_share)).score([BAD]) == [1.0]
     assert scorer_of(always_fails).score([BAD]) == [None]
 
@@ -97,10 +97,10 @@ def test_a_function_is_found_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("python:toxic_data.absent", "cannot be imported"),
+        ("python:zoo.toxic_data.absent", "cannot be imported"),
         ("python:no_such_module.function", "cannot be imported"),
         ("python:function", "is not MODULE.FUNCTION"),
-        ("python:toxic_data.BAD", "is not MODULE.FUNCTION"),
+        ("python:zoo.toxic_data.BAD", "is not MODULE.FUNCTION"),
     ],
 )
 def test_a_function_that_is_not_there_is_named(source: str, reason: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from commands.command_line import snapshot
 from tvbases_hf.algebra.delta import dense
-from tvbases_hf.basis import LoraBasis
+from tvbases_hf.basis import Basis, LoraBasis
 from tvbases_hf.basis.adapters.compress import Request
 from tvbases_hf.errors import MismatchError, MissingExtraError, ParameterError
 from tvbases_hf.models.vectors import Vectors
@@ -354,10 +354,10 @@ def test_a_model_that_is_not_the_base_is_refused_and_stays_as_it_was(
 
 
 def test_a_basis_of_checkpoints_is_not_attached(family: Adapters) -> None:
-    basis = LoraBasis.build(Vectors.open(family.base, {"a": family.base, "b": family.base}), 1)
-    for refuse in (lambda: basis.attach(fresh(family)), lambda: basis.select(None, "a"), lambda: basis.adapter("a")):
-        with pytest.raises(ParameterError, match="this one is of full checkpoints: use restore"):
-            refuse()
+    vectors = Vectors.open(family.base, {"a": family.base, "b": family.base})
+    with pytest.raises(ParameterError, match="of full checkpoints, not of adapters; use Basis"):
+        LoraBasis.build(vectors, 1)
+    assert not {"attach", "select", "mixed", "adapter", "negate"} & set(dir(Basis.build(vectors, 1)))
 
 
 def test_saved_modules_cannot_be_switched(tmp_path: Path) -> None:

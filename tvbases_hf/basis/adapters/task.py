@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def task_adapter(
         raise ParameterError(f"this basis is of {what}, which are written relative to the base model: give base=")
     changes: dict[str, Delta] = {}
     for name in atoms.names:
-        change = _change(terms(name), atoms.specs[name].shape, alpha)
+        change = _change(terms(name), atoms.specs.get(name), alpha)
         if not isinstance(change, LowRank) or change.rank or atoms.scaled:
             changes[name] = change
     if not changes:
@@ -78,8 +78,10 @@ def layout(spec: Spec) -> Layout:
     return Layout(spec.module, spec.kind, tuple(spec.kernel))
 
 
-def _change(terms: list[tuple[float, Delta]], shape: Sequence[int], alpha: float) -> Delta:
+def _change(terms: list[tuple[float, Delta]], spec: Spec | None, alpha: float) -> Delta:
     if not terms:
+        assert spec is not None  # what is kept whole has a term of its own
+        shape = spec.shape
         return LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
     total = add([delta for _, delta in terms], [alpha * share for share, _ in terms])
     match total:
