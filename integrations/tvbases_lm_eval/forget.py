@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tvbases_hf.algebra.delta import scale
+from tvbases_hf.algebra.sums import scale
 from tvbases_hf.basis.adapters.task import TaskAdapter
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.learning.coefficients import Metrics

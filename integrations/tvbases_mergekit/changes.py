@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ from mergekit.merge_methods.base import MergeMethod, ParameterScope
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from torch import Tensor
 
-from tvbases_hf.algebra.delta import Delta, Dense, LowRank, add, dense, mix, scale
+from tvbases_hf.algebra.delta import Delta, Dense, dense, reshaped, work_dtype
+from tvbases_hf.algebra.sums import mix, scale, total
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.methods.sums import task_arithmetic
 
@@ -84,14 +84,15 @@ def merged(method: MergeMethod, deltas: Sequence[Delta], settings: Settings, wei
     """
     match method:
         case LayerwiseMerge():
-            known = list(deltas) if len(weight.shape) == 2 else [_unflattened(delta, weight.shape) for delta in deltas]
+            # A method for matrices must see that a convolution is none.
+            known = [d if len(weight.shape) == 2 else reshaped(d, weight.shape, torch.float32) for d in deltas]
             parts = method.change(known, list(settings["weight"]), settings, weight.name)
-            return scale(add([part for _, part in parts], [factor for factor, _ in parts]), settings["lambda"])
+            return scale(total([part for _, part in parts], [factor for factor, _ in parts]), settings["lambda"])
         case _ if is_plain_sum(method):
             weights, alpha = settings["weight"], settings["lambda"]
             return task_arithmetic(deltas, weights, normalize=settings["normalize"], alpha=alpha)
         case _:
-            vectors = [dense(delta, _work_dtype(deltas)).reshape(weight.shape) for delta in deltas]
+            vectors = [dense(delta, work_dtype(deltas)).reshape(weight.shape) for delta in deltas]
             # What is drawn comes from the one global generator.
             with _DRAWING, torch.random.fork_rng([vectors[0].device] if vectors[0].is_cuda else []):
                 torch.manual_seed(weight.own_seed)
@@ -110,16 +111,6 @@ def streamed_bases(
     inner, mixing, passed = method.prepare(gram, range(len(deltas)), bound)
     settings = _complete(inner, passed, mixing.shape[1])
     return streamed(inner, Pieces(deltas, mixing), settings, weight.own_seed, bound["lambda"])
-
-
-def _work_dtype(deltas: Sequence[Delta]) -> torch.dtype:
-    stored = [delta.tuned.dtype for delta in deltas if isinstance(delta, Dense)]
-    return functools.reduce(torch.promote_types, stored, torch.float32)
-
-
-def _unflattened(delta: Delta, shape: Sequence[int]) -> Delta:
-    """Factors of a convolution make a matrix; a method for matrices must see that the weight is none."""
-    return Dense(dense(delta, torch.float32).reshape(*shape)) if isinstance(delta, LowRank) else delta
 
 
 def _complete(method: MergeMethod, given: Settings, count: int) -> dict[str, Any]:

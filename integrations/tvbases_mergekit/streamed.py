@@ -18,7 +18,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import ConsensusMethod, 
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from tvbases_hf.algebra.delta import Dense, block_numbers
+from tvbases_hf.algebra.delta import Dense, block_numbers, work_dtype
 from tvbases_hf.methods.sums import NO_SUM, linear_shares, normalized
 from tvbases_hf.methods.threshold import Cut, cuts
 
@@ -47,7 +47,7 @@ class Pieces:
     @functools.cached_property
     def dtype(self) -> torch.dtype:
         """Of the work: what is stored, float32 at least."""
-        return functools.reduce(torch.promote_types, [delta.tuned.dtype for delta in self.deltas], torch.float32)
+        return work_dtype(self.deltas)
 
     def blocks(self) -> Iterator[Tensor]:
         """[K, k] consecutive pieces of the flattened vectors."""

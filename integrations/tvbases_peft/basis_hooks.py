@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tvbases_hf.algebra.delta import Delta, LowRank
+from tvbases_hf.algebra.delta import Delta, low_parts
+from tvbases_hf.algebra.sums import side_by_side
 from tvbases_hf.basis import LoraBasis
 from tvbases_hf.basis.adapters.codec import Spec
 from tvbases_hf.basis.adapters.lora_atoms import AdapterAtoms
@@ -147,10 +148,9 @@ def _changes(atoms: AdapterAtoms) -> dict[str, Delta]:
     """All vectors of each weight side by side; weights that no task changes are left out."""
     found: dict[str, Delta] = {}
     for name, spec in atoms.specs.items():
-        parts = [part for part in atoms.parts(name) if isinstance(part, LowRank)]
         if sum(spec.ranks) or atoms.scales(name) is not None:
-            left = torch.cat([part.left for part in parts], dim=1).float()
-            found[name] = LowRank(left, torch.cat([part.right for part in parts], dim=0).float())
+            joined = side_by_side([(part, 1.0) for part in low_parts(atoms.parts(name))])
+            found[name] = joined.to(joined.device, torch.float32)
     return found
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tvbases_hf.algebra.delta import Delta, add
+from tvbases_hf.algebra.delta import Delta
 from tvbases_hf.algebra.rank import RankRule
+from tvbases_hf.algebra.sums import total
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Errors, Limits
 from tvbases_hf.models.adapter import Adapter
@@ -43,8 +44,8 @@ def add_weighted_adapter(
         ParameterError: a name that is unknown or taken, weights that do not fit, a sum that PEFT cannot express.
         CheckpointError: an adapter that is no change of weights (see task_vectors). The model is unchanged then.
     """
-    total = _checked(adapters, weights, rank)
-    vectors = task_vectors(model, list(total))
+    shares = _checked(adapters, weights, rank)
+    vectors = task_vectors(model, list(shares))
     if adapter_name in model.peft_config:
         raise ParameterError(f'there is an adapter "{adapter_name}" already; choose another name')
     sources = [source for source in vectors.models.values() if isinstance(source, Adapter)]
@@ -58,7 +59,7 @@ def add_weighted_adapter(
     changes: dict[str, Delta] = {}
     for name in vectors.names:
         inputs = vectors.deltas(name)
-        change = add(inputs, list(total.values()))
+        change = total(inputs, list(shares.values()))
         changes[name] = limits.fit(name, change, inputs, vectors.base, template)
         errors.add(name, change, changes[name])
     tensors, config = adapter_tensors(changes, template, vectors.base)
@@ -77,10 +78,10 @@ def _checked(adapters: Sequence[str], weights: Sequence[float], rank: int | None
             raise ParameterError(f"weight {weight} is not a finite number")
     if rank is not None and (rank != int(rank) or rank < 1):
         raise ParameterError(f"rank {rank} is not a positive whole number")
-    total: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for name, weight in zip(adapters, weights, strict=True):
-        total[name] = total.get(name, 0.0) + float(weight)
-    return total
+        shares[name] = shares.get(name, 0.0) + float(weight)
+    return shares
 
 
 def _insert(model: Any, name: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

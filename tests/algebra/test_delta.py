@@ -10,7 +10,21 @@ from torch import Tensor
 
 from tvbases_hf import Dense, LowRank, inner
 from tvbases_hf.algebra import delta as delta_module
-from tvbases_hf.algebra.delta import Delta, Dora, blocks, delta_gram, dense, square_norm
+from tvbases_hf.algebra.delta import (
+    Delta,
+    Dora,
+    blocks,
+    dense,
+    gram,
+    low_parts,
+    pieces,
+    premultiplied,
+    reshaped,
+    square_distance,
+    square_norm,
+    work_dtype,
+    zeros,
+)
 
 EPS = torch.finfo(torch.float64).eps
 FORMS = ("dense", "difference", "half", "low_rank", "dora")
@@ -78,7 +92,7 @@ def test_gram_of_any_mix_of_forms_is_that_of_the_dense_changes_for_any_block_siz
     matrix = torch.stack([change.reshape(-1) for _, change in made], dim=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delta_module, "BLOCK_NUMBERS", block)
-        found = delta_gram([change for change, _ in made])
+        found = gram([change for change, _ in made])
     assert torch.allclose(found, matrix.T @ matrix, rtol=0, atol=tolerance(matrix, matrix))
 
 
@@ -109,7 +123,7 @@ def test_low_rank_inner_products_never_form_the_matrix() -> None:
     left, right = a.left.double().T @ b.left.double(), a.right.double() @ b.right.double().T
     expected = float(sum(left[i, j] * right[i, j] for i in range(2) for j in range(2)))
     scale = float(a.left.norm() * a.right.norm() * b.left.norm() * b.right.norm())
-    assert float(delta_gram([a, b])[0, 1]) == pytest.approx(expected, abs=10 * EPS * scale)
+    assert float(gram([a, b])[0, 1]) == pytest.approx(expected, abs=10 * EPS * scale)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (4,), (2, 3, 4)])
@@ -118,7 +132,7 @@ def test_tensors_of_any_shape_have_inner_products(shape: tuple[int, ...]) -> Non
     a, b = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     deltas = [Dense(a, b), Dense(b)]
     expected = float(((a.double() - b.double()) * b.double()).sum())
-    assert float(delta_gram(deltas)[0, 1]) == pytest.approx(expected, abs=100 * EPS)
+    assert float(gram(deltas)[0, 1]) == pytest.approx(expected, abs=100 * EPS)
     assert dense(deltas[0]).shape == shape
 
 
@@ -126,3 +140,60 @@ def test_tensors_that_are_not_contiguous_are_read_in_their_own_order() -> None:
     a = torch.arange(12.0).reshape(3, 4).T
     b = torch.arange(12.0).reshape(4, 3)
     assert torch.equal(dense(Dense(a, b)), a.double() - b.double())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_change_offers_agrees_with_its_dense_form(form: str) -> None:
+    change, expected = make(form, 5)
+    size = float(expected.norm())
+    assert change.shape == tuple(expected.shape) and change.device == change.to(torch.device("cpu")).device
+    assert torch.equal(dense(change.to(torch.device("cpu"))), dense(change))
+    rounding = torch.finfo(torch.float32).eps if form == "dora" else EPS  # transposed, a DoRA is whole, in float32
+    assert torch.allclose(dense(change.T), expected.T, rtol=0, atol=10 * rounding * size)
+    matrix = normal(torch.Generator().manual_seed(6), 3, 7).double()
+    assert torch.allclose(premultiplied(matrix, change), matrix @ expected, rtol=0, atol=100 * EPS * size)
+    whole = torch.cat(list(pieces(change, -0.5)))
+    assert torch.allclose(whole, -0.5 * expected.reshape(-1), rtol=0, atol=10 * EPS * size)
+    assert dense(reshaped(change, (7, 5))).shape == (7, 5)
+    assert torch.allclose(dense(reshaped(change, (7, 5, 1)))[..., 0], expected, rtol=0, atol=10 * EPS * size)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_replacing_the_low_rank_part_leaves_the_rest(form: str) -> None:
+    change, expected = make(form, 7)
+    emptied = dense(change.with_low(lambda low: LowRank.zeros(low.shape)))
+    rest = expected if change.low is None else expected - dense(change.low)
+    assert torch.allclose(emptied, rest, rtol=0, atol=10 * EPS * float(expected.norm()))
+    assert len(low_parts([change, change])) == (0 if form in ("dense", "difference", "half") else 2)
+
+
+@pytest.mark.parametrize("first", FORMS)
+@pytest.mark.parametrize("second", FORMS)
+def test_square_distance_is_that_of_the_dense_changes(first: str, second: str) -> None:
+    a, dense_a = make(first, 1)
+    b, dense_b = make(second, 2)
+    distance, square = square_distance(a, b)
+    assert distance == pytest.approx(float((dense_a - dense_b).square().sum()), rel=1e-12)
+    assert square == pytest.approx(float(dense_a.square().sum()), rel=1e-12)
+    assert square_distance(a, a) == (0.0, square_norm(a))
+
+
+def test_square_distance_of_doras_that_scale_rows_alike_is_that_of_their_factors() -> None:
+    change, _ = make("dora", 1)
+    assert change.low is not None
+    other = change.with_low(lambda low: LowRank(low.left + 1, low.right))
+    expected = float((dense(change) - dense(other)).square().sum())
+    assert square_distance(change, other)[0] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (4, 5), (2, 3, 4)])
+def test_zeros_have_the_shape_and_nothing_else(shape: tuple[int, ...]) -> None:
+    nothing = zeros(shape)
+    assert nothing.shape == shape and not dense(nothing).any()
+    assert len(shape) != 2 or low_parts([nothing])[0].rank == 0
+
+
+def test_work_is_done_in_the_widest_stored_dtype_float32_at_least() -> None:
+    half, double = Dense(torch.ones(2, 2).half()), Dense(torch.ones(2, 2).double())
+    low = LowRank(torch.ones(2, 1), torch.ones(1, 2))
+    assert work_dtype([half, low]) == torch.float32 and work_dtype([half, low, double]) == torch.float64

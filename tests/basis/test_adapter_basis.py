@@ -165,7 +165,7 @@ def sum_of_doras(basis: LoraBasis, dora: Adapters) -> dict[str, Tensor]:
     assert basis.info.adapters is not None
     for name in basis.names:
         low = torch.stack([dense(part) for part in basis.parts(name)]).sum(0)
-        scales = [delta.scale.double() for delta in vectors.deltas(name)]  # type: ignore[union-attr]
+        scales = [delta.row_scale.double() for delta in vectors.deltas(name)]  # type: ignore[union-attr]
         shares = torch.tensor(basis.info.effective_weights, dtype=torch.float64)
         scale = (shares[:, None] * torch.stack(scales)).sum(0)
         changes[name] = basis.info.adapters.alpha * (low + scale[:, None] * base.read(name).double())
@@ -187,7 +187,7 @@ def test_the_error_of_the_stock_dora_is_measured_and_printed(
 ) -> None:
     """None: the alpha at which a row of the base is scaled to zero, which DoRA cannot do."""
     if alpha is None:
-        scales = [delta.scale for delta in dora.vectors().deltas(dora.vectors().names[0])]  # type: ignore[union-attr]
+        scales: list = [delta.row_scale for delta in dora.vectors().deltas(dora.vectors().names[0])]
         alpha = -1 / float(torch.stack(scales).sum(0)[0].double())
     options: list[object] = ["--budget", 0.6, "--method", "tsv", "--alpha", alpha, "--dtype", dtype]
     options += ["--out", tmp_path / "basis"]
@@ -268,7 +268,7 @@ def test_the_row_scales_of_a_dora_are_exact_whatever_is_cut_off(dora: Adapters, 
     found = basis.reconstruct("math", base=dora.base)[name].double()
     low = dense(basis.parts(name)[0])
     delta = vectors.deltas(name)[0]
-    expected = delta.scale.double()[:, None] * base.read(name).double() + low  # type: ignore[union-attr]
+    expected = delta.row_scale.double()[:, None] * base.read(name).double() + low  # type: ignore[union-attr]
     assert close(found, expected)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tvbases_hf import Vectors
-from tvbases_hf.algebra.delta import Dense, LowRank, add, dense
+from tvbases_hf.algebra.delta import Dense, LowRank, dense
+from tvbases_hf.algebra.sums import total
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError
 from tvbases_hf.learning.adamerging import adamerging, with_shared
 from tvbases_hf.learning.atlas import atlas
@@ -89,7 +90,7 @@ def test_entropy_falls_and_labels_are_not_needed() -> None:
     assert not torch.equal(one.values[:, 0], torch.tensor([0.1, 0.2, 0.3]).double())
     for name in vectors.names:
         row = found.values[:, found.blocks[name]].tolist()
-        assert torch.equal(dense(found.change(name)), dense(add(vectors.deltas(name), row)))
+        assert torch.equal(dense(found.change(name)), dense(total(vectors.deltas(name), row)))
 
 
 def test_low_rank_changes_stay_in_their_factors() -> None:

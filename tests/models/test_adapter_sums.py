@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tvbases_hf.algebra.delta import Delta, Dense, Dora, LowRank, add, dense
+from tvbases_hf.algebra.delta import Delta, Dense, Dora, LowRank, dense
+from tvbases_hf.algebra.sums import total
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Limits
 from tvbases_hf.models.adapter import Adapter, Layout
@@ -48,14 +49,14 @@ def adapters(root: Path, base: Path, model: str, configs: Sequence[dict[str, Any
 
 def peft_sum(base: Path, model: str, paths: Sequence[Path], configs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """sum_i w_i get_delta_weight of PEFT's own layers, float64, by the name of the weight."""
-    total: dict[str, Tensor] = {}
+    summed: dict[str, Tensor] = {}
     for weight, path, config in zip(WEIGHTS, paths, configs, strict=True):
         loaded: Any = load_adapter(base, Case(model, config), path).double()
         for name, module in loaded.base_model.model.named_modules():
             if hasattr(module, "get_delta_weight"):
                 delta = weight * module.get_delta_weight("default").detach()
-                total[f"{name}.weight"] = total.get(f"{name}.weight", 0) + delta
-    return total
+                summed[f"{name}.weight"] = summed.get(f"{name}.weight", 0) + delta
+    return summed
 
 
 def flattened(vectors: Vectors) -> Tensor:
@@ -81,10 +82,10 @@ def test_a_sum_of_adapters_is_the_sum_of_pefts_delta_weights(base: Path, tmp_pat
     expected = peft_sum(base, "llama", list(paths.values()), LORAS)
     assert set(vectors.names) == set(expected)
     for name in vectors.names:
-        total = add(vectors.deltas(name), WEIGHTS)
-        assert isinstance(total, LowRank)
-        assert float((dense(total) - expected[name]).norm() / expected[name].norm()) <= 1e-6
-    changes = {name: add(vectors.deltas(name), WEIGHTS) for name in vectors.names}
+        found = total(vectors.deltas(name), WEIGHTS)
+        assert isinstance(found, LowRank)
+        assert float((dense(found) - expected[name]).norm() / expected[name].norm()) <= 1e-6
+    changes = {name: total(vectors.deltas(name), WEIGHTS) for name in vectors.names}
     sources = [Adapter.open(path, vectors.base) for path in paths.values()]
     (tmp_path / "out").mkdir()
     write_adapter(tmp_path / "out", *adapter_tensors(changes, Template.of(sources, str(base)), vectors.base))
@@ -164,7 +165,7 @@ def test_stock_peft_loads_a_merged_adapter_as_base_plus_the_sum(name: str, tmp_p
         for i, config in enumerate(configs)
     ]
     vectors = Vectors.of_models(checkpoint, {f"task{i}": source for i, source in enumerate(sources)})
-    changes = {own: add(vectors.deltas(own), WEIGHTS) for own in vectors.names}
+    changes = {own: total(vectors.deltas(own), WEIGHTS) for own in vectors.names}
     (tmp_path / "out").mkdir()
     write_adapter(tmp_path / "out", *adapter_tensors(changes, Template.of(sources, str(base)), checkpoint))
     expected: Any = load_base(base, case).double()
@@ -191,7 +192,7 @@ def test_dora_can_scale_rows_to_zero_and_below(base: Path, tmp_path: Path) -> No
     adapter = Adapter.open(make_adapter(tmp_path / "a", base, case), Checkpoint.open(base))
     delta = adapter.delta(name)
     assert isinstance(delta, Dora)
-    rows = delta.scale.clone()
+    rows = delta.row_scale.clone()
     rows[:4] = torch.tensor([-1.0, -2.5, -1 - 1e-7, -1 + 1e-7])
     change = Dora(rows, delta.base, delta.low)
     out = written({name: change}, base, tmp_path / "a", tmp_path / "out")

@@ -11,7 +11,6 @@ from torch import Tensor
 from tvbases_hf import Checkpoint, Gram, Vectors, gram_matrix
 from tvbases_hf.algebra import delta as delta_module
 from tvbases_hf.errors import CheckpointError
-from tvbases_hf.models import gram as gram_module
 from zoo.models import SHAPES, dense_task_matrix, random_models, random_state, save_checkpoint, tune
 
 EPS = torch.finfo(torch.float64).eps
@@ -82,7 +81,6 @@ def test_gram_does_not_depend_on_the_block_size(block: int, monkeypatch: pytest.
     base = random_state(1, shapes=shapes)
     states = {f"task{i}": tune(base, i) for i in range(3)}
     monkeypatch.setattr(delta_module, "BLOCK_NUMBERS", block)
-    monkeypatch.setattr(gram_module, "BLOCK_NUMBERS", block)
     gram = gram_matrix(in_memory(base, states))
     assert close(gram.matrix, dense_task_matrix(base, states))
     expected = sum(float(t.double().square().sum()) for t in base.values() if t.is_floating_point()) ** 0.5

@@ -2,14 +2,15 @@
 
 ``Dense`` is the difference of two stored tensors, subtracted block by block so that it never has to exist as a whole;
 ``LowRank`` stays in its factors; ``Dora`` is a low-rank change plus a scaling of the base's rows, kept apart. Every
-function here takes any mix of the three.
+function here, and every sum in ``sums``, takes any mix of the three: nobody needs to ask which one a change is. What a
+change has is asked for instead: ``low``, its low-rank part, and ``row_scale``, both None where there is none.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,34 @@ class Dense:
     def device(self) -> torch.device:
         return self.tuned.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tuned.dtype
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the change, beside those of the base."""
+        return (self.tuned,)
+
+    @property
+    def low(self) -> None:
+        return None
+
+    @property
+    def row_scale(self) -> None:
+        return None
+
+    @property
+    def T(self) -> Dense:
+        return Dense(self.tuned.T, None if self.base is None else self.base.T)
+
+    def to(self, device: torch.device) -> Dense:
+        return Dense(self.tuned.to(device), None if self.base is None else self.base.to(device))
+
+    def with_low(self, change: Callable[[LowRank], LowRank]) -> Dense:
+        """The same change: there is no low-rank part to replace."""
+        return self
+
     def block(self, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened change, float64: the difference of the stored numbers is exact."""
         part = self.tuned.reshape(-1)[start:stop].to(torch.float64)
@@ -54,6 +83,12 @@ class LowRank:
     left: Tensor
     right: Tensor
 
+    @staticmethod
+    def zeros(shape: Sequence[int], device: torch.device | None = None) -> LowRank:
+        """No change of a matrix, at rank 0."""
+        rows, columns = shape
+        return LowRank(torch.zeros(rows, 0, device=device), torch.zeros(0, columns, device=device))
+
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.left.shape[0], self.right.shape[1])
@@ -63,8 +98,35 @@ class LowRank:
         return self.left.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+    @property
     def rank(self) -> int:
         return self.left.shape[1]
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        return (self.left, self.right)
+
+    @property
+    def low(self) -> LowRank:
+        return self
+
+    @property
+    def row_scale(self) -> None:
+        return None
+
+    @property
+    def T(self) -> LowRank:
+        return LowRank(self.right.T, self.left.T)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LowRank:
+        return LowRank(self.left.to(device, dtype), self.right.to(device, dtype))
+
+    def with_low(self, change: Callable[[LowRank], LowRank]) -> LowRank:
+        """``change`` of its low-rank part, which it is as a whole."""
+        return change(self)
 
     def block(self, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened product, float64; only the rows that hold them are formed."""
@@ -76,13 +138,13 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Dora:
-    """diag(``scale``) ``base`` + ``low``: scale [n] float32, base [n, m] as stored, low a LowRank of that shape.
+    """diag(``row_scale``) ``base`` + ``low``: row_scale [n] float32, base [n, m] as stored, low of that shape.
 
     A DoRA adapter of magnitude mu changes W to diag(g) (W + s B A) with g = mu / |rows of W + s B A|, which is
-    scale = g - 1 and low = diag(g) s B A (Liu et al., 2024, equation 5).
+    row_scale = g - 1 and low = diag(g) s B A (Liu et al., 2024, equation 5).
     """
 
-    scale: Tensor
+    row_scale: Tensor
     base: Tensor
     low: LowRank
 
@@ -92,51 +154,64 @@ class Dora:
 
     @property
     def device(self) -> torch.device:
-        return self.scale.device
+        return self.row_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.row_scale.dtype
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        return (self.row_scale, *self.low.stored)
+
+    @property
+    def T(self) -> Dense:
+        """Whole, float32: its columns are scaled, for which there is no form."""
+        return Dense(dense(self, torch.float32).T)
+
+    def to(self, device: torch.device) -> Dora:
+        return Dora(self.row_scale.to(device), self.base.to(device), self.low.to(device))
+
+    def with_low(self, change: Callable[[LowRank], LowRank]) -> Dora:
+        """With ``change`` of its low-rank part; its rows are scaled as before."""
+        return Dora(self.row_scale, self.base, change(self.low))
 
     def block(self, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened change, float64."""
         columns = self.shape[1]
         first, last = start // columns, math.ceil(stop / columns)
-        rows = self.scale[first:last, None].to(torch.float64) * self.base.reshape(self.shape)[first:last].to(
-            torch.float64
-        )
+        base = self.base.reshape(self.shape)[first:last].to(torch.float64)
+        rows = self.row_scale[first:last, None].to(torch.float64) * base
         return rows.reshape(-1)[start - first * columns : stop - first * columns] + self.low.block(start, stop)
 
 
 Delta = Dense | LowRank | Dora
 
 
-def moved(delta: Delta, device: torch.device) -> Delta:
-    """The change with all that it holds on ``device``; the same tensors where they are there."""
-    match delta:
-        case Dense():
-            return Dense(delta.tuned.to(device), None if delta.base is None else delta.base.to(device))
-        case LowRank():
-            return LowRank(delta.left.to(device), delta.right.to(device))
-        case _:
-            low = LowRank(delta.low.left.to(device), delta.low.right.to(device))
-            return Dora(delta.scale.to(device), delta.base.to(device), low)
+def zeros(shape: Sequence[int], device: torch.device | None = None) -> LowRank | Dense:
+    """No change, at rank 0 of a matrix."""
+    return LowRank.zeros(shape, device) if len(shape) == 2 else Dense(torch.zeros(tuple(shape), device=device))
+
+
+def reshaped(delta: Delta, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Delta:
+    """The change in the shape of its weight: factors of a convolution, which make a matrix, as a whole tensor."""
+    return delta if delta.shape == tuple(shape) else Dense(dense(delta, dtype).reshape(*shape))
+
+
+def low_parts(deltas: Sequence[Delta]) -> list[LowRank]:
+    """The low-rank parts of those changes that have one."""
+    return [delta.low for delta in deltas if delta.low is not None]
+
+
+def work_dtype(deltas: Sequence[Delta]) -> torch.dtype:
+    """Of a result that is formed of whole changes: the widest that one of them is stored in, float32 at least."""
+    stored = [delta.dtype for delta in deltas if isinstance(delta, Dense)]
+    return functools.reduce(torch.promote_types, stored, torch.float32)
 
 
 def block_numbers(device: torch.device) -> int:
     """How many numbers of all tasks together are worked on at a time."""
     return BLOCK_NUMBERS if device.type == "cpu" else GPU_BLOCK_NUMBERS
-
-
-def inner(a: Delta, b: Delta) -> Tensor:
-    """Frobenius inner product <a, b>, float64 scalar.
-
-    Two low-rank deltas of rank r stay factored, O(r^2 (n + m)); with one dense delta it is O(r n m), no dense product.
-    """
-    match a, b:
-        case LowRank(), LowRank():
-            left = a.left.to(torch.float64).T @ b.left.to(torch.float64)
-            right = a.right.to(torch.float64) @ b.right.to(torch.float64).T
-            return (left * right).sum()
-        case _:
-            zero = torch.zeros((), dtype=torch.float64, device=a.device)
-            return sum((part[0] @ part[1] for part in blocks([a, b])), zero)
 
 
 def pieces(delta: Delta, factor: float = 1.0) -> Iterator[Tensor]:
@@ -156,18 +231,6 @@ def blocks(deltas: Sequence[Delta]) -> Iterator[Tensor]:
         yield torch.stack([delta.block(start, min(start + step, size)) for delta in deltas])
 
 
-def delta_gram(deltas: Sequence[Delta]) -> Tensor:
-    """[T, T] float64 inner products of T deltas of one weight, in factor space when all are low-rank."""
-    count = len(deltas)
-    gram = torch.zeros(count, count, dtype=torch.float64, device=deltas[0].device)
-    if all(isinstance(delta, LowRank) for delta in deltas):
-        for i in range(count):
-            for j in range(i + 1):
-                gram[i, j] = gram[j, i] = inner(deltas[i], deltas[j])
-        return gram
-    return sum((part @ part.T for part in blocks(deltas)), gram)
-
-
 def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
     """The change as one tensor [*shape] of ``dtype``; differences of stored numbers are taken in float64 first."""
     if isinstance(delta, LowRank):
@@ -175,56 +238,38 @@ def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
     return delta.block(0, math.prod(delta.shape)).reshape(delta.shape).to(dtype)
 
 
-def scale(delta: Delta, factor: float) -> Delta:
-    """``factor`` times the change, in the form it has."""
-    return add([delta], [factor])
+def premultiplied(matrix: Tensor, delta: Delta) -> Tensor:
+    """``matrix`` [s, n] times the change [n, m], in the matrix's dtype: O(s r (n + m)) for a low-rank one."""
+    if isinstance(delta, LowRank):
+        return (matrix @ delta.left.to(matrix.dtype)) @ delta.right.to(matrix.dtype)
+    return matrix @ dense(delta).to(matrix.dtype)
 
 
-def add(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delta:
-    """sum_i w_i delta_i of one weight, exact up to one rounding, in the smallest form that holds it.
+def inner(a: Delta, b: Delta) -> Tensor:
+    """Frobenius inner product <a, b>, float64 scalar.
 
-    Low-rank changes put their factors side by side: the rank is the sum of the ranks, except that those which share a
-    right factor (the same tensor) add up their left ones. With DoRA changes of one base among them the row scales add
-    too, and the sum is a Dora. Any dense change makes the sum Dense, in float32 at least: O(T n m), block by block.
+    Two low-rank deltas of rank r stay factored, O(r^2 (n + m)); with one dense delta it is O(r n m), no dense product.
     """
-    weights = [1.0] * len(deltas) if weights is None else list(weights)
-    if list(weights) == [1.0]:
-        return deltas[0]
-    terms = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight != 0]
-    low = [(d.low if isinstance(d, Dora) else d, weight) for d, weight in terms]
-    factored = [(d, weight) for d, weight in low if isinstance(d, LowRank)]
-    if len(factored) < len(terms) or not all(isinstance(delta, (LowRank, Dora)) for delta in deltas):
-        return _add_dense(deltas, weights)
-    total = _add_low_rank(factored, deltas[0])
-    scaled = [(delta, weight) for delta, weight in terms if isinstance(delta, Dora)]
-    if not scaled:
-        return total
-    base = scaled[0][0].base
-    if not all(_is_same(delta.base, base) for delta, _ in scaled):
-        return _add_dense(deltas, weights)
-    none = torch.zeros(total.shape[0], device=total.device)
-    rows = sum((weight * delta.scale.to(torch.float64) for delta, weight in scaled), none)
-    return Dora(rows.to(torch.float32), base, total)
+    match a, b:
+        case LowRank(), LowRank():
+            left = a.left.to(torch.float64).T @ b.left.to(torch.float64)
+            right = a.right.to(torch.float64) @ b.right.to(torch.float64).T
+            return (left * right).sum()
+        case _:
+            zero = torch.zeros((), dtype=torch.float64, device=a.device)
+            return sum((part[0] @ part[1] for part in blocks([a, b])), zero)
 
 
-def mix(deltas: Sequence[Delta], mixing: Tensor) -> list[Delta]:
-    """The K sums B = T ``mixing`` of T changes, ``mixing`` [T, K]: bases from task vectors, for one weight.
-
-    Factored changes get one right factor for all K, so that adding the sums up again costs no rank.
-    """
-    columns = mixing.T.tolist()
-    low = [delta.low if isinstance(delta, Dora) else delta for delta in deltas]
-    factored = [delta for delta in low if isinstance(delta, LowRank)]
-    if len(factored) < len(deltas):
-        return [add(deltas, column) for column in columns]
-    right = torch.cat([delta.right for delta in factored], dim=0)
-    sums = [
-        LowRank(torch.cat([d.left * w for d, w in zip(factored, column, strict=True)], dim=1), right)
-        for column in columns
-    ]
-    none = LowRank(right.new_zeros(deltas[0].shape[0], 0), right[:0])
-    rows = [Dora(d.scale, d.base, none) if isinstance(d, Dora) else none for d in deltas]
-    return [_with_rows(total, add(rows, column)) for total, column in zip(sums, columns, strict=True)]
+def gram(deltas: Sequence[Delta]) -> Tensor:
+    """[T, T] float64 inner products of T deltas of one weight, in factor space when all are low-rank."""
+    count = len(deltas)
+    products = torch.zeros(count, count, dtype=torch.float64, device=deltas[0].device)
+    if all(isinstance(delta, LowRank) for delta in deltas):
+        for i in range(count):
+            for j in range(i + 1):
+                products[i, j] = products[j, i] = inner(deltas[i], deltas[j])
+        return products
+    return sum((part @ part.T for part in blocks(deltas)), products)
 
 
 def square_norm(delta: Delta) -> float:
@@ -232,44 +277,16 @@ def square_norm(delta: Delta) -> float:
     return float(inner(delta, delta).clamp_min(0))
 
 
-def _add_low_rank(terms: Sequence[tuple[LowRank, float]], like: Delta) -> LowRank:
-    lefts: dict[int, Tensor] = {}
-    rights: dict[int, Tensor] = {}
-    for delta, weight in terms:
-        key, left = id(delta.right), delta.left * weight if weight != 1 else delta.left
-        lefts[key] = lefts[key] + left if key in lefts else left
-        rights[key] = delta.right
-    if not terms:
-        none = torch.zeros(like.shape[0], 0, device=like.device)
-        return LowRank(none, none.new_zeros(0, like.shape[1]))
-    if len(lefts) == 1:
-        return LowRank(*lefts.values(), *rights.values())
-    return LowRank(torch.cat(list(lefts.values()), dim=1), torch.cat(list(rights.values()), dim=0))
-
-
-def _with_rows(low: LowRank, rows: Delta) -> Delta:
-    """``low`` plus a change of rank 0, whose rows are scaled at most; it keeps its right factor."""
-    match rows:
-        case LowRank():
-            return low
-        case Dora():
-            return Dora(rows.scale, rows.base, low)
-        case _:
-            return add([low, rows])
-
-
-def _add_dense(deltas: Sequence[Delta], weights: Sequence[float]) -> Dense:
-    stored = [delta.tuned for delta in deltas if isinstance(delta, Dense)]
-    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in stored], torch.float32)
-    shape = stored[0].shape if stored else deltas[0].shape  # a factored convolution is flattened
-    total = torch.empty(math.prod(shape), dtype=dtype, device=deltas[0].device)
-    coefficients, start = torch.tensor(weights, dtype=torch.float64, device=total.device), 0
-    for part in blocks(deltas):
-        total[start : start + part.shape[1]] = coefficients @ part
-        start += part.shape[1]
-    return Dense(total.reshape(shape))
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; two views of one file are told at once."""
-    return (a.data_ptr() == b.data_ptr() and a.shape == b.shape) or torch.equal(a, b)
+def square_distance(a: Delta, b: Delta) -> tuple[float, float]:
+    """|a - b|_F^2 and |a|_F^2; in factor space where both scale rows alike, 1e-16 of the latter being noise."""
+    if a is b:
+        return 0.0, square_norm(a)
+    if a.low is None or b.low is None or a.row_scale is not b.row_scale:
+        return float(sum((x - y).square().sum() for x, y in blocks([a, b]))), square_norm(a)
+    left = torch.cat([part.left.to(torch.float64) for part in (a.low, b.low)], dim=1)
+    right = torch.cat([part.right.to(torch.float64) for part in (a.low, b.low)], dim=0)
+    products, rank = (left.T @ left) * (right @ right.T), a.low.rank
+    signs = torch.ones(len(products), dtype=torch.float64)
+    signs[rank:] = -1
+    own = max(0.0, float(products[:rank, :rank].sum())) if a.row_scale is None else square_norm(a)
+    return max(0.0, float(signs @ products @ signs)), own

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..algebra.delta import ENCODE_BYTES, Delta, Dense, LowRank, blocks, dense
+from ..algebra.delta import ENCODE_BYTES, Delta, Dense, LowRank, blocks, dense, low_parts
 from ..algebra.linalg import GRAM_CUTOFF, solve_psd
 from ..algebra.svd import svd
 from ..bases import BasisWeights
@@ -149,7 +149,8 @@ class TruncatedAtoms:
         if name not in self.ranks:
             return [Dense(dense(delta).to(dtype)) for delta in deltas]
         cut = [
-            _balanced(svd(d, r).low_rank() if r else _empty(d)) for d, r in zip(deltas, self.ranks[name], strict=True)
+            _balanced(svd(d, r).low_rank() if r else LowRank.zeros(d.shape, d.device))
+            for d, r in zip(deltas, self.ranks[name], strict=True)
         ]
         return [LowRank(part.left.to(dtype), part.right.to(dtype)) for part in cut]
 
@@ -225,12 +226,12 @@ class StoredAtoms:
 
 def write_parts(files: TensorFiles, name: str, parts: Sequence[Delta]) -> None:
     """All vectors' parts of one weight, in the layout of the module docstring."""
-    factors = [part for part in parts if isinstance(part, LowRank)]
+    factors = low_parts(parts)
     if factors:
         files.write(name + LEFT, torch.cat([part.left for part in factors], dim=1))
         files.write(name + RIGHT, torch.cat([part.right for part in factors], dim=0))
     else:
-        files.write(name, torch.stack([part.tuned for part in parts if isinstance(part, Dense)]))
+        files.write(name, torch.stack([tensor for part in parts for tensor in part.stored]))
 
 
 def refit(inner: Tensor, cross: Tensor, has_mean: bool) -> tuple[Tensor, Tensor]:
@@ -256,11 +257,6 @@ def _balanced(delta: LowRank) -> LowRank:
     return LowRank(delta.left * scale, delta.right / scale[:, None])
 
 
-def _empty(delta: Delta) -> LowRank:
-    none = torch.zeros(delta.shape[0], 0, device=delta.device)
-    return LowRank(none, none.new_zeros(0, delta.shape[1]))
-
-
 def _check_range(values: Tensor, name: str, dtype: torch.dtype) -> None:
     if not torch.isfinite(values).all():
         raise ParameterError(f"tensor {name} overflows {dtype}; store it as bfloat16 or float32")
@@ -269,14 +265,3 @@ def _check_range(values: Tensor, name: str, dtype: torch.dtype) -> None:
 def stored_encoder(weights: BasisWeights) -> Tensor:
     """[T, rows] how the stored vectors are made of the task vectors: the bases, then the mean if there is one."""
     return weights.encoder if weights.mean is None else torch.cat([weights.encoder, weights.mean[:, None]], dim=1)
-
-
-def stored_dtype(part: Delta) -> torch.dtype:
-    """What a vector's part is stored in."""
-    match part:
-        case LowRank():
-            return part.left.dtype
-        case Dense():
-            return part.tuned.dtype
-        case _:
-            return torch.float32

@@ -10,8 +10,9 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-from ..algebra.delta import Delta, add, dense, pieces
+from ..algebra.delta import Delta, dense, pieces
 from ..algebra.rank import RankRule
+from ..algebra.sums import total
 from ..bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_select
 from ..bases.cluster import INNER
 from ..errors import CheckpointError, MismatchError, ParameterError
@@ -22,7 +23,7 @@ from ..storage.model import write_model
 from ..storage.output import transaction, write_json
 from ..storage.run import once
 from .adapters.compress import Request, compress_adapters
-from .atoms import AtomSource, EncodedAtoms, StoredAtoms, TruncatedAtoms, stored_dtype, stored_encoder
+from .atoms import AtomSource, EncodedAtoms, StoredAtoms, TruncatedAtoms, stored_encoder
 from .info import CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
 from .ranks import ranks_by_budget, ranks_by_rule, spectra
 from .reconstruction import Reconstruction
@@ -169,7 +170,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
     def atoms(self, name: str) -> Tensor:
         """[rows, *shape] the same as one tensor; low-rank parts are multiplied out."""
         parts = self.parts(name)
-        return torch.stack([dense(part) for part in parts]).to(stored_dtype(parts[0]))
+        return torch.stack([dense(part) for part in parts]).to(parts[0].dtype)
 
     def reconstruct(self, task: str, *, base: str | Path | None = None) -> Mapping[str, Tensor]:
         """The task vector tau_hat of one task, a lazy mapping from tensor name to float32 tensor; base: for DoRA."""
@@ -207,7 +208,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         """[T] tau_hat's part of one weight for every task, in factors where the vectors are; ``base`` as above."""
         parts = self.parts(name)
         every = [self._terms(index, name, parts, base) or [(0.0, parts[0])] for index in range(len(self.tasks))]
-        return [add([delta for _, delta in terms], [share for share, _ in terms]) for terms in every]
+        return [total([delta for _, delta in terms], [share for share, _ in terms]) for terms in every]
 
     def _terms(
         self, index: int, name: str, parts: Sequence[Delta], base: Checkpoint | None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, blocks, delta_gram, dense
+from ..algebra.delta import Delta, Dense, blocks, dense, gram
 from ..bases import BasisWeights, Clusters, find_clusters
 from ..bases.weights import squared_error
 from ..errors import MismatchError, ParameterError
@@ -24,7 +24,7 @@ from ..storage.checkpoint import TensorInfo
 from ..storage.parallel import written
 from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
-from .atoms import refit
+from .atoms import refit, write_parts
 from .info import ATOMS_STEM, BasisInfo, describe
 
 # Cosines of unrelated fine-tunes stay below this (clustering paper, Figure 4; unrelated tasks are near 0.05).
@@ -70,11 +70,11 @@ def similar(vectors: Vectors, task: Vectors, threshold: float = SIMILAR) -> Simi
     if len(task) != 1:
         raise ParameterError(f"one task is compared with the vectors, not {len(task)}; give them one by one")
     both = joined(vectors, task)
-    gram = torch.zeros(len(both), len(both), dtype=torch.float64)
+    products = torch.zeros(len(both), len(both), dtype=torch.float64)
     for name in track(both.names, "Similarity", lambda n: both.base.tensors[n].nbytes):
-        gram += delta_gram(both.deltas(name)).cpu()
-    norms = gram.diagonal().sqrt()
-    cosines = torch.nan_to_num(gram[-1, :-1] / norms[-1] / norms[:-1]).tolist()
+        products += gram(both.deltas(name)).cpu()
+    norms = products.diagonal().sqrt()
+    cosines = torch.nan_to_num(products[-1, :-1] / norms[-1] / norms[:-1]).tolist()
     order = sorted(range(len(vectors)), key=lambda index: -cosines[index])
     return Similar(tuple(index for index in order if cosines[index] >= threshold), tuple(cosines))
 
@@ -140,7 +140,7 @@ class MergedAtoms:
 
         def write(name: str) -> list[float]:
             parts = self.parts(name)
-            files.write(name, torch.stack([part.tuned for part in parts if isinstance(part, Dense)]))
+            write_parts(files, name, parts)
             products = torch.zeros(rows, rows + count, dtype=torch.float64, device=self.tasks.device)
             for part in blocks([*parts, *self.tasks.deltas(name)]):
                 products += part[:rows] @ part.T

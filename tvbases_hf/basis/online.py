@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, blocks, scale
+from ..algebra.delta import Delta, blocks
+from ..algebra.sums import scale
 from ..bases.buffer import LINEAR, RUNNING, Buffer, Step, check_online, follow, next_step
 from ..errors import CheckpointError, OutputError, ParameterError
 from ..merging.apply import merged

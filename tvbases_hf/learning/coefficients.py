@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..algebra.delta import add
+from ..algebra.sums import total
 from ..errors import ParameterError
 from ..models.vectors import Vectors
 from ..storage.run import bar
@@ -186,7 +186,7 @@ def summed(vectors: Vectors, alphas: Sequence[float] | None = None) -> Change:
     coefficients = [1.0] * len(vectors) if alphas is None else list(alphas)
     if len(coefficients) != len(vectors):
         raise ParameterError(f"{len(coefficients)} coefficients for {len(vectors)} vectors; give one for each")
-    return lambda name: add(vectors.deltas(name), coefficients)
+    return lambda name: total(vectors.deltas(name), coefficients)
 
 
 def check_alphas(alphas: Sequence[float], domain: tuple[float, float]) -> tuple[float, ...]:

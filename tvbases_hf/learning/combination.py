@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra.delta import Delta, LowRank, add, dense
+from ..algebra.delta import Delta, LowRank, dense
+from ..algebra.sums import total
 from ..errors import ParameterError
 from ..models.grouping import group_of
 from ..models.vectors import Vectors
@@ -42,7 +43,7 @@ class Learned:
 
     def change(self, name: str) -> Delta:
         """sum_k c_k B_k of one weight; low-rank changes stay so."""
-        return add(self.vectors.deltas(name), self.values[:, self.blocks[name]].tolist())
+        return total(self.vectors.deltas(name), self.values[:, self.blocks[name]].tolist())
 
 
 def blocks_of(names: Sequence[str], per: str) -> dict[str, int]:
@@ -94,11 +95,7 @@ class _Part:
     @classmethod
     def of(cls, deltas: Sequence[Delta], weight: Tensor) -> _Part:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        factored = {
-            k: LowRank(delta.left.to(weight.device, dtype), delta.right.to(weight.device, dtype))
-            for k, delta in enumerate(deltas)
-            if isinstance(delta, LowRank)
-        }
+        factored = {k: delta.to(weight.device, dtype) for k, delta in enumerate(deltas) if isinstance(delta, LowRank)}
         where = [k for k in range(len(deltas)) if k not in factored]
         stacked = torch.stack([dense(deltas[k], dtype).reshape(-1) for k in where]) if where else None
         return cls(where, None if stacked is None else stacked.to(weight.device), factored)

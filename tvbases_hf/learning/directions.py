@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from ..algebra.delta import Delta, Dense, add
+from ..algebra.delta import Delta
+from ..algebra.sums import total
 from ..bases import ae_bases
 from ..errors import ParameterError, did_you_mean
 from ..methods.devec import Options, decompose
@@ -58,7 +59,7 @@ def direction(
             matrix = (gram or gram_matrix(vectors)).matrix
             weights = ae_bases(matrix, num_bases, even_errors=even_errors)
             column = weights.reconstruction[:, index].tolist()
-            return _kept(vectors, lambda name: add(vectors.deltas(name), column))
+            return _kept(vectors, lambda name: total(vectors.deltas(name), column))
 
 
 def check_component(component: str, num_tasks: int) -> None:
@@ -82,14 +83,14 @@ def _unique(vectors: Vectors, index: int, options: Options) -> Direction:
     def parts(name: str) -> tuple[Delta | None, Delta | None]:
         split = decompose(vectors.deltas(name), options, [index])
         unique = split.unique[index]
-        small = not isinstance(unique, Dense) or _fits(vectors)
+        small = unique.low is not None or _fits(vectors)
         return (unique, None) if small else (None, split.shared[index])
 
     def read(name: str) -> Delta:
         unique, shared = parts(name)
         if unique is not None or shared is None:
             return unique or vectors.deltas(name)[index]
-        return add([vectors.deltas(name)[index], shared], [1.0, -1.0])
+        return total([vectors.deltas(name)[index], shared], [1.0, -1.0])
 
     return read
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra.delta import add, dense
+from ..algebra.delta import dense
+from ..algebra.sums import total
 from ..errors import ParameterError
 from ..models.vectors import Vectors
 from ..storage.run import bar
@@ -76,7 +77,7 @@ def fisher(
     least = floor * mean / len(vectors) if mean > 0 else 1.0
     tensors = {}
     for name in vectors.names:
-        plain = dense(add(vectors.deltas(name))).to(above[name].device).reshape(above[name].shape)
+        plain = dense(total(vectors.deltas(name))).to(above[name].device).reshape(above[name].shape)
         tensors[name] = ((above.pop(name) + least * plain) / (below.pop(name) + least * len(vectors))).float().cpu()
     return Computed(tensors, {"mean_information": mean, "floor": least, "empirical": empirical})
 

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..algebra.delta import Delta, Dense, add, dense, pieces
+from ..algebra.delta import Delta, Dense, dense, pieces
+from ..algebra.sums import total
 from ..errors import MismatchError, ParameterError
 from ..merging.merge import Merge
 from ..models.vectors import Vectors
@@ -168,7 +169,7 @@ def task_changes(vectors: Vectors, at: Vectors | None) -> list[Change | None]:
 def combined(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """sum_k w_k delta_k, for which a vector of weight 0 is not read."""
     kept = [k for k, weight in enumerate(weights) if weight != 0] or [0]
-    return add([deltas[k] for k in kept], [weights[k] for k in kept])
+    return total([deltas[k] for k in kept], [weights[k] for k in kept])
 
 
 def held(vectors: Vectors) -> Vectors:
@@ -189,7 +190,7 @@ def gradients(loss: Tensor, leaves: Mapping[str, Tensor], keep: bool = False) ->
 def mean_change(vectors: Vectors, name: str) -> Tensor:
     """The plain mean of the K changes of one weight, float64."""
     count = len(vectors)
-    return dense(add(vectors.deltas(name), [1 / count] * count)).reshape(vectors.base.tensors[name].shape)
+    return dense(total(vectors.deltas(name), [1 / count] * count)).reshape(vectors.base.tensors[name].shape)
 
 
 def _combined(vectors: Vectors, weights: list[float]) -> Change:

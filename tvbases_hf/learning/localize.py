@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..algebra.delta import Delta, Dense, add, dense
+from ..algebra.delta import Delta, Dense, dense
+from ..algebra.sums import total
 from ..errors import ParameterError
 from ..models.vectors import Vectors
 from ..storage.run import bar
@@ -147,7 +148,7 @@ def share_masks(masked: MaskedVectors, vectors: Vectors, clusters: Sequence[Sequ
         for name in masked.names:
             share = torch.stack([masked.parts[k][name].mask() for k in cluster]).to(torch.float32).mean(dim=0)
             deltas = vectors.deltas(name)
-            mean = dense(add([deltas[k] for k in cluster], [1 / len(cluster)] * len(cluster)), torch.float32)
+            mean = dense(total([deltas[k] for k in cluster], [1 / len(cluster)] * len(cluster)), torch.float32)
             part[name] = Csr.masked(mean.reshape(share.shape), share.round().bool())
         parts.append(part)
     labels = tuple(" + ".join(masked.labels[k] for k in cluster) for cluster in clusters)

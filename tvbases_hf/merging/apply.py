@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..algebra.delta import Delta, Dense, LowRank, dense, scale
+from ..algebra.delta import Delta, Dense, reshaped
+from ..algebra.sums import scale
 from ..errors import ParameterError, did_you_mean
 from ..methods.elementwise import magmax
 from ..methods.sparse import ties, top_k
@@ -117,7 +118,7 @@ def merged(
     def change(name: str) -> Delta:
         deltas, shape = vectors.deltas(name), vectors.base.tensors[name].shape
         if chosen.of_matrices and len(shape) != 2:  # the factors of a convolution look like a matrix
-            deltas = [Dense(dense(d).reshape(shape)) if isinstance(d, LowRank) else d for d in deltas]
+            deltas = [reshaped(delta, shape) for delta in deltas]
         return scale(chosen.combine(deltas, shares, **options), alpha)
 
     return change

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, Dora, LowRank, blocks, dense, square_norm
+from ..algebra.delta import Delta, Dense, LowRank, dense, low_parts, square_distance
 from ..algebra.rank import RankRule
 from ..algebra.svd import svd
 from ..models.grouping import group_of, in_order
@@ -28,28 +28,23 @@ class Limits:
 
     def fit(self, name: str, change: Delta, inputs: Sequence[Delta], base: Checkpoint, template: Template) -> Delta:
         """The change as an adapter will store it: factors where the template has factors, else a saved tensor."""
-        if name in template.layouts and not (isinstance(change, Dense) and name in template.saved):
+        if template.has_factors(name, change):
             return _rounded(self._truncated(change, inputs), self.dtype)
         if name in template.bias_modules:
             return change
         tensor = base.read(name)
         return Dense((tensor.to(torch.float64) + dense(change).reshape(tensor.shape)).to(tensor.dtype), tensor)
 
-    def _truncated(self, change: Delta, inputs: Sequence[Delta]) -> LowRank | Dora:
-        match change:
-            case LowRank():
-                if change.rank <= self._kept_without_loss(change.shape):
-                    return change
-                return svd(change, self.rank).low_rank()
-            case Dora():
-                low = self._truncated(change.low, inputs)
-                assert isinstance(low, LowRank)
-                return Dora(change.scale, change.base, low)
-            case _:
-                flat = dense(change, torch.float32).reshape(change.shape[0], -1)
-                if self.rank is None and any(isinstance(delta, Dense) for delta in inputs):
-                    return _whole(flat)
-                return svd(flat, self.rank or RankRule("absolute", max(1, _rank_sum(inputs)))).low_rank()
+    def _truncated(self, change: Delta, inputs: Sequence[Delta]) -> Delta:
+        if change.low is not None:
+            return change.with_low(self._cut)
+        flat, low = dense(change, torch.float32).reshape(change.shape[0], -1), low_parts(inputs)
+        if self.rank is None and len(low) < len(inputs):
+            return _whole(flat)
+        return svd(flat, self.rank or RankRule("absolute", max(1, sum(part.rank for part in low)))).low_rank()
+
+    def _cut(self, low: LowRank) -> LowRank:
+        return low if low.rank <= self._kept_without_loss(low.shape) else svd(low, self.rank).low_rank()
 
     def _kept_without_loss(self, shape: tuple[int, ...]) -> int:
         """Factors of this rank are stored as they are."""
@@ -67,7 +62,7 @@ class Errors:
 
     def add(self, name: str, change: Delta, fitted: Delta) -> None:
         group = group_of(name)
-        lost, total = _measured(change, fitted)
+        lost, total = square_distance(change, fitted)
         self.lost[group] = self.lost.get(group, 0.0) + lost
         self.total[group] = self.total.get(group, 0.0) + total
 
@@ -87,37 +82,14 @@ def _whole(matrix: Tensor) -> LowRank:
     return LowRank(matrix, torch.eye(columns)) if columns <= rows else LowRank(torch.eye(rows), matrix)
 
 
-def _rank_sum(inputs: Sequence[Delta]) -> int:
-    low = [delta.low if isinstance(delta, Dora) else delta for delta in inputs]
-    return sum(delta.rank for delta in low if isinstance(delta, LowRank))
-
-
-def _rounded(change: LowRank | Dora, dtype: torch.dtype) -> LowRank | Dora:
+def _rounded(change: Delta, dtype: torch.dtype) -> Delta:
     """With the numbers that factors of ``dtype`` can hold; DoRA stores the left one divided by the rows' scale."""
     if dtype == torch.float32:
         return change
-    if isinstance(change, Dora):
-        factor = nonzero(1 + change.scale)[:, None]
-        low = _rounded(LowRank(change.low.left / factor, change.low.right), dtype)
-        assert isinstance(low, LowRank)
-        return Dora(change.scale, change.base, LowRank(low.left * factor, low.right))
-    return LowRank(change.left.to(dtype).to(torch.float32), change.right.to(dtype).to(torch.float32))
+    factor = 1.0 if change.row_scale is None else nonzero(1 + change.row_scale)[:, None]
 
+    def rounded(low: LowRank) -> LowRank:
+        left, right = (part.to(dtype).to(torch.float32) for part in (low.left / factor, low.right))
+        return LowRank(left * factor, right)
 
-def _measured(change: Delta, fitted: Delta) -> tuple[float, float]:
-    """|change - fitted|_F^2 and |change|_F^2; of low-rank ones in factor space, 1e-16 of the latter being noise."""
-    match change, fitted:
-        case _ if change is fitted:
-            return 0.0, square_norm(change)
-        case LowRank(), LowRank():
-            both = [change, fitted]
-            left = torch.cat([part.left.to(torch.float64) for part in both], dim=1)
-            right = torch.cat([part.right.to(torch.float64) for part in both], dim=0)
-            products, rank = (left.T @ left) * (right @ right.T), change.rank
-            signs = torch.ones(len(products), dtype=torch.float64)
-            signs[rank:] = -1
-            return max(0.0, float(signs @ products @ signs)), max(0.0, float(products[:rank, :rank].sum()))
-        case Dora(), Dora() if change.scale is fitted.scale:
-            return _measured(change.low, fitted.low)[0], square_norm(change)
-        case _:
-            return float(sum((a - b).square().sum() for a, b in blocks([change, fitted]))), square_norm(change)
+    return change.with_low(rounded)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import PIECE_BYTES, Delta, Dense, LowRank, pieces
+from ..algebra.delta import PIECE_BYTES, Delta, Dense, pieces
 from ..models.gram import not_finite
 from ..models.vectors import Vectors
 from ..storage.output import write_json
@@ -46,7 +46,7 @@ class Merge:
     def inputs(self, name: str) -> list[Delta]:
         """The models' changes of one weight. CheckpointError for NaN or infinity in one of them."""
         deltas = self.vectors.deltas(name)
-        if not all(_is_finite(tensor) for delta in deltas for tensor in _stored(delta)):
+        if not all(_is_finite(tensor) for delta in deltas for tensor in delta.stored):
             raise not_finite(self.vectors, name, deltas)
         return deltas
 
@@ -115,16 +115,6 @@ def is_merge(directory: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return all(entry.name in written for entry in directory.iterdir())
-
-
-def _stored(delta: Delta) -> list[Tensor]:
-    match delta:
-        case Dense():
-            return [delta.tuned]
-        case LowRank():
-            return [delta.left, delta.right]
-        case _:
-            return [delta.scale, delta.low.left, delta.low.right]
 
 
 def _is_finite(tensor: Tensor) -> bool:

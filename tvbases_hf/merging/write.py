@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..algebra.delta import Delta, Dora, LowRank
+from ..algebra.delta import Delta, low_parts
 from ..errors import ParameterError
 from ..models.adapter import Adapter
 from ..models.lora_files import Template, adapter_tensors, write_adapter
@@ -62,7 +62,7 @@ def write_adapter_merge(merge: Merge, out: Path, limits: Limits | None = None) -
             **merge.report("adapter", out),
             "dtype": _name(limits.dtype),
             "rank_rule": str(limits.rank or "all"),
-            "ranks": dict(sorted(_ranks(changes).items())),
+            "ranks": dict(sorted(Counter(low.rank for low in low_parts(list(changes.values()))).items())),
             "error": errors.relative(),
         }
         return _finish(merge, work, report)
@@ -78,12 +78,6 @@ def _template(merge: Merge) -> Template:
         )
     named = {adapter.base_id for adapter in adapters.values()}
     return Template.of(list(adapters.values()), (named.pop() if len(named) == 1 else "") or merge.vectors.base.label)
-
-
-def _ranks(changes: dict[str, Delta]) -> dict[int, int]:
-    """How many modules have each rank."""
-    low = [delta.low if isinstance(delta, Dora) else delta for delta in changes.values()]
-    return Counter(delta.rank for delta in low if isinstance(delta, LowRank))
 
 
 def _finish(merge: Merge, work: Path, report: dict[str, Any]) -> dict[str, Any]:

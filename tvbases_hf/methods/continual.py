@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, add, dense
+from ..algebra.delta import Delta, Dense, dense
+from ..algebra.sums import total
 from ..errors import ParameterError
 from .sparse import TIES_DENSITY, ties
 
@@ -25,7 +26,9 @@ def continual_ties(
     limits: Sequence[float] | None = None,
 ) -> Delta:
     """merged + scaling * TIES(merged, new), signs elected by sum, no mean: as OPCM's authors compare with."""
-    return add([merged, ties([merged, new], [1.0, 1.0], density=density, consensus="sum", limits=limits)], [1, scaling])
+    return total(
+        [merged, ties([merged, new], [1.0, 1.0], density=density, consensus="sum", limits=limits)], [1, scaling]
+    )
 
 
 def orthogonal_sum(merged: Delta, new: Delta, *, share: float = OPCM_SHARE) -> Delta:
@@ -36,7 +39,7 @@ def orthogonal_sum(merged: Delta, new: Delta, *, share: float = OPCM_SHARE) -> D
     U and V are thin: what lies outside them is left as it is, so that no n x n matrix is made.
     """
     if len(merged.shape) != 2:
-        return add([merged, new])
+        return total([merged, new])
     kept = dense(merged, torch.float32)
     cleaned = dense(new, torch.float32).reshape(kept.shape)
     left, values, right = torch.linalg.svd(kept, full_matrices=False)

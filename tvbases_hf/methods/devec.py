@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, LowRank, dense, square_norm
+from ..algebra.delta import Delta, Dense, LowRank, dense, premultiplied, square_norm, zeros
 from ..algebra.linalg import orthonormal_columns
 from ..algebra.rank import RankRule
+from ..algebra.sums import side_by_side, total
 from ..algebra.svd import factored_range, svd
 from ..errors import ParameterError
 
@@ -77,8 +78,8 @@ class Decomposition:
     pairwise: tuple[Delta, ...] = ()
 
     def transposed(self) -> Decomposition:
-        flip = lambda group: tuple(_transpose(delta) for delta in group)  # noqa: E731
-        parts = flip(self.shared), flip(self.unique), _transpose(self.combined)
+        flip = lambda group: tuple(delta.T for delta in group)  # noqa: E731
+        parts = flip(self.shared), flip(self.unique), self.combined.T
         return Decomposition(*parts, self.ranks, self.shared_dims, flip(self.pairwise))
 
 
@@ -102,7 +103,7 @@ def decompose(
     if len(deltas[0].shape) != 2 or min(deltas[0].shape) < MIN_SIDE or len(deltas) < 2:
         return _all_unique(deltas, options.pool)
     if options.side == "row":
-        return _decompose_columns([_transpose(d) for d in deltas], options, targets).transposed()
+        return _decompose_columns([delta.T for delta in deltas], options, targets).transposed()
     return _decompose_columns(deltas, options, targets)
 
 
@@ -178,9 +179,7 @@ def spectrum(spaces: Sequence[Tensor], subspace: str = "chain") -> tuple[Tensor,
 
 def project(space: Tensor, delta: Delta) -> LowRank:
     """Z Z^T W as a low-rank delta of rank s; O(n s m) for a dense W, O((n + m) r s) for a low-rank one."""
-    if isinstance(delta, LowRank):
-        return LowRank(space, (space.T @ delta.left.to(space.dtype)) @ delta.right.to(space.dtype))
-    return LowRank(space, space.T @ dense(delta).to(space.dtype))
+    return LowRank(space, premultiplied(space.T, delta))
 
 
 def subtract(delta: Delta, shared: LowRank, space: Tensor) -> Delta:
@@ -194,21 +193,9 @@ def subtract(delta: Delta, shared: LowRank, space: Tensor) -> Delta:
 def weighted_mean(shared: Sequence[Delta]) -> Delta:
     """One shared change: the mean of the components, weighted by their norms (equation 14)."""
     norms = [square_norm(part) ** 0.5 for part in shared]
-    total = sum(norms)
-    if total == 0:
+    if not any(norms):
         return _zero_like(shared[0])
-    first = shared[0]
-    if isinstance(first, LowRank) and all(isinstance(p, LowRank) and p.left is first.left for p in shared):
-        rows = sum(p.right * (norm / total) for p, norm in zip(shared, norms, strict=True) if isinstance(p, LowRank))
-        return LowRank(first.left, torch.as_tensor(rows))
-    if all(isinstance(part, LowRank) for part in shared):
-        return LowRank(
-            torch.cat(
-                [p.left * (norm / total) for p, norm in zip(shared, norms, strict=True) if isinstance(p, LowRank)], 1
-            ),
-            torch.cat([p.right for p in shared if isinstance(p, LowRank)], 0),
-        )
-    return Dense(sum((dense(p) * (norm / total) for p, norm in zip(shared, norms, strict=True)), torch.tensor(0.0)))
+    return total(shared, [norm / sum(norms) for norm in norms])
 
 
 @functools.cache
@@ -255,7 +242,7 @@ def _remove_one_by_one(
             own = orthonormal_columns(own - common @ (common.T @ own), cutoff=torch.finfo(own.dtype).eps ** 0.5)
     if not removed:
         return _zero_like(delta), delta, 0
-    shared = LowRank(torch.cat([p.left for p in removed], 1), torch.cat([p.right for p in removed], 0))
+    shared = side_by_side([(part, 1.0) for part in removed])
     return shared, current, shared.rank
 
 
@@ -292,17 +279,4 @@ def _ranks(spaces: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _zero_like(delta: Delta) -> Delta:
-    shape, device = delta.shape, delta.device
-    if len(shape) == 2:
-        return LowRank(torch.zeros(shape[0], 0, device=device), torch.zeros(0, shape[1], device=device))
-    return Dense(torch.zeros(shape, device=device))
-
-
-def _transpose(delta: Delta) -> Delta:
-    match delta:
-        case LowRank():
-            return LowRank(delta.right.T, delta.left.T)
-        case Dense():
-            return Dense(delta.tuned.T, None if delta.base is None else delta.base.T)
-        case _:
-            return Dense(dense(delta, torch.float32).T)
+    return zeros(delta.shape, delta.device)

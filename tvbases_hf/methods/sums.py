@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, add
+from ..algebra.delta import Delta, Dense
+from ..algebra.sums import total
 from ..errors import ParameterError
 
 # mergekit's: weights that sum to less than this are not divided by their sum.
@@ -19,7 +20,7 @@ def task_arithmetic(
     deltas: Sequence[Delta], weights: Sequence[float], *, normalize: bool = False, alpha: float = 1.0
 ) -> Delta:
     """alpha * sum_i w_i delta_i, the weights divided by their sum when ``normalize`` (unless they cancel)."""
-    return add(deltas, [alpha * weight for weight in normalized(weights, normalize)])
+    return total(deltas, [alpha * weight for weight in normalized(weights, normalize)])
 
 
 def normalized(weights: Sequence[float], normalize: bool = True) -> list[float]:
@@ -62,7 +63,7 @@ def linear(
     if rest == 0:
         return task_arithmetic(deltas, shares)
     assert base is not None
-    return add([*deltas, Dense(base.to(deltas[0].device))], [*shares, rest])
+    return total([*deltas, Dense(base.to(deltas[0].device))], [*shares, rest])
 
 
 def linear_shares(weights: Sequence[float], base_weight: float, normalize: bool) -> tuple[list[float], float]:

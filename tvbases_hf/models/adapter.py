@@ -176,7 +176,7 @@ class Adapter:
         base = self._base.read(name)
         magnitude = self._factor(module.parts[MAGNITUDE]).reshape(-1)
         change = dora_change(product, magnitude, base.T if transposed else base)
-        if not torch.isfinite(change.scale).all():
+        if not torch.isfinite(change.row_scale).all():
             raise CheckpointError(f'"{self.label}": {name} plus its factors has rows of zeros, which DoRA divides by')
         return Dense(dense(change, product.left.dtype).T) if transposed else change
 

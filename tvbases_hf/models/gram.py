@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra.delta import BLOCK_NUMBERS, PIECE_BYTES, Delta, Dense, blocks, delta_gram, dense
+from ..algebra.delta import PIECE_BYTES, Delta, Dense, blocks, gram, pieces
 from ..errors import CheckpointError
 from ..storage.parallel import rows
 from .vectors import Vectors
@@ -81,7 +81,7 @@ def gram_matrix(vectors: Vectors) -> Gram:
     def products(name: str) -> list[float]:
         deltas = vectors.deltas(name)
         if vectors.are_adapters:
-            part, square = delta_gram(deltas), 0.0
+            part, square = gram(deltas), 0.0
         else:
             part, square = _with_base(deltas, vectors.base.read(name))
         if not (torch.isfinite(part).all() and math.isfinite(square)):
@@ -97,27 +97,25 @@ def gram_matrix(vectors: Vectors) -> Gram:
 
 
 def _with_base(deltas: list[Delta], base: Tensor) -> tuple[Tensor, float]:
-    """delta_gram of changes that are not all low-rank, and the base's squared norm, in one pass over both."""
-    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64, device=deltas[0].device)
+    """The inner products of changes that are not all low-rank, and the base's squared norm, in one pass over both."""
+    products = torch.zeros(len(deltas), len(deltas), dtype=torch.float64, device=deltas[0].device)
     square, start, flat = 0.0, 0, base.reshape(-1)
     for part in blocks(deltas):
-        gram += part @ part.T
+        products += part @ part.T
         square += float(flat[start : start + part.shape[1]].to(part.device, torch.float64).square().sum())
         start += part.shape[1]
-    return gram, square
+    return products, square
 
 
 def not_finite(vectors: Vectors, name: str, deltas: list[Delta]) -> CheckpointError:
     """Name the model whose tensor holds NaN or infinity: the base first, since it spoils every task."""
-    suspects = [(vectors.base.label, vectors.base.read(name))]
-    for model, delta in zip(vectors.models.values(), deltas, strict=True):
-        suspects.append((model.label, delta.tuned if isinstance(delta, Dense) else dense(delta)))
-    for label, tensor in suspects:
-        # By way of float64, because eight-bit floats have no test of their own.
-        bad = sum(int((~torch.isfinite(b.to(torch.float64))).sum()) for b in tensor.reshape(-1).split(BLOCK_NUMBERS))
+    base = vectors.base
+    labels = [base.label, *(model.label for model in vectors.models.values())]
+    for label, delta in zip(labels, [Dense(base.read(name)), *deltas], strict=True):
+        bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces(delta))
         if bad:
             return CheckpointError(
-                f'"{label}": tensor {name} holds {bad} NaN or infinite numbers of {tensor.numel()}; '
+                f'"{label}": tensor {name} holds {bad} NaN or infinite numbers of {base.tensors[name].numel}; '
                 "the training run diverged or the file is damaged: use an earlier checkpoint"
             )
     return CheckpointError(f"tensor {name}: its inner products overflow float64")

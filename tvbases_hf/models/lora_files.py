@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, Dora, LowRank, dense
+from ..algebra.delta import Delta, LowRank, dense, zeros
 from ..errors import ParameterError
 from ..storage.checkpoint import Checkpoint
 from ..storage.output import contains_only, write_json
@@ -65,6 +65,10 @@ class Template:
         modules = frozenset(module for adapter in adapters for module in adapter.config.get("modules_to_save") or ())
         return cls(layouts, biases, config, saved, naming, _common_head(adapters), modules)
 
+    def has_factors(self, name: str, change: Delta) -> bool:
+        """Whether a change goes into factors, not into a saved tensor."""
+        return name in self.layouts and (change.low is not None or name not in self.saved)
+
     def module_to_save(self, name: str) -> str:
         """The module by which PEFT saves a tensor: the outermost that a source names, else the tensor's own.
 
@@ -88,9 +92,9 @@ def adapter_tensors(
     Raises ParameterError for a dense change of a module that no source carries whole, and where PEFT cannot express
     the changes in one adapter.
     """
-    factored = {name: delta for name, delta in changes.items() if _is_factored(name, delta, template)}
+    factored = {name: delta for name, delta in changes.items() if template.has_factors(name, delta)}
     others = {name: delta for name, delta in changes.items() if name not in factored}
-    dora = any(isinstance(delta, Dora) for delta in factored.values())
+    dora = any(delta.row_scale is not None for delta in factored.values())
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, delta in (factored or _placeholder(template, others, base)).items():
@@ -136,24 +140,19 @@ def _common_head(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     return {name: tensor for name, (_, tensor) in found.items()}
 
 
-def _is_factored(name: str, delta: Delta, template: Template) -> bool:
-    return name in template.layouts and not (isinstance(delta, Dense) and name in template.saved)
-
-
 def _placeholder(template: Template, others: Mapping[str, Delta], base: Checkpoint) -> dict[str, Delta]:
     """PEFT refuses an adapter without factors; one module that does not change makes it one."""
     free = [name for name in template.layouts if name not in others]
     if not free:
         raise ParameterError("PEFT has no adapter without low-rank factors; write a full checkpoint")
     shape = base.tensors[free[0]].shape
-    rows = shape[0]
-    return {free[0]: LowRank(torch.zeros(rows, 0), torch.zeros(0, base.tensors[free[0]].numel // max(1, rows)))}
+    return {free[0]: zeros((shape[0], base.tensors[free[0]].numel // max(1, shape[0])))}
 
 
 def _low_rank(delta: Delta, name: str) -> LowRank:
-    if not isinstance(delta, LowRank):
+    if delta.low is None:
         raise ParameterError(f"the change of {name} is not low-rank; truncate it first, or write a full checkpoint")
-    return delta
+    return delta.low
 
 
 def _as_dora(delta: Delta, base: Tensor, layout: Layout) -> tuple[LowRank, Tensor]:
@@ -163,12 +162,10 @@ def _as_dora(delta: Delta, base: Tensor, layout: Layout) -> tuple[LowRank, Tenso
     within the rounding of W where a row is scaled to zero. PEFT's rows are the outputs, so a weight that is stored as
     [in, out] takes the norms of its columns; a change that scales its columns is Dense here, and refused.
     """
-    if isinstance(delta, Dora):
-        factor = nonzero(1 + delta.scale)
-        low = LowRank(delta.low.left / factor[:, None], delta.low.right)
-    else:
-        low = _low_rank(delta, f"{layout.module}.weight")
-        factor = torch.ones(())
+    low, factor = _low_rank(delta, f"{layout.module}.weight"), torch.ones(())
+    if delta.row_scale is not None:
+        factor = nonzero(1 + delta.row_scale)
+        low = LowRank(low.left / factor[:, None], low.right)
     updated = base.reshape(low.shape) + dense(low, torch.promote_types(low.left.dtype, torch.float32))
     return low, factor * updated.norm(dim=0 if layout.kind in TRANSPOSED else 1)
 

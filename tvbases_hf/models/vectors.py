@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, LowRank, mix, moved
+from ..algebra.delta import Delta, Dense, zeros
+from ..algebra.sums import mix
 from ..bases import BasisWeights
 from ..errors import ParameterError
 from ..storage.checkpoint import Checkpoint, locate
@@ -185,7 +186,7 @@ def _changes(base: Checkpoint, models: Mapping[str, Model], name: str, device: t
     # One tensor for all models, on another device one copy of it.
     whole = any(isinstance(model, Checkpoint) for model in models.values())
     own = base.read(name).to(device) if whole else None
-    return [moved(_change(base, model, name, own), device) for model in models.values()]
+    return [_change(base, model, name, own).to(device) for model in models.values()]
 
 
 def _change(base: Checkpoint, model: Model, name: str, own: Tensor | None) -> Delta:
@@ -197,6 +198,4 @@ def _change(base: Checkpoint, model: Model, name: str, own: Tensor | None) -> De
 
 def _no_change(base: Checkpoint, name: str) -> Delta:
     shape = base.tensors[name].shape
-    if len(shape) < 2:
-        return Dense(torch.zeros(shape))
-    return LowRank(torch.zeros(shape[0], 0), torch.zeros(0, math.prod(shape[1:])))
+    return zeros(shape if len(shape) < 2 else (shape[0], math.prod(shape[1:])))

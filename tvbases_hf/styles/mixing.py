@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..algebra.delta import Delta, LowRank, dense
 from ..algebra.linalg import negligible
+from ..algebra.sums import side_by_side
 from ..errors import CheckpointError, MismatchError, ParameterError
 from ..methods.devec import MIN_SIDE, Decomposition, Options, WholeSpaceError, decompose
 from .diffusers_files import open_lora
@@ -118,9 +119,9 @@ class Styles:
         """The whole change of each style that has this weight."""
         found: dict[str, LowRank] = {}
         for name in place.ranks:
-            delta = self.loras[name][place.component][place.module]
-            assert isinstance(delta, LowRank)
-            found[name] = delta
+            low = self.loras[name][place.component][place.module].low
+            assert low is not None  # DoRA is refused
+            found[name] = low
         return found
 
     def biases(self, place: Place) -> dict[str, Tensor]:
@@ -157,11 +158,7 @@ def split(styles: Styles, recipe: Recipe) -> Iterator[Part]:
 def combine(part: Part, scales: Mapping[str, float], *, keep_zeros: bool = False) -> LowRank:
     """The sum of the styles' parts of one weight, factors side by side; a style of scale 0 is left out, or kept."""
     terms = [(part.changes[name], scales[name]) for name in part.changes if keep_zeros or scales[name] != 0]
-    rows, columns = part.place.shape
-    if not terms:
-        return LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
-    lefts = [change.left * scale if scale != 1 else change.left for change, scale in terms]
-    return LowRank(torch.cat(lefts, dim=1), torch.cat([change.right for change, _ in terms], dim=0))
+    return side_by_side(terms) if terms else LowRank.zeros(part.place.shape)
 
 
 def parse_scales(names: tuple[str, ...], scales: Mapping[str, float] | None) -> dict[str, float]:
@@ -190,8 +187,8 @@ def _decompose(changes: Mapping[str, LowRank], options: Options) -> tuple[Decomp
 
 
 def _unique(change: LowRank, found: Decomposition | None, index: int) -> LowRank:
-    unique = change if found is None else found.unique[index]
-    assert isinstance(unique, LowRank)
+    unique = change if found is None else found.unique[index].low
+    assert unique is not None  # of a low-rank change
     return unique
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra.delta import add, dense
+from ..algebra.delta import dense
+from ..algebra.sums import total
 from ..bases import ae_bases
 from ..errors import ParameterError, did_you_mean
 from ..learning.inplace import Change, InPlace
@@ -146,7 +147,7 @@ class _Lab:
         return self.eye[self.index(task)]
 
     def change(self, weights: Tensor) -> Change:
-        return lambda name: add(self.vectors.deltas(name), weights.tolist())
+        return lambda name: total(self.vectors.deltas(name), weights.tolist())
 
     def loss(self, weights: Tensor, task: str) -> float:
         key = tuple(round(weight, 12) for weight in weights.tolist())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tvbases_hf.algebra.delta import add
+from tvbases_hf.algebra.sums import total
 from tvbases_hf.basis import Basis
 from tvbases_hf.basis.adapters.compress import Request, compress_adapters
 
@@ -42,7 +42,7 @@ def answer(workshop: Workshop, question: Question) -> Answer:
         for i, task in enumerate(vectors.tasks)
     }
     ones = [1.0] * len(vectors)
-    merged = workshop.tuned(lambda name: add(changes(name), ones), start_of(len(vectors), len(vectors)), kind=kind)
+    merged = workshop.tuned(lambda name: total(changes(name), ones), start_of(len(vectors), len(vectors)), kind=kind)
     return {
         "own": mean(own),
         "tasks": own,

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tvbases_hf.algebra.delta import Dense, add
+from tvbases_hf.algebra.delta import Dense
+from tvbases_hf.algebra.sums import total
 from tvbases_hf.bases import ae_bases, pca_bases
 from tvbases_hf.bases.ae import fitted
 from tvbases_hf.bases.random import gaussian_rows
@@ -83,7 +84,7 @@ def reconstruction(workshop: Workshop, kind: str, num_bases: int, index: int) ->
         return projected(workshop, num_bases, index)
     column = mixing(kind, gram, num_bases, index)
     away = column - torch.eye(len(gram), dtype=torch.float64)[index]
-    return lambda name: add(vectors.deltas(name), column.tolist()), float(away @ gram @ away / gram[index, index])
+    return lambda name: total(vectors.deltas(name), column.tolist()), float(away @ gram @ away / gram[index, index])
 
 
 def mixing(kind: str, gram: Tensor, num_bases: int, index: int) -> Tensor:

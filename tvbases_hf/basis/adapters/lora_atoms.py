@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...algebra.delta import Delta, Dense, Dora, LowRank, add, blocks
+from ...algebra.delta import Delta, Dense, Dora, LowRank, blocks, zeros
+from ...algebra.sums import total
 from ...errors import CheckpointError, ParameterError
 from ...models.adapter import MAGNITUDE, Adapter
 from ...models.lora_config import WEIGHT_FILES, read_config
@@ -80,8 +81,7 @@ class AdapterAtoms:
             return []
         spec = self.specs[name]
         if not spec.width and not self._has_factors(spec):
-            rows, columns = spec.shape
-            return [LowRank(torch.zeros(rows, 0), torch.zeros(0, columns)) for _ in spec.ranks]
+            return [zeros(spec.shape) for _ in spec.ranks]
         rest, mix = (self.beside.read(name + end) if spec.shared else None for end in (REST, MIX))
         left, right = stock_factors(self.stock.read, spec)
         return list(restored(Stored(left, right, rest, mix), spec, self._factor(name, len(left))))
@@ -102,7 +102,7 @@ class AdapterAtoms:
             )
         weight = base.read(name)
         columns = weight.numel() // len(weight)
-        return [Dora(scales[task], weight, LowRank(torch.zeros(len(weight), 0), torch.zeros(0, columns)))]
+        return [Dora(scales[task], weight, LowRank.zeros((len(weight), columns)))]
 
     def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         """Both files as they are: errors were measured on the rounded numbers."""
@@ -147,20 +147,20 @@ def stock_error(atoms: AdapterAtoms, base: Checkpoint) -> float:
     if not atoms.scaled:
         return 0.0
     stock = Adapter("the basis", atoms.config, atoms.stock, base)
-    lost = total = 0.0
+    lost = whole = 0.0
     for name in atoms.specs:
         found, parts = stock.delta(name), atoms.parts(name)
         own = [
             (share, delta) for task, share in enumerate(atoms.weights.tolist()) for delta in atoms.own(name, task, base)
         ]
-        expected = add(
+        expected = total(
             [*parts, *(delta for _, delta in own)],
             [*(atoms.alpha for _ in parts), *(atoms.alpha * share for share, _ in own)],
         )
         for part in blocks([expected] if found is None else [expected, found]):
             lost += float((part[0] - part[1:].sum(0)).square().sum())
-            total += float(part[0].square().sum())
-    return (lost / total) ** 0.5 if total else 0.0
+            whole += float(part[0].square().sum())
+    return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def row_factor(scales: Tensor, alpha: float, weights: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...algebra.delta import Delta, Dense, Dora, LowRank, dense
+from ...algebra.delta import Delta, Dense, LowRank, dense, low_parts
 from ...errors import ParameterError
 from ...models.adapter import Adapter
 from ...models.gram import Gram
@@ -51,16 +51,17 @@ class Pool:
         names = []
         for name in vectors.names:
             deltas = vectors.deltas(name)
-            if any(isinstance(delta, Dense) for delta in deltas):
+            if any(delta.low is None for delta in deltas):
                 _check_whole(name, template, vectors, deltas)
                 exact = torch.stack([dense(d).reshape(vectors.base.tensors[name].shape) for d in deltas])
                 beside[name + OWN] = exact.to(dtype)
                 rounding += (beside[name + OWN].to(torch.float64) - exact).square().flatten(1).sum(1)
                 continue
             names.append(name)
-            if any(isinstance(delta, Dora) for delta in deltas):
+            scales = [delta.row_scale for delta in deltas]
+            if any(scale is not None for scale in scales):
                 zero = torch.zeros(deltas[0].shape[0])
-                beside[name + SCALE] = torch.stack([d.scale.float() if isinstance(d, Dora) else zero for d in deltas])
+                beside[name + SCALE] = torch.stack([zero if scale is None else scale.float() for scale in scales])
         if not names:
             raise ParameterError("the adapters have no low-rank changes in common with the base; nothing to compress")
         norms = gram.matrix.diagonal().clamp_min(0)
@@ -73,8 +74,7 @@ class Pool:
 
     def changes(self, name: str) -> list[LowRank]:
         """The tasks' low-rank changes of a weight; of a DoRA, the part beside the scaling of rows."""
-        lows = [delta.low if isinstance(delta, Dora) else delta for delta in self.vectors.deltas(name)]
-        return [low for low in lows if isinstance(low, LowRank)]
+        return low_parts(self.vectors.deltas(name))
 
     def cores(self, name: str) -> Cores:
         return Cores.of(self.changes(name))
@@ -152,7 +152,7 @@ def _own_bytes(adapter: Adapter, base: dict[str, TensorInfo]) -> int:
 
 def _check_whole(name: str, template: Template, vectors: Vectors, deltas: list[Delta]) -> None:
     if name in template.layouts:
-        task = next(task for task, delta in zip(vectors.tasks, deltas, strict=True) if isinstance(delta, Dense))
+        task = next(task for task, delta in zip(vectors.tasks, deltas, strict=True) if delta.low is None)
         raise ParameterError(
             f'"{task}" changes {name} as a whole (a saved module, or DoRA on a weight stored transposed), where an '
             "adapter has factors; such a mixture cannot be compressed: leave that task out, or merge it to a checkpoint"

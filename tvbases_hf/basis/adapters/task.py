@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...algebra.delta import Delta, Dora, LowRank, add
+from ...algebra.delta import Delta, LowRank, zeros
+from ...algebra.sums import total
 from ...algebra.svd import svd
 from ...errors import ParameterError
 from ...models.adapter import PREFIX
@@ -53,7 +54,7 @@ def task_adapter(
     changes: dict[str, Delta] = {}
     for name in atoms.names:
         change = _change(terms(name), atoms.specs.get(name), alpha)
-        if not isinstance(change, LowRank) or change.rank or atoms.scaled:
+        if change.low is None or change.low.rank or atoms.scaled:
             changes[name] = change
     if not changes:
         raise ParameterError(f'nothing of "{task}" is left in this basis; compress with a larger budget')
@@ -81,16 +82,8 @@ def layout(spec: Spec) -> Layout:
 def _change(terms: list[tuple[float, Delta]], spec: Spec | None, alpha: float) -> Delta:
     if not terms:
         assert spec is not None  # what is kept whole has a term of its own
-        shape = spec.shape
-        return LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
-    total = add([delta for _, delta in terms], [alpha * share for share, _ in terms])
-    match total:
-        case LowRank():
-            return _compact(total)
-        case Dora():
-            return Dora(total.scale, total.base, _compact(total.low))
-        case _:
-            return total
+        return zeros(spec.shape)
+    return total([delta for _, delta in terms], [alpha * share for share, _ in terms]).with_low(_compact)
 
 
 def _compact(delta: LowRank) -> LowRank:
