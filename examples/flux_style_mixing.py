@@ -144,12 +144,10 @@ def print_small(found: dict[str, Any]) -> None:
 def run_real(given: argparse.Namespace) -> None:
     from tvbases_diffusers.grid import draw_grid
     from tvbases_hf.models.vectors import parse_tasks
-    from tvbases_hf.styles.mixing import Recipe
 
     styles = parse_tasks(given.style)
-    scales = {name: float(given.scale) for name in styles}
-    how: dict[str, Any] = {"prompt": given.prompt, "seeds": 3, "steps": 4, "device": "cuda"}
-    draw_grid(given.pipeline, styles, Recipe(), scales, given.out, **how)
+    scales = dict.fromkeys(styles, given.scale)
+    draw_grid(given.pipeline, styles, given.out, scales=scales, prompt=given.prompt, seeds=3, device="cuda")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ import torch
 
 from tvbases_hf.errors import CheckpointError, ParameterError
 from tvbases_hf.storage.output import writing
-from tvbases_hf.styles.mixing import Recipe
 
 from .mixing import mix_styles
 
@@ -20,16 +19,19 @@ GAP, MARGIN = 8, 120
 def draw_grid(
     source: str,
     styles: Mapping[str, Any],
-    recipe: Recipe,
-    scales: Mapping[str, float],
     out: Path,
     *,
-    prompt: str,
-    seeds: int,
-    steps: int,
+    component: str = "unique",
+    shared_weight: float = 0.0,
+    prompt: str = "a castle on a hill",
+    seeds: int = 4,
+    steps: int = 4,
     device: str = "cpu",
+    **recipe: Any,
 ) -> None:
-    """Rows: no style, the plain sum, the recipe's mix. Columns: seeds, the same noise in each row.
+    """Rows: no style, the plain sum, the mix. Columns: seeds, the same noise in each row.
+
+    ``recipe`` is what else mix_styles takes: scales, threshold, subspace, pool, side, rank.
 
     Raises ParameterError for no seeds or steps, CheckpointError for a pipeline that cannot be loaded.
     """
@@ -37,20 +39,8 @@ def draw_grid(
         raise ParameterError(f"{seeds} seeds and {steps} steps; both must be at least 1")
     pipe = load_pipeline(source, device)
     rows = {"no style": _pictures(pipe, prompt, seeds, steps)}
-    options = recipe.options
-    for title, component in (("plain sum", "full"), (f"{recipe.component} mix", recipe.component)):
-        mix = mix_styles(
-            pipe,
-            styles,
-            component,
-            scales=scales,
-            threshold=options.threshold,
-            subspace=options.subspace,
-            pool=options.pool,
-            side=options.side,
-            rank=options.factored_rank,
-            shared_weight=recipe.shared_weight if component == "unique" else 0.0,
-        )
+    for title, kind, shared in (("plain sum", "full", 0.0), (f"{component} mix", component, shared_weight)):
+        mix = mix_styles(pipe, styles, kind, shared_weight=shared, **recipe)
         rows[title] = _pictures(pipe, prompt, seeds, steps)
         mix.unload()
     with writing(out):

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .evaluate import evaluate_model
+    from .forget import negate_task
+    from .plan import Plan
 
 TASKS = Path(__file__).parent / "tasks"
+_HOME = {"Plan": "plan", "evaluate_model": "evaluate", "negate_task": "forget"}
+
+__all__ = ["Plan", "evaluate_model", "include_path", "negate_task"]
 
 
 def include_path() -> Path:
@@ -12,4 +22,7 @@ def include_path() -> Path:
     return TASKS
 
 
-__all__ = ["include_path"]
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

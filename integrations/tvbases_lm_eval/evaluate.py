@@ -6,15 +6,17 @@ import contextlib
 import io
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from tvbases_hf.errors import MissingExtraError
 from tvbases_hf.storage.run import current
 
 from .plan import Plan
-from .variants import Variant
+from .variants import Variant, Where, variants
 
 STDERR = "_stderr"
 
@@ -47,7 +49,6 @@ class Session:
     def measure(self, model: Any, tokenizer: Any) -> Measured:
         """All metrics of one model; every model starts from the plan's seed."""
         import numpy as np
-        import torch
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -70,7 +71,28 @@ class Session:
         return {key: value for task in _shown(results, plan) for key, value in _metrics(results, task)}
 
 
-def evaluate(variants: Iterable[Variant], plan: Plan) -> dict[str, Any]:
+def evaluate_model(
+    model: str,
+    plan: Plan,
+    *,
+    base: str | None = None,
+    tasks: Sequence[str] | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """The base before, and a checkpoint, an adapter, or each task of a basis after, by path or Hub id.
+
+    Args:
+        base: None: what the model names; a checkpoint is then evaluated alone.
+        tasks: of a basis; None for all of them.
+        device: None: a GPU if there is one; ``auto`` spreads a model over all GPUs.
+
+    Returns the table of ``evaluate``, and raises as it and ``variants`` do.
+    """
+    return evaluate(variants(model, base, tasks, Where(device, dtype)), plan)
+
+
+def evaluate(models: Iterable[Variant], plan: Plan) -> dict[str, Any]:
     """Rows of ``task, role, metric, higher_is_better``, and for every model its value and standard error.
 
     A metric that a model does not have, because every score failed, is absent from ``values``. Raises as Session.open.
@@ -78,7 +100,7 @@ def evaluate(variants: Iterable[Variant], plan: Plan) -> dict[str, Any]:
     session = Session.open(plan)
     labels: list[str] = []
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for variant in variants:
+    for variant in models:
         labels.append(variant.label)
         found = session.measure(variant.model, variant.tokenizer)
         for key, (value, error, better) in found.items():

@@ -4,61 +4,140 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tvbases_hf.algebra.sums import scale
 from tvbases_hf.basis.adapters.task import TaskAdapter
+from tvbases_hf.defaults import ALPHAS, KEEP, NUM_BASES
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.learning.coefficients import Metrics
-from tvbases_hf.learning.directions import COMPONENTS, Direction, direction
+from tvbases_hf.learning.directions import (
+    COMPONENTS,
+    FORGETTING,
+    Direction,
+    check_component,
+    check_task,
+    direction,
+)
 from tvbases_hf.learning.inplace import InPlace
-from tvbases_hf.learning.negation import ALPHAS, KEEP, Negation, negate, write_forgotten
+from tvbases_hf.learning.negation import Negation, negate, write_forgotten
 from tvbases_hf.methods.devec import Options
 from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.gram import gram_matrix
-from tvbases_hf.models.lora_files import Template, adapter_tensors
+from tvbases_hf.models.lora_files import Template, adapter_tensors, is_adapter_directory
 from tvbases_hf.models.vectors import Vectors
+from tvbases_hf.storage.model import is_edited_model
+from tvbases_hf.storage.output import check_output, preview
 
 from .evaluate import Measured, Session
 from .plan import Plan
 from .toxicity import METRICS
-from .variants import Variant
+from .variants import BEFORE, Variant, Where, load
 
 TARGET = "target"
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is forgotten, and how; ``components`` are the ways whose curves are wanted."""
+class Forgetting:
+    """What is forgotten, and how: ``component`` is negated, by ``alpha`` or by the largest that the control allows.
 
-    forget: str
-    components: tuple[str, ...] = COMPONENTS
-    options: Options = field(default_factory=lambda: Options(pool="iterative"))
-    num_bases: float = 0.5
-    keep: float = KEEP
+    ``curve`` measures all of ``alphas``, for every component. ``options`` are those of the unique component,
+    ``num_bases`` and ``even_errors`` of the reconstructed one, ``adapter`` writes an adapter of adapters.
+    """
+
+    task: str
+    component: str = "plain"
+    alpha: float | None = None
     alphas: Sequence[float] = ALPHAS
-    whole_curve: bool = True
+    keep: float = KEEP
+    curve: bool = False
+    options: Options = FORGETTING
+    num_bases: float = NUM_BASES
     even_errors: bool = False
+    adapter: bool = False
+
+    def components(self, vectors: Vectors) -> tuple[str, ...]:
+        """Those whose curves are wanted."""
+        return COMPONENTS if self.curve and len(vectors) > 1 else (self.component,)
+
+    def directions(self, vectors: Vectors) -> dict[str, Direction]:
+        """The changes to negate, by component. Raises ParameterError as ``direction`` does."""
+        wanted = self.components(vectors)
+        gram = gram_matrix(vectors) if "reconstructed" in wanted and len(vectors) > 1 else None
+        how = {"options": self.options, "num_bases": self.num_bases, "even_errors": self.even_errors, "gram": gram}
+        return {component: direction(vectors, self.task, component, **how) for component in wanted}
 
 
-def directions(vectors: Vectors, request: Request) -> dict[str, Direction]:
-    """The changes to negate, by component. Raises ParameterError as ``direction`` does."""
-    gram = gram_matrix(vectors) if "reconstructed" in request.components and len(vectors) > 1 else None
-    bases = {"num_bases": request.num_bases, "even_errors": request.even_errors}
-    how = {"options": request.options, **bases, "gram": gram}
-    return {component: direction(vectors, request.forget, component, **how) for component in request.components}
+def negate_task(
+    vectors: Vectors,
+    task: str,
+    out: str | Path,
+    plan: Plan | None = None,
+    *,
+    device: str | None = None,
+    dry_run: bool = False,
+    **how: Any,
+) -> dict[str, Any]:
+    """Write theta_0 - alpha * change, a model that has forgotten a task, and report alpha and what it cost.
+
+    Args:
+        task: the one to forget; the others are what it is compared with.
+        plan: its targets should fall and its controls stay; they choose alpha where none is given.
+        device: where the model is evaluated; None: a GPU if there is one.
+        dry_run: check everything and report what would be written.
+        how: the fields of Forgetting: component, alpha, alphas, keep, curve, options, num_bases, ...
+
+    Raises:
+        ParameterError: an unknown task or component, both alpha and a plan, or neither; metrics to choose by that are
+            missing; an adapter of full checkpoints, or of a change without low rank (a DoRA's unique component).
+        MissingExtraError: lm-eval is needed to choose alpha, and is not installed.
+        OutputError: ``out`` is not ours, or the disk is full.
+    """
+    request, out = Forgetting(task, **how), Path(out)
+    _check(vectors, request, out, plan)
+    if dry_run:
+        return preview(out, *_size(vectors, request.adapter))
+    found = request.directions(vectors)
+    report: dict[str, Any] = {"base": vectors.base.label, "forget": task, "component": request.component}
+    alpha = request.alpha
+    if alpha is None and plan is not None:
+        model = Variant(BEFORE, *load(vectors.base.path or vectors.base.label, Where(device)))
+        negations = curves(vectors, found, model, request, plan)
+        report["curves"] = {name: negation.to_json() for name, negation in negations.items()}
+        alpha = negations[request.component].alpha
+    assert alpha is not None
+    write(vectors, found[request.component], alpha, out, f"{task} forgotten, {request.component}, {alpha:g}", request)
+    return report | {"alpha": alpha, "out": str(out)}
+
+
+def _check(vectors: Vectors, request: Forgetting, out: Path, plan: Plan | None) -> None:
+    check_component(request.component, len(vectors))
+    check_task(request.task, vectors)
+    if request.alpha is not None and (request.curve or plan):
+        raise ParameterError("--alpha says how much; --target, --control, --curve and --plot are for choosing it")
+    if request.alpha is None:
+        check_plan(plan or Plan())
+    if request.adapter and not vectors.are_adapters:
+        raise ParameterError(
+            "only adapters can be negated as an adapter, and a task here is a full checkpoint; leave --adapter out"
+        )
+    check_output(out, is_adapter_directory if request.adapter else is_edited_model)
+
+
+def _size(vectors: Vectors, adapter: bool) -> tuple[int, int | None]:
+    """Tensors and bytes of what is written; the rank of an adapter's change is known when it is made."""
+    return (len(vectors.names), None) if adapter else (len(vectors.base.tensors), vectors.base.nbytes)
 
 
 def curves(
-    vectors: Vectors, found: Mapping[str, Direction], variant: Variant, request: Request, plan: Plan
+    vectors: Vectors, found: Mapping[str, Direction], variant: Variant, request: Forgetting, plan: Plan
 ) -> dict[str, Negation]:
     """Target and controls over alpha for every direction, and the alpha that the control rule chooses for each.
 
-    Raises ParameterError without a target or a control, and where a metric could not be measured.
+    Raises ParameterError where a metric could not be measured.
     """
-    check_plan(plan)
     session = Session.open(plan)
     place = InPlace(variant.model, vectors.names)
 
@@ -66,18 +145,9 @@ def curves(
         return worth(session.measure(model, variant.tokenizer), plan)
 
     before = metrics(variant.model)
-    patience = None if request.whole_curve else 4
+    how: dict[str, Any] = {"keep": request.keep, "alphas": request.alphas, "patience": None if request.curve else 4}
     return {
-        component: negate(
-            place,
-            change,
-            _after(before, metrics),
-            TARGET,
-            keep=request.keep,
-            alphas=request.alphas,
-            patience=patience,
-        )
-        for component, change in found.items()
+        component: negate(place, change, _after(before, metrics), TARGET, **how) for component, change in found.items()
     }
 
 
@@ -124,22 +194,12 @@ def _plain(measured: Measured, plan: Plan) -> set[str]:
     return {task for task, _ in measured} & set(plan.names)
 
 
-def write(vectors: Vectors, change: Direction, alpha: float, out: Path, note: str, *, adapter: bool) -> Path:
-    """theta_0 - alpha * change as a checkpoint, or as an adapter.
-
-    Raises:
-        ParameterError: an adapter is wanted of full checkpoints, or of a change that has no low rank (a DoRA's unique
-            component).
-        OutputError: ``out`` is not ours, or the disk is full.
-    """
-    if not adapter:
-        return write_forgotten(vectors.base, vectors.names, change, alpha, out, note)
+def write(vectors: Vectors, change: Direction, alpha: float, out: Path, note: str, request: Forgetting) -> None:
+    """theta_0 - alpha * change as a checkpoint, or as an adapter."""
+    if not request.adapter:
+        write_forgotten(vectors.base, vectors.names, change, alpha, out, note)
+        return
     models = [model for model in vectors.models.values() if isinstance(model, Adapter)]
-    if len(models) < len(vectors):
-        raise ParameterError(
-            "only adapters can be negated as an adapter, and a task here is a full checkpoint; leave --adapter out"
-        )
     template = Template.of(models, models[0].base_id or vectors.base.label)
     changes = {name: scale(change(name), -alpha) for name in vectors.names}
     TaskAdapter(*adapter_tensors(changes, template, vectors.base)).save_pretrained(out)
-    return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,15 @@ TEXT = "text:"
 
 @dataclass(frozen=True)
 class Plan:
-    """``targets`` and ``controls`` are names of lm-eval tasks, or ``text:FILE`` for the perplexity of a file."""
+    """``targets`` should change, ``controls`` stay: names of lm-eval tasks, or ``text:FILE``, a file's perplexity.
+
+    ``prompts`` are files by kind (prompts.KINDS) instead of the Hub's, ``scorer`` what scorer_of takes,
+    ``continuations`` the samples of each prompt (None: the task's own), ``limit`` the documents of every task.
+    """
 
     targets: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
-    data: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
     scorer: str | Scorer = "profanity"
     continuations: int | None = None
     limit: int | None = None
@@ -48,22 +52,6 @@ class Plan:
                 raise ParameterError(f"{name} is a number, 1 or more; got {value}")
         self._check_files()
 
-    @classmethod
-    def of(
-        cls,
-        targets: Sequence[str],
-        controls: Sequence[str],
-        data: Sequence[str],
-        scorer: str,
-        continuations: int | None,
-        limit: int | None,
-        seed: int,
-        batch_size: int,
-    ) -> Plan:
-        """From the command line's words."""
-        files = dict(_parse(item) for item in data)
-        return cls(tuple(targets), tuple(controls), files, scorer, continuations, limit, seed, batch_size)
-
     @property
     def names(self) -> tuple[str, ...]:
         return (*self.targets, *self.controls)
@@ -71,7 +59,7 @@ class Plan:
     @property
     def metadata(self) -> dict[str, Any]:
         """What the task classes read."""
-        found: dict[str, Any] = {**self.data, "scorer": self.scorer}
+        found: dict[str, Any] = {**self.prompts, "scorer": self.scorer}
         return found if self.continuations is None else found | {"continuations": self.continuations}
 
     def requests(self) -> list[str | dict[str, Any]]:
@@ -105,12 +93,17 @@ class Plan:
     def _check_files(self) -> None:
         """Before a model is loaded: files that are named have to be there."""
         files = [name.removeprefix(TEXT) for name in self.names if name.startswith(TEXT)]
-        missing = [file for file in (*files, *self.data.values()) if not Path(file).is_file()]
+        missing = [file for file in (*files, *self.prompts.values()) if not Path(file).is_file()]
         if missing:
             raise ParameterError(f"{len(missing)} files are missing (first: {missing[0]})")
-        kinds = [file for file in self.data.values() if Path(file).suffix.lower() not in READERS]
+        kinds = [file for file in self.prompts.values() if Path(file).suffix.lower() not in READERS]
         if kinds:
             raise ParameterError(f'"{kinds[0]}": prompts are read from {", ".join(READERS)}')
+
+
+def parse_prompts(items: Iterable[str]) -> dict[str, str]:
+    """``KIND=FILE`` arguments; ParameterError for an unknown kind."""
+    return dict(_parse(item) for item in items)
 
 
 def _parse(item: str) -> tuple[str, str]:

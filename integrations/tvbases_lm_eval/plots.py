@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tvbases_hf.errors import MissingExtraError
 from tvbases_hf.learning.negation import Negation
 from tvbases_hf.storage.output import writing
 
 
-def plot_negations(found: Mapping[str, Negation], forgotten: str, file: Path) -> None:
-    """One PNG; a line for every component, a star where the control rule stops it."""
+def plot_negations(curves: Mapping[str, Mapping[str, Any]], forgotten: str, file: Path) -> None:
+    """One PNG of a report's ``curves``; a line for every component, a star where the control rule stops it."""
+    found = {name: Negation.from_json(curve) for name, curve in curves.items()}
     try:
         import matplotlib
 

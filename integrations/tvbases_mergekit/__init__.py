@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from tvbases_hf.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def register() -> None:
@@ -27,4 +33,34 @@ def register() -> None:
             registry.register(method)
 
 
-__all__ = ["register"]
+def merge(
+    config: str | Path,
+    out: str | Path,
+    *,
+    adapter: bool = False,
+    rank: str | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """A mergekit YAML, executed on the changes of weights: no model is built, adapters stay adapters.
+
+    Args:
+        adapter: adapters in: write an adapter, cut by the rank rule ``rank`` (None: nothing is cut).
+        dtype: None: the YAML's, else the base's own; of an adapter's factors float32.
+        seed: of methods that draw at random, such as dare_ties.
+        dry_run: check everything and report what would be written.
+
+    Raises:
+        MissingExtraError: no mergekit.
+        TvbasesError: whatever is wrong with the configuration, its models or the output; nothing is written then.
+    """
+    register()  # before anything that needs mergekit is imported: its message names the extra
+    from .native import Request
+    from .native import merge as run
+
+    return run(Path(config), Path(out), Request(adapter, rank, dtype, seed, device, dry_run))
+
+
+__all__ = ["merge", "register"]

@@ -13,12 +13,13 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 from safetensors import SafetensorError
 
 from tvbases_hf.errors import ParameterError, TvbasesError
-from tvbases_hf.storage.output import check_output, contains_only, transaction
+from tvbases_hf.storage.output import check_output, contains_only, preview, transaction
 from tvbases_hf.storage.run import current, using
 
 from . import register
@@ -39,10 +40,14 @@ MERGED_FILES = (
 )
 
 
-def merge(arguments: list[str]) -> None:
+DRY_RUN = click.Option(["--dry-run"], is_flag=True, help="Check everything, say what would be written, write nothing.")
+
+
+def merge(arguments: list[str]) -> dict[str, Any] | None:
     """Run ``mergekit-yaml`` with these arguments: CONFIG OUT and every option that mergekit has.
 
-    The model is written beside OUT and takes its place when it is complete.
+    The model is written beside OUT and takes its place when it is complete. With --dry-run it is not, and what would be
+    written is returned.
 
     Raises:
         TvbasesError: whatever is wrong with the configuration, its models or the output.
@@ -57,6 +62,7 @@ def merge(arguments: list[str]) -> None:
 
     command = copy.copy(main)
     command.help = "mergekit-yaml with the merge methods of tvbases, a check beforehand, and a whole model or none."
+    command.params = [*command.params, DRY_RUN]
     command.epilog = "Example: tvbases mergekit-yaml merge.yml merged/ --cuda"
     try:
         context = command.make_context("tvbases mergekit-yaml", list(arguments))
@@ -69,6 +75,7 @@ def merge(arguments: list[str]) -> None:
             f"--out-shard-size takes a number, or one of thousands, millions or billions: 500M ({error})"
         ) from error
     given = context.params
+    dry_run = given.pop("dry_run")
     file, out = Path(given["config_file"]), Path(given["out_path"])
     options = MergeOptions(**{name: given[name] for name in MergeOptions.model_fields})
     config = read_config(file)
@@ -76,6 +83,8 @@ def merge(arguments: list[str]) -> None:
     quiet = using(replace(current(), quiet=options.quiet))
     with quiet, reported(), _stopped(options.verbosity > 0), mended_mergekit():
         needed = check_config(config, options, out)
+        if dry_run:
+            return preview(out, None, needed)
         with transaction(out, is_merged_model, needed) as work, _disk_errors():
             given["out_path"] = str(work)
             command.invoke(context)

@@ -215,15 +215,13 @@ hook_app = typer.Typer(
 )
 
 
-@hook_app.command("install")
+@hook_app.command("install", epilog="Example: tvbases hook install && mergekit-yaml merge.yml out/")
 def install_command() -> None:
     """Write the start-up hook into the site-packages of this Python, or refresh it.
 
     From then on mergekit's own commands know ae_bases and the others.
     It acts when mergekit is asked for a method that mergekit lacks,
     and never with TVBASES_NO_HOOK=1 in the environment.
-
-    Example: tvbases hook install && mergekit-yaml merge.yml out/
     """
     for path in install():
         typer.echo(f"wrote {path}")
@@ -232,12 +230,9 @@ def install_command() -> None:
         typer.echo(f"mergekit is not installed for {sys.executable}: the hook waits for it.", err=True)
 
 
-@hook_app.command("status")
+@hook_app.command("status", epilog="Example: tvbases hook status")
 def status_command() -> None:
-    """Say whether the hook is installed, where, and whether it fits this version and this interpreter.
-
-    Example: tvbases hook status
-    """
+    """Say whether the hook is installed, where, and whether it fits this version and this interpreter."""
     found = status()
     typer.echo(f"{found.state}: {found.where}")
     for path in found.files:
@@ -247,12 +242,9 @@ def status_command() -> None:
         typer.echo("TVBASES_NO_HOOK is set: the hook does nothing in this shell.")
 
 
-@hook_app.command("remove")
+@hook_app.command("remove", epilog="Example: tvbases hook remove")
 def remove_command() -> None:
-    """Delete the hook and everything that came from it. Do this before you uninstall the package.
-
-    Example: tvbases hook remove
-    """
+    """Delete the hook and everything that came from it. Do this before you uninstall the package."""
     gone = remove()
     for path in gone:
         typer.echo(f"deleted {path}")

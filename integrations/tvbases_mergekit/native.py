@@ -26,14 +26,15 @@ from tvbases_hf.merging.merge import Merge, Stream, is_merge
 from tvbases_hf.merging.write import write_adapter_merge, write_checkpoint_merge
 from tvbases_hf.methods.sums import base_share, linear
 from tvbases_hf.models.gram import gram_matrix
-from tvbases_hf.storage.output import check_output
+from tvbases_hf.storage import run
+from tvbases_hf.storage.output import check_output, preview
 
 from .changes import LINEAR, Weight, check_native, merged, merged_bases, not_native, streamed_bases, streams
 from .command import reported
 from .configuration import find_method, one_line, read_config
 from .inputs import Inputs, open_inputs
 from .methods import BasisMerge
-from .preflight import check_structure
+from .preflight import check_basis_parameters, check_structure
 from .sources import GroupGram
 from .streamed import Pieces, streamed, streamed_linear
 
@@ -52,6 +53,15 @@ class Request:
     dtype: torch.dtype | None = None
     seed: int = 0
     device: str | torch.device = "cpu"
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and not self.adapter:
+            raise ParameterError("--rank is that of a merged adapter; add --adapter, or leave --rank out")
+        if self.adapter and str(self.device) != "cpu":
+            raise ParameterError("--device is of merges into a checkpoint; factors of adapters are small: leave it out")
+        if self.adapter and run.current().memory is not None:
+            raise ParameterError("--memory is kept by merges into a checkpoint; an adapter is held whole: leave it out")
 
 
 def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]:
@@ -60,9 +70,8 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
     Raises:
         TvbasesError: whatever is wrong with the configuration, its models or the output; nothing is written then.
     """
+    place = run.find_device(request.device) if isinstance(request.device, str) else request.device
     check_output(out, is_merge)
-    if request.rank is not None and not request.adapter:
-        raise ParameterError("--rank is that of a merged adapter; add --adapter, or leave --rank out")
     rank = None if request.rank is None else RankRule.parse(request.rank)
     config = read_config(file)
     method = find_method(config.merge_method)
@@ -70,12 +79,34 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
     check_structure(config, method)
     dtype = request.dtype or _dtype(config)
     with reported():
-        inputs = open_inputs(config, out, request.device)
+        inputs = open_inputs(config, out, place)
+        if request.dry_run:
+            return _preview(config, method, inputs, out, request.adapter, dtype)
         planned = plan(config, method, inputs, file.read_text(encoding="utf-8"), request)
         if request.adapter:
             _check_adapter(planned, inputs)
             return write_adapter_merge(planned, out, Limits(rank, dtype or torch.float32))
         return write_checkpoint_merge(planned, out, dtype=dtype)
+
+
+def _preview(
+    config: MergeConfiguration,
+    method: MergeMethod,
+    inputs: Inputs,
+    out: Path,
+    adapter: bool,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """What would be written, once every parameter is known to fit; only headers are read."""
+    tensors, names = inputs.vectors.base.tensors, inputs.vectors.names
+    bound = resolve(config, method, inputs, inputs.floating if method.spec.name == LINEAR else names)
+    check_native(method, bound)
+    if isinstance(method, BasisMerge):
+        check_basis_parameters(method, bound)
+    if adapter:
+        return preview(out, len(names), None)
+    size = sum(info.numel * (dtype or info.dtype).itemsize for info in tensors.values())
+    return preview(out, len(tensors), size)
 
 
 def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe: str, request: Request) -> Merge:

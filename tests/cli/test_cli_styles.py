@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from commands.command_line import refused, tvbases
+from commands.command_line import misused, refused, tvbases
 from tvbases_hf.algebra.delta import dense
+from tvbases_hf.errors import ParameterError
 from tvbases_hf.styles.diffusers_files import read_lora_file
-from tvbases_hf.styles.mixed_file import read_recipe
+from tvbases_hf.styles.mixed_file import mix_style_files, read_recipe
 from zoo.lora_files import kohya, write
 from zoo.peft_models import relative
 from zoo.pipelines import FLUX_MODULES, dense_unique, flux_pipeline, products, style
@@ -90,10 +91,8 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "a scale in words": (lambda p: ["--scale", "a=strong"], "is not NAME=NUMBER"),
     "a scale twice": (lambda p: ["--scale", "a=1", "--scale", "a=2"], 'two scales for "a"'),
     "a scale for nobody": (lambda p: ["--scale", "aa=1"], "did you mean a?"),
-    "a component": (lambda p: ["--component", "common"], "choose one of unique, shared, full"),
     "a threshold": (lambda p: ["--threshold", "2"], "threshold must lie in"),
     "a rank": (lambda p: ["--rank", "some"], "not a rank rule"),
-    "pairs": (lambda p: ["--pool", "pairs"], "joint or iterative"),
     "a grid without a pipeline": (lambda p: ["--grid", p / "grid.png"], "go together"),
     "a directory as output": (lambda p: ["--out", p / "a"], "is a directory"),
     "someone else's file": (lambda p: ["--out", p / "notes.txt"], "this command did not write it"),
@@ -106,6 +105,23 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
 def test_bad_input_is_one_message(name: str, place: Path) -> None:
     more, message = BAD[name]
     assert message in refused(place, *given(place), *more(place))
+
+
+def test_words_that_no_option_knows_are_wrong_usage_and_refused_by_the_library(place: Path) -> None:
+    for option, word, known in (
+        ("--component", "common", ("unique", "shared", "full")),
+        ("--pool", "pairs", ("joint", "iterative")),
+        ("--dtype", "half", ("float32", "bfloat16")),
+    ):
+        message = misused(place, *given(place), option, word)
+        assert all(part in message for part in (option, f"'{word}'", *known))
+    files = {name: str(place / name) for name in "ab"}
+    for options, reason in (
+        ({"component": "common"}, "choose one of unique, shared, full"),
+        ({"pool": "pairs"}, "joint or iterative"),
+    ):
+        with pytest.raises(ParameterError, match=reason):
+            mix_style_files(files, place / "mixed.safetensors", **options)
 
 
 def test_another_architecture_and_keys_left_over_are_one_message(place: Path) -> None:

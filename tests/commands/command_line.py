@@ -62,6 +62,15 @@ def refused(workplace: Path, *arguments: object) -> str:
     return message.removeprefix("error: ")
 
 
+def misused(workplace: Path, *arguments: object) -> str:
+    """What is said of wrong usage, without its frame: exit code 2, nothing written anywhere."""
+    before = snapshot(workplace)
+    outcome = tvbases(*arguments)
+    assert outcome.code == 2 and outcome.out == "", outcome
+    assert "Traceback" not in outcome.err and snapshot(workplace) == before
+    return " ".join(outcome.err.replace("│", " ").split())
+
+
 def root(place: Family) -> Path:
     return place.base.parent.parent
 

@@ -1,9 +1,13 @@
-"""The application that every command registers with."""
+"""The application that every command registers with, and where all of them print."""
+
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from tvbases_mergekit.hook import hook_app
+
+from ..version import library_version
 
 app = typer.Typer(
     help="Task-vector bases: compress, merge and edit fine-tuned models.",
@@ -12,4 +16,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(hook_app, name="hook")
+# Silent while a command with --quiet runs.
 console = Console()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tvbases {library_version()}")
+        raise typer.Exit
+
+
+@app.callback(help="Task-vector bases: compress, merge and edit fine-tuned models.")
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...

@@ -139,11 +139,12 @@ def compress(
     from ..basis.adapters.compress import Request
     from ..basis.basis import METHODS, Basis
     from ..basis.info import is_basis_directory
+    from ..basis.report import compression
     from ..models.gram import gram_matrix
     from ..models.vectors import Vectors, parse_tasks
     from ..storage.output import check_output
     from ..storage.run import find_device
-    from .tables import compression, print_compression, warn
+    from .tables import print_compression, warn
 
     # Whatever can be wrong is found before the long reading, not after it.
     check_json(json)

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from .app import app, console
-from .options import Json, Quiet, check_json, parse_dtype, write_report
+from .app import app
+from .options import Dtype, Json, Quiet, parse_dtype, tell
 
 Target = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--target", help="An lm-eval task, or text:FILE (its perplexity); repeat for more.", metavar="TASK"),
+    list[str] | None,
+    typer.Option("--target", help="What should change: an lm-eval task, or text:FILE; repeat.", metavar="TASK"),
 ]
 Control = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--control", help="What should stay: an lm-eval task, or text:FILE.", metavar="TASK"),
+    list[str] | None,
+    typer.Option("--control", help="What should stay: an lm-eval task, or text:FILE; repeat.", metavar="TASK"),
 ]
-Data = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--data", help="toxigen=FILE or realtoxicityprompts=FILE instead of the Hub's.", metavar="NAME=FILE"),
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompts", help="toxigen=FILE or realtoxicityprompts=FILE instead of the Hub's; repeat.", metavar="NAME=FILE"
+    ),
 ]
 ScorerName = Annotated[
     str,
     typer.Option("--scorer", help="profanity (offline), a text classifier by path or id, or python:module.function."),
 ]
 Continuations = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--continuations", "-k", help="Samples of each prompt; left out: the task's own."),
+    int | None, typer.Option("--continuations", "-k", help="Samples of each prompt; default: the task's own.")
 ]
-Limit = Annotated[Optional[int], typer.Option(help="Documents of every task; for trying out.")]  # noqa: UP045
-Seed = Annotated[int, typer.Option(help="Of sampling.")]
-BatchSize = Annotated[int, typer.Option(help="Prompts at a time; samples depend on it.")]
-Device = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="cpu, cuda, auto (all GPUs, the rest offloaded); left out: a GPU if there is one."),
+Limit = Annotated[int | None, typer.Option("--limit", help="Documents of every task; default: all of them.")]
+SamplingSeed = Annotated[int, typer.Option("--seed", help="Of whatever is drawn at random: samples.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Texts at a time; samples depend on it.")]
+EvaluationDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Where it is computed: cpu, cuda, or auto (all GPUs, the rest offloaded); default: a GPU if there is one.",
+        metavar="NAME",
+    ),
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="Loaded as: auto, float32, bfloat16 or float16.")]
 
 
 @app.command("lm-eval-tasks", epilog='Example: tvbases lm-eval-tasks; lm_eval ls tasks --include_path "$(...)"')
@@ -51,37 +55,36 @@ def lm_eval_tasks() -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help="A checkpoint, an adapter or a basis directory.", metavar="MODEL")],
     base: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--base", help="The model before; left out: what MODEL names.", metavar="PATH_OR_ID"),
+        str | None,
+        typer.Option(
+            "--base",
+            help="The pretrained model: a directory or a Hub id; default: what MODEL names.",
+            metavar="PATH_OR_ID",
+        ),
     ] = None,
     task: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--task", help="A task of a basis; repeat for more; left out: all.", metavar="NAME"),
+        list[str] | None,
+        typer.Option("--task", help="A fine-tuned model that a basis holds; repeat; default: all.", metavar="NAME"),
     ] = None,
     target: Target = None,
     control: Control = None,
-    data: Data = None,
+    prompts: Prompts = None,
     scorer: ScorerName = "profanity",
     continuations: Continuations = None,
     limit: Limit = None,
-    seed: Seed = 0,
+    seed: SamplingSeed = 0,
     batch_size: BatchSize = 16,
-    device: Device = None,
+    device: EvaluationDevice = None,
     dtype: Dtype = "auto",
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
     """lm-eval before and after: targets and controls of the base, and of MODEL, in one table."""
-    check_json(json)
-    loaded_as = parse_dtype(dtype)
-    from tvbases_lm_eval.plan import Plan
-
-    plan = Plan.of(target or [], control or [], data or [], scorer, continuations, limit, seed, batch_size)
-    from tvbases_lm_eval.evaluate import evaluate as run
+    from tvbases_lm_eval.evaluate import evaluate_model
+    from tvbases_lm_eval.plan import Plan, parse_prompts
     from tvbases_lm_eval.table import print_table
-    from tvbases_lm_eval.variants import Where, variants
 
-    found = run(variants(model, base, task, Where(device, loaded_as)), plan)
-    if not quiet:
-        print_table(found, console)
-    write_report(json, found)
+    files = parse_prompts(prompts or ())
+    plan = Plan(tuple(target or ()), tuple(control or ()), files, scorer, continuations, limit, seed, batch_size)
+    found = evaluate_model(model, plan, base=base, tasks=task, device=device, dtype=parse_dtype(dtype))
+    tell(found, print_table, json)

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import defaults
 from ..errors import ParameterError
 from .app import app, console
-from .options import Base, Device, Json, Quiet, Task, check_file, check_json, write_report
+from .options import (
+    Base,
+    Device,
+    DryRun,
+    Json,
+    Memory,
+    Out,
+    Quiet,
+    Side,
+    Subspace,
+    Task,
+    Threads,
+    Threshold,
+    file_option,
+    rank_option,
+    scale_option,
+    tell,
+    write_report,
+)
+
+if TYPE_CHECKING:
+    from ..theory.inspection import Inspection
 
 
 @app.command(epilog="Example: tvbases inspect --base llama/ --task math=math/ --task code=code/")
@@ -18,137 +40,113 @@ def inspect(
     base: Base,
     task: Task,
     layers: Annotated[bool, typer.Option("--layers", help="Also interference and sharing by layer (slower).")] = False,
-    plot: Annotated[Optional[Path], typer.Option(help="Draw everything; implies --layers.", metavar="PNG")] = None,  # noqa: UP045
-    html: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="All of it on one page, pictures too; implies --layers.", metavar="FILE"),
-    ] = None,
+    plot: Annotated[Path | None, file_option("Draw everything; implies --layers.", "PNG")] = None,
+    html: Annotated[Path | None, file_option("All of it on one page, pictures too; implies --layers.")] = None,
     bounds: Annotated[bool, typer.Option("--bounds", help="Also the error bounds, both sides; needs --data.")] = False,
     data: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
-            help="Data of a task: .jsonl, .json, .csv, or DATASET[:SPLIT]; repeat.", metavar="NAME=FILE_OR_ID"
+            "--data",
+            help="Data of a task: .jsonl, .json, .csv, or DATASET[:SPLIT] of the Hub; repeat.",
+            metavar="NAME=FILE_OR_ID",
         ),
     ] = None,
     num_bases: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--num-bases", "-m", help="--bounds: how many bases; left out: as many as are suggested."),
+        float | None,
+        typer.Option(
+            "--num-bases",
+            "-m",
+            help="How many bases; a number below 1 is a fraction of the tasks. --bounds, default: as many as are "
+            "suggested.",
+        ),
     ] = None,
-    alpha: Annotated[float, typer.Option(help="--bounds: of the negation, 0 to 1.")] = 1.0,
+    alpha: Annotated[float, scale_option("of the negation in --bounds, 0 to 1.")] = 1.0,
     text_column: Annotated[str, typer.Option(help="--data: the column of text.")] = "text",
     label_column: Annotated[str, typer.Option(help="--data: the column of labels, for classifiers.")] = "label",
     max_rows: Annotated[int, typer.Option(help="--data: rows to read of each task.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="--data: rows a batch.")] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts at a time.")] = 16,
     device: Device = "cpu",
+    threads: Threads = None,
+    memory: Memory = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
     """How long and how similar task vectors are, how many bases they need, and whether the base is theirs."""
-    from ..bases.weights import resolve_num_bases
-    from ..models.gram import gram_matrix
-    from ..models.layers import examine_layers
     from ..models.vectors import Vectors, parse_tasks
-    from ..storage.run import find_device
-    from .tables import inspection, warn
+    from ..theory.inspection import inspect as examine
+    from .tables import warn
 
-    check_json(json)
-    check_file(plot, "--plot")
-    check_file(html, "--html")
     if bounds != bool(data):
         raise ParameterError("--bounds and --data NAME=FILE go together: a bound is about the losses on data")
-    place = find_device(device)
-    if bounds and place.type != "cpu":
-        raise ParameterError("--bounds are computed on the CPU; leave --device out")
-    vectors = Vectors.open(base, parse_tasks(task), device=place)
-    loaded, losses = _prepare(vectors.base, data or [], text_column, label_column, max_rows, batch_size)
-    gram = gram_matrix(vectors)
-    found = inspection(vectors, gram)
-    warn(found["warnings"])
-    measured = None
-    if losses:
-        from ..theory.bounds import measure_bounds
-
-        count = resolve_num_bases(found["suggested_num_bases"] if num_bases is None else num_bases, len(vectors))
-        measured = measure_bounds(loaded, vectors, losses, count, gram=gram, alpha=alpha)
-        found["bounds"] = measured.to_json()
-    if layers or plot or html:
-        found["layers"] = vars(examine_layers(vectors))
-    _show(found, measured, plot, html, quiet)
-    write_report(json, found)
+    vectors = Vectors.open(base, parse_tasks(task), device=device)
+    found = examine(
+        vectors,
+        layers=bool(layers or plot or html),
+        data=parse_tasks(data or ()),
+        num_bases=num_bases,
+        alpha=alpha,
+        text_column=text_column,
+        label_column=label_column,
+        max_rows=max_rows,
+        batch_size=batch_size,
+    )
+    warn(found.warnings)
+    _show(found, plot, html)
+    write_report(json, found.to_json())
 
 
-def _prepare(base: Any, data: list[str], *columns: Any) -> tuple[Any, dict[str, Any]]:
-    """The base with its head, and the losses of the data that was given; nothing if none was."""
-    if not data:
-        return None, {}
-    from ..learning.taskfiles import Columns, TaskModel
-    from ..models.vectors import parse_tasks
-    from ..theory.hessian import cross_entropy
-
-    read, sources = Columns(*columns), parse_tasks(data)
-    loaded = TaskModel.load(base)
-    return loaded.model, {name: cross_entropy(loaded.data(name, source, read)) for name, source in sources.items()}
-
-
-def _show(found: dict[str, Any], measured: Any, plot: Path | None, html: Path | None, quiet: bool) -> None:
+def _show(found: Inspection, plot: Path | None, html: Path | None) -> None:
     """As tables on the terminal, as a picture and as a page; files are written by the first process."""
     from ..storage.run import current
-    from .tables import print_inspection
+    from .tables import print_bounds, print_inspection
 
-    tables = [functools.partial(print_inspection, found)]
-    if measured:
-        from .bounds_table import print_bounds
-
-        tables.append(functools.partial(print_bounds, measured))
+    report = found.to_json()
+    tables = [functools.partial(print_inspection, report)]
+    if found.bounds:
+        tables.append(functools.partial(print_bounds, found.bounds))
     if (plot or html) and current().team.rank == 0:
         from ..storage.output import writing
         from .page import write_page
         from .plots import picture_of
 
-        picture = picture_of(found)
+        picture = picture_of(report)
         if plot:
             with writing(plot):
                 plot.write_bytes(picture)
         if html:
-            write_page(found, tables, picture, html)
-    if not quiet:
-        for show in tables:
-            show(console)
+            write_page(report, tables, picture, html)
+    for show in tables:
+        show(console)
 
 
 @app.command(epilog="Example: tvbases decompose --base llama/ --task toxic=toxic/ --task chat=chat/ --out parts/")
 def decompose(
     base: Base,
     task: Task,
-    out: Annotated[Path, typer.Option("--out", help="Where to write unique/TASK and shared.", metavar="DIR")],
-    threshold: Annotated[
-        float, typer.Option(help="Degree of sharing, 0 to 1, above which a direction is shared.")
-    ] = 0.85,
-    subspace: Annotated[
-        str, typer.Option(help="chain (the paper's), mean (order-free) or angles (two tasks).")
-    ] = "chain",
-    pool: Annotated[str, typer.Option(help="joint, iterative or pairs.")] = "joint",
-    side: Annotated[str, typer.Option(help="column (output directions) or row (input directions).")] = "column",
-    rank: Annotated[
-        str, typer.Option(help="Dimensions of a task's subspace: energy:0.95, 0.25, 16, ...")
-    ] = "energy:0.95",
+    out: Out,
+    threshold: Threshold = defaults.THRESHOLD,
+    subspace: Subspace = "chain",
+    pool: Annotated[
+        defaults.Pool,
+        typer.Option(
+            "--pool",
+            help="Shared is what all tasks share (joint), any two (iterative) or each pair by itself (pairs).",
+        ),
+    ] = "joint",
+    side: Side = "column",
+    rank: Annotated[str, rank_option("the dimensions of a task's subspace, of full fine-tunes.")] = defaults.RANK,
     device: Device = "cpu",
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Split task vectors into what they share and what is unique to each (DeVec), as checkpoints."""
-    from ..merging.components import is_components, write_components
+    """Split task vectors into what they share and what is unique to each (DeVec): OUT/unique/TASK and OUT/shared."""
+    from ..merging.components import write_components
     from ..methods.devec import Options
     from ..models.vectors import Vectors, parse_tasks
-    from ..storage.output import check_output
-    from ..storage.run import find_device
     from .tables import print_components, warn
 
     options = Options(threshold, subspace, pool, side, rank)
-    check_output(out, is_components)
-    vectors = Vectors.open(base, parse_tasks(task), device=find_device(device))
+    vectors = Vectors.open(base, parse_tasks(task), device=device)
     warn(vectors.coverage.notes())
-    found = write_components(vectors, options, out)
-    if not quiet:
-        print_components(found, console)
-    write_report(json, found)
+    tell(write_components(vectors, options, out, dry_run=dry_run), print_components, json)

@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any
 
 import typer
 
+from .. import defaults
 from ..errors import ParameterError
-from .app import app, console
-from .evaluate import BatchSize, Continuations, Control, Data, Device, Limit, ScorerName, Seed, Target
-from .options import Base, Json, Quiet, Task, check_file, check_json, write_report
+from .app import app
+from .evaluate import (
+    BatchSize,
+    Continuations,
+    Control,
+    EvaluationDevice,
+    Limit,
+    Prompts,
+    SamplingSeed,
+    ScorerName,
+    Target,
+)
+from .options import (
+    AdapterOut,
+    Base,
+    DryRun,
+    Json,
+    Memory,
+    NumBases,
+    Out,
+    Quiet,
+    Side,
+    Subspace,
+    Task,
+    Threads,
+    Threshold,
+    file_option,
+    rank_option,
+    scale_option,
+    tell,
+)
 
 
 @app.command(
@@ -21,110 +50,92 @@ def negate(
     base: Base,
     task: Task,
     forget: Annotated[str, typer.Option("--forget", help="The task to forget.", metavar="NAME")],
-    out: Annotated[Path, typer.Option("--out", help="Where to write the edited model.", metavar="DIR")],
+    out: Out,
     component: Annotated[
-        str, typer.Option(help="What is negated: plain (the task vector), unique (DeVec) or reconstructed (AE bases).")
+        defaults.Component,
+        typer.Option(
+            "--component", help="Of the task vector: all of it (plain), what is unique to it, or what AE bases hold."
+        ),
     ] = "plain",
     alpha: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="How much; left out: the largest of --alphas at which --control keeps --keep of its metric."),
+        float | None,
+        scale_option("how much is taken away; default: the largest of --alphas at which --control keeps --keep."),
     ] = None,
     alphas: Annotated[
-        str, typer.Option(help="The grid, ascending.", metavar="A,B,...")
-    ] = "0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
-    keep: Annotated[float, typer.Option(help="Share of the control metric that has to stay.")] = 0.95,
+        str | None, typer.Option(help="Scales to try, ascending; default: 0 to 1 in steps of 0.05.", metavar="A,B,...")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Share of the control metric that has to stay.")] = defaults.KEEP,
     target: Target = None,
     control: Control = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="Measure every alpha, for all three components; for --plot and --json.")
     ] = False,
-    plot: Annotated[Optional[Path], typer.Option(help="Target against control over alpha.", metavar="PNG")] = None,  # noqa: UP045
-    adapter: Annotated[bool, typer.Option("--adapter", help="Adapters in: write an adapter.")] = False,
-    threshold: Annotated[
-        float, typer.Option(help="unique: degree of sharing above which a direction is shared.")
-    ] = 0.85,
-    subspace: Annotated[str, typer.Option(help="unique: chain (the paper's), mean or angles.")] = "chain",
-    pool: Annotated[str, typer.Option(help="unique: iterative (the paper's for toxicity) or joint.")] = "iterative",
+    plot: Annotated[Path | None, file_option("Draw target against control over alpha; needs --curve.", "PNG")] = None,
+    adapter: AdapterOut = False,
+    threshold: Threshold = defaults.THRESHOLD,
+    subspace: Subspace = "chain",
+    pool: Annotated[
+        defaults.Pool,
+        typer.Option(
+            "--pool", help="Shared is what any other task shares (iterative, the paper's for toxicity), or all (joint)."
+        ),
+    ] = defaults.FORGETTING_POOL,
+    side: Side = "column",
     rank: Annotated[
-        str, typer.Option(help="unique: dimensions of a task's subspace, for full fine-tunes and DoRA.")
-    ] = "energy:0.95",
-    num_bases: Annotated[
-        float,
-        typer.Option("--num-bases", "-m", help="reconstructed: how many bases; below 1, a fraction of the tasks."),
-    ] = 0.5,
+        str, rank_option("the dimensions of a task's subspace, of full fine-tunes and DoRA.")
+    ] = defaults.RANK,
+    num_bases: NumBases = defaults.NUM_BASES,
     even_errors: Annotated[
-        bool, typer.Option("--even-errors", help="reconstructed: by bases that give none of the tasks up.")
+        bool, typer.Option("--even-errors", help="Of the bases: reconstruct every task about as well; give none up.")
     ] = False,
-    data: Data = None,
+    prompts: Prompts = None,
     scorer: ScorerName = "profanity",
     continuations: Continuations = None,
     limit: Limit = None,
-    seed: Seed = 0,
+    seed: SamplingSeed = 0,
     batch_size: BatchSize = 16,
-    device: Device = None,
+    device: EvaluationDevice = None,
+    threads: Threads = None,
+    memory: Memory = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
     """Forget a task: the base minus alpha times its vector, what is unique to it, or its AE reconstruction."""
-    from ..learning.directions import COMPONENTS, check_component
+    from tvbases_lm_eval.forget import negate_task
+    from tvbases_lm_eval.plan import Plan, parse_prompts
+
     from ..methods.devec import Options
-    from ..models.lora_files import is_adapter_directory
     from ..models.vectors import Vectors, parse_tasks
-    from ..storage.model import is_edited_model
-    from ..storage.output import check_output
     from .tables import warn
 
-    check_json(json)
-    check_file(plot, "--plot")
-    tasks = parse_tasks(task)
-    check_component(component, len(tasks))
-    check_output(out, is_adapter_directory if adapter else is_edited_model)
-    options = Options(threshold, subspace, pool, rank=rank)
-    if alpha is not None and (curve or plot or target or control):
-        raise ParameterError("--alpha says how much; --target, --control, --curve and --plot are for choosing it")
     if plot and not curve:
         raise ParameterError("--plot draws the curve of every component; add --curve")
-
-    from tvbases_lm_eval.forget import Request, check_plan, curves, directions, write
-    from tvbases_lm_eval.plan import Plan
-
-    components = COMPONENTS if curve and len(tasks) > 1 else (component,)
-    request = Request(forget, components, options, num_bases, keep, _numbers(alphas), curve, even_errors)
+    options = Options(threshold, subspace, pool, side, rank)
+    tried = defaults.ALPHAS if alphas is None else _numbers(alphas)
     plan = None
-    if alpha is None:
-        plan = Plan.of(target or [], control or [], data or [], scorer, continuations, limit, seed, batch_size)
-        check_plan(plan)
-    vectors = Vectors.open(base, tasks)
+    if alpha is None or target or control:
+        files = parse_prompts(prompts or ())
+        plan = Plan(tuple(target or ()), tuple(control or ()), files, scorer, continuations, limit, seed, batch_size)
+    vectors = Vectors.open(base, parse_tasks(task))
     warn(vectors.coverage.notes())
-    found = directions(vectors, request)
-    report: dict[str, object] = {"base": base, "forget": forget, "component": component}
-    if plan is not None:
-        from tvbases_lm_eval.variants import BEFORE, Variant, Where, load
+    how: dict[str, Any] = {"component": component, "alpha": alpha, "alphas": tried, "keep": keep, "curve": curve}
+    how |= {"options": options, "num_bases": num_bases, "even_errors": even_errors, "adapter": adapter}
+    found = negate_task(vectors, forget, out, plan, device=device, dry_run=dry_run, **how)
+    if plot and "curves" in found:
+        from tvbases_lm_eval.plots import plot_negations
 
-        loaded = Variant(BEFORE, *load(base, Where(device)))
-        negations = curves(vectors, found, loaded, request, plan)
-        alpha = negations[component].alpha
-        report["curves"] = {name: negation.to_json() for name, negation in negations.items()}
-        if plot:
-            from tvbases_lm_eval.plots import plot_negations
+        plot_negations(found["curves"], forget, plot)
+    tell(found, _show, json)
 
-            plot_negations(negations, forget, plot)
-        if not quiet:
-            for name, negation in negations.items():
-                console.print(f"{name}: {negation.summary()}", highlight=False)
-    assert alpha is not None
-    write(
-        vectors,
-        found[component],
-        alpha,
-        out,
-        f"{forget} forgotten, {component}, {alpha:g}",
-        adapter=adapter,
-    )
-    report |= {"alpha": alpha, "out": str(out)}
-    if not quiet:
-        console.print(f"{out}: {base} - {alpha:g} * {component} of {forget}", highlight=False)
-    write_report(json, report)
+
+def _show(found: dict[str, Any], console: Any) -> None:
+    from ..learning.negation import Negation
+
+    for name, negation in found.get("curves", {}).items():
+        console.print(f"{name}: {Negation.from_json(negation).summary()}", highlight=False)
+    what = f"{found['alpha']:g} * {found['component']} of {found['forget']}"
+    console.print(f"{found['out']}: {found['base']} - {what}", highlight=False)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -1,55 +1,139 @@
-"""Options that several commands have, and what is checked before the work."""
+"""Options that several commands have, each with one meaning, and what is checked before the work.
+
+How a command works (threads, memory, bars, going on with a killed run) is said to the Run here and nowhere else.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from .. import defaults
 from ..errors import OutputError, ParameterError
+from .app import console
+
+Value = TypeVar("Value")
+
+
+def _in_run(context: typer.Context, **how: Any) -> None:
+    """The rest of the command works so; only then is anything imported that is not needed to parse."""
+    from ..storage.run import current, using
+
+    context.with_resource(using(replace(current(), **how)))
 
 
 def _quietly(context: typer.Context, quiet: bool) -> bool:
-    """The command's work is without bars; only then is anything imported that is not needed to parse."""
     if quiet:
-        from ..storage.run import current, using
-
-        context.with_resource(using(replace(current(), quiet=True)))
+        _in_run(context, quiet=True)
+        context.with_resource(_silent())
     return quiet
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+def _on_threads(context: typer.Context, threads: int | None) -> int | None:
+    if threads is not None:
+        _in_run(context, workers=threads)
+    return threads
+
+
+def _within_memory(context: typer.Context, memory: str | None) -> str | None:
+    if memory is not None:
+        _in_run(context, memory=parse_size(memory))
+    return memory
+
+
+def _going_on(context: typer.Context, resume: bool) -> bool:
+    if not resume:
+        _in_run(context, resume=False)
+    return resume
+
+
+def _writable(parameter: typer.CallbackParam, file: Path | None) -> Path | None:
+    check_file(file, f"--{parameter.name}")
+    return file
+
+
+def file_option(help: str, metavar: str = "FILE") -> Any:
+    """A file that a command writes besides its output; whether it can is known before the work."""
+    return typer.Option(help=help, metavar=metavar, callback=_writable)
 
 
 _BASE = typer.Option("--base", help="The pretrained model: a directory or a Hub id.", metavar="PATH_OR_ID")
 _TASK = typer.Option("--task", help="A fine-tuned model; repeat for each.", metavar="NAME=PATH_OR_ID")
 Base = Annotated[str, _BASE]
 Task = Annotated[list[str], _TASK]
-Value = TypeVar("Value")
 # Of commands that can do without in some of their uses; see ``required``.
-OptionalBase = Annotated[Optional[str], _BASE]  # noqa: UP045
-OptionalTask = Annotated[Optional[list[str]], _TASK]  # noqa: UP045
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no report.", callback=_quietly)]
-Json = Annotated[Optional[Path], typer.Option("--json", help="Write the report as JSON.", metavar="FILE")]  # noqa: UP045
-Threads = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--threads", help="Weights that are worked on at a time; left out: one per processor.", min=1),
-]
-Memory = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--memory", help="What the work may take in memory beside the program, for example 1.5GB."),
-]
-Device = Annotated[
-    str, typer.Option(help="Where changes are computed: cpu, cuda (of several processes each takes one), cuda:1.")
-]
-Resume = Annotated[
-    bool, typer.Option(help="Go on where a killed or interrupted run of this very command was, if there is one.")
-]
+OptionalBase = Annotated[str | None, _BASE]
+OptionalTask = Annotated[list[str] | None, _TASK]
+Out = Annotated[Path, typer.Option("--out", help="The directory to write.", metavar="DIR")]
 NumBases = Annotated[
     float, typer.Option("--num-bases", "-m", help="How many bases; a number below 1 is a fraction of the tasks.")
 ]
+Seed = Annotated[int, typer.Option("--seed", help="Of whatever is drawn at random.")]
+Dtype = Annotated[defaults.Dtype, typer.Option("--dtype", help="Of the weights; auto: as the models are stored.")]
+Device = Annotated[
+    str, typer.Option("--device", help="Where it is computed: cpu, cuda, or one of several as cuda:1.", metavar="NAME")
+]
+AdapterOut = Annotated[bool, typer.Option("--adapter", help="Of adapters: write an adapter, not a checkpoint.")]
+
+# Shared and unique components.
+Threshold = Annotated[
+    float, typer.Option("--threshold", help="Degree of sharing, 0 to 1, above which a direction is shared.")
+]
+Subspace = Annotated[
+    defaults.Subspace,
+    typer.Option("--subspace", help="chain: the paper's; mean: whatever the order; angles: of two tasks."),
+]
+Side = Annotated[defaults.Side, typer.Option("--side", help="column: output directions; row: input directions.")]
+
+# How a command works.
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress bars, nothing printed but warnings.", callback=_quietly)
+]
+Json = Annotated[Path | None, file_option("Write the report as JSON.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", help="Weights worked on at a time; default: one per processor.", min=1, callback=_on_threads
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", help="The most that the work may take beside the program, as 1.5GB.", callback=_within_memory
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume/--no-resume", help="Go on where a killed run of this very command was.", callback=_going_on),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check models, options and output; say what would be written; write nothing.")
+]
+
+
+def rank_option(of: str) -> Any:
+    """``--rank``, a rank rule in every command; only what it is the rank of differs."""
+    return typer.Option("--rank", help=f"A rank rule (16, 0.25, energy:0.95, gavish-donoho): {of}", metavar="RULE")
+
+
+def scale_option(of: str) -> Any:
+    """``--alpha``, a scale in every command."""
+    return typer.Option("--alpha", help=f"A scale: {of}")
 
 
 def required(option: str, value: Value | None) -> Value:
@@ -57,6 +141,23 @@ def required(option: str, value: Value | None) -> Value:
     if not value:
         raise typer.BadParameter("this option is missing", param_hint=f"'{option}'")
     return value
+
+
+def parse_numbers(option: str, items: Sequence[str]) -> dict[str, float]:
+    """``NAME=NUMBER`` arguments; ParameterError for a bad or repeated one."""
+    found: dict[str, float] = {}
+    for item in items:
+        name, _, number = item.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = float("nan")
+        if not name or value - value != 0:  # neither NaN nor infinite
+            raise ParameterError(f'{option} "{item}" is not NAME=NUMBER, for example anime=0.8')
+        if name in found:
+            raise ParameterError(f'two {option[2:]}s for "{name}" ({found[name]:g} and {number}); give one')
+        found[name] = value
+    return found
 
 
 def parse_targets(items: Sequence[str], tasks: Iterable[str]) -> list[float] | None:
@@ -74,11 +175,11 @@ def parse_targets(items: Sequence[str], tasks: Iterable[str]) -> list[float] | N
 
 
 def parse_dtype(name: str) -> Any:
+    """A torch dtype; None for auto."""
     import torch
 
-    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    check_choice("--dtype", name, known)
-    return known[name]
+    check_choice("--dtype", name, defaults.Dtype.__args__)
+    return None if name == "auto" else getattr(torch, name)
 
 
 def check_choice(option: str, value: str, known: Iterable[str]) -> None:
@@ -121,7 +222,16 @@ def parse_size(text: str | None, option: str = "--memory") -> int | None:
     return int(size)
 
 
-def write_report(file: Path | None, value: dict[str, Any]) -> None:
+def tell(found: Mapping[str, Any], show: Callable[[Any, Any], None], json: Path | None) -> None:
+    """A command's report: warnings on stderr, tables (not with --quiet), and JSON; of a dry run what it would write."""
+    from .tables import print_preview, warn
+
+    warn(found.get("warnings", found.get("notes", ())))
+    (print_preview if found.get("dry_run") else show)(found, console)
+    write_report(json, found)
+
+
+def write_report(file: Path | None, value: Mapping[str, Any]) -> None:
     from ..storage.output import write_json, writing
     from ..storage.run import current
 

@@ -14,15 +14,24 @@ import torch
 from ..algebra.delta import ENCODE_BYTES, PIECE_BYTES
 from ..bases import ae_bases
 from ..bases.weights import resolve_num_bases
+from ..defaults import NUM_BASES, Job
 from ..errors import CheckpointError, ParameterError
 from ..storage.checkpoint import DTYPES, HUB_ID, Checkpoint, TensorInfo
 from ..storage.parallel import default_workers
-from ..storage.run import shares
+from ..storage.run import current, shares
 from ..storage.tensor_files import file_bytes
 
 # How often every model is read: ties finds two halves of its thresholds first, dare its
 # lengths before and after, bases their Gram matrix.
-PASSES = {"gram": 1, "compress": 2, "linear": 1, "task_arithmetic": 1, "ties": 3, "dare": 3, "ae_bases": 2}
+PASSES: dict[Job, int] = {
+    "gram": 1,
+    "compress": 2,
+    "linear": 1,
+    "task_arithmetic": 1,
+    "ties": 3,
+    "dare": 3,
+    "ae_bases": 2,
+}
 # Of a thread, beside its pieces: the tables of ties per model.
 TABLES = {"ties": 2 * (1 << 16) * 8}
 MEASURED_BYTES, MEASURED_AT_ONCE = 1 << 30, 1 << 24
@@ -53,26 +62,30 @@ class Plan:
 
 
 def plan(
-    base: Infos,
+    base: str | Infos,
     models: int,
-    job: str,
+    job: Job = "compress",
     *,
-    num_bases: float = 0.5,
+    num_bases: float = NUM_BASES,
     dtype: torch.dtype | None = None,
     processes: int = 1,
-    threads: int | None = None,
     bandwidth: float | None = None,
 ) -> Plan:
-    """What ``job`` (a key of PASSES) does to ``models`` full fine-tunes of a base with these tensors.
+    """What ``job`` does to ``models`` full fine-tunes of a base, on the threads of this Run.
 
     Args:
+        base: the tensors' shapes and dtypes, or what ``headers`` reads them from.
         dtype: what the result is stored in; None for the base's own.
-        bandwidth: bytes per second, read and written.
+        bandwidth: bytes per second, read and written; None: measured, where the base is a local checkpoint.
+
+    Raises ParameterError for what cannot be, CheckpointError for a base that has no headers.
     """
     if job not in PASSES:
         raise ParameterError(f"no plan for {job!r}; known: {', '.join(PASSES)}")
     if models < 1 or processes < 1:
         raise ParameterError("at least one model and one process are needed")
+    if isinstance(base, str):
+        base, bandwidth = headers(base), bandwidth or bandwidth_of(base)
     floating = {name: info for name, info in base.items() if info.dtype.is_floating_point}
     numbers = sum(info.numel for info in floating.values())
     size = sum(info.nbytes for info in floating.values())
@@ -97,7 +110,7 @@ def plan(
         numbers,
         read,
         written,
-        own_memory() + (threads or default_workers()) * each,
+        own_memory() + (current().workers or default_workers()) * each,
         float(numbers) * operations_per_number(job, models, count),
         bandwidth,
         traffic / bandwidth if bandwidth else None,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from ..errors import MissingExtraError
 from .app import app, console
-from .options import Json, Quiet, check_json, write_report
+from .options import Json, Quiet, file_option, write_report
 
 
 @app.command(epilog="Example: tvbases doctor")
@@ -17,7 +17,6 @@ def doctor(json: Json = None) -> None:
     """Versions of everything that matters, which extras are here, whether the hook is installed, free disk."""
     from .doctor import examine, print_findings
 
-    check_json(json)
     found = examine()
     print_findings(found, console)
     write_report(json, found)
@@ -25,8 +24,8 @@ def doctor(json: Json = None) -> None:
 
 @app.command(epilog="Example: tvbases demo --json demo.json")
 def demo(
-    workdir: Annotated[Optional[Path], typer.Option(help="Where models are kept for the next run.")] = None,  # noqa: UP045
-    plot: Annotated[Optional[Path], typer.Option(help="Where to put the picture.", metavar="PNG")] = None,  # noqa: UP045
+    workdir: Annotated[Path | None, typer.Option(help="Where models are kept for the next run.", metavar="DIR")] = None,
+    plot: Annotated[Path | None, file_option("Draw the results.", "PNG")] = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

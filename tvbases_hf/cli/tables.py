@@ -1,51 +1,33 @@
-"""What commands tell their users: plain dictionaries for programs, tables for people."""
+"""What commands tell their users: reports, which are plain dictionaries, as tables."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ..bases import ae_bases
-from ..basis import Basis
-from ..basis.adapters.verdict import verdict
-from ..basis.info import AdapterInfo, BasisInfo
-from ..models.gram import Gram
-from ..models.vectors import Vectors
 from ..storage.output import readable_size
 
-# Bases that leave less than this of the task vectors' energy unexplained are suggested.
-SUGGESTED_LOSS = 0.2
+if TYPE_CHECKING:
+    from ..theory.bounds import Bounds, Side
+
+TITLES = {
+    ("3.5", "tasks"): "addition, all task vectors (Theorem 3.5): loss above the task's own model",
+    ("3.5", "bases"): "addition, bases (Theorem 3.5)",
+    ("3.6", "tasks"): "unseen task, most similar task vector (Theorem 3.6): loss above the task's own model",
+    ("3.6", "bases"): "unseen task, basis of the other tasks (Theorem 3.6)",
+    ("3.7", "tasks"): "negation of the worst other task (Theorem 3.7): loss above the base's",
+    ("B.10", "bases"): "negation over bases, with their own error (Theorem B.10)",
+    ("3.7", "bases"): "negation over bases, with the spectral tail (Theorem 3.7)",
+}
 
 
 def warn(lines: Iterable[str]) -> None:
     for line in lines:
         print(f"warning: {line}", file=sys.stderr)
-
-
-def inspection(vectors: Vectors, gram: Gram) -> dict[str, Any]:
-    """Norms, similarities and the least loss for every M. Losses are shares of the total squared norm."""
-    total = float(gram.matrix.trace()) or 1.0
-    solutions = [ae_bases(gram.matrix, m) for m in range(1, len(vectors) + 1)]
-    balanced = [s.bound / total for s in solutions]
-    return {
-        "base": vectors.base.label,
-        "tasks": list(vectors.tasks),
-        "parameters": vectors.numel,
-        "tensors": len(vectors.names),
-        "norm": gram.norms.tolist(),
-        "norm_ratio": None if gram.norm_ratios is None else gram.norm_ratios.tolist(),
-        "cosine": gram.cosine.tolist(),
-        "unexplained": {"any_vectors": [s.spectral_bound / total for s in solutions], "balanced_bases": balanced},
-        "suggested_num_bases": next(
-            m for m, loss in enumerate(balanced, 1) if loss <= SUGGESTED_LOSS or m == len(vectors)
-        ),
-        "warnings": [*vectors.coverage.notes(), *gram.warnings()],
-    }
 
 
 def print_inspection(found: dict[str, Any], console: Console) -> None:
@@ -83,48 +65,67 @@ def print_layers(layers: dict[str, Any], console: Console) -> None:
     console.print(shared)
 
 
+def print_bounds(found: Bounds, console: Console) -> None:
+    """What was measured beside what may be at most, and which assumptions are not true."""
+    c = found.constants
+    console.print(
+        f"\nC = {c.c:.4g} (largest squared norm), eps = {c.epsilon:.3f} (largest |cosine|), M = {found.num_bases}: "
+        f"spectral gap {c.gap:.3g}, tail {c.tail:.3g}\n"
+    )
+    table = Table(
+        "task", "L", "gradient", "loss", "loss of base", title="at each task's own model", title_justify="left"
+    )
+    for at in found.curvatures:
+        known = "" if at.top.converged else f" (not converged: residual {at.top.residual:.0%})"
+        sign = " (negative: not a minimum)" if at.top.value < 0 else ""
+        table.add_row(
+            at.task, f"{at.smoothness:.4g}{known}{sign}", f"{at.gradient:.3g}", f"{at.loss:.4g}", f"{at.base_loss:.4g}"
+        )
+    console.print(table)
+    for key, title in TITLES.items():
+        sides = [side for side in found.sides if (side.theorem, side.over) == key]
+        if sides:
+            console.print(_bounds_table(title, sides))
+    broken = sorted({reason for side in found.sides for reason in side.broken})
+    if broken:
+        console.print("not true here:")
+        for reason in broken:
+            console.print(f"  {reason}")
+    console.print(_marks_explained(bool(broken)))
+
+
+def _bounds_table(title: str, sides: list[Side]) -> Table:
+    table = Table("loss of", "with", "measured", "bound", "", "not true", title=title, title_justify="left")
+    for side in sides:
+        mark = "<=" if side.holds else "EXCEEDED"
+        table.add_row(
+            side.task,
+            side.other,
+            f"{side.measured:.4g}",
+            f"{side.bound:.4g}",
+            mark,
+            ", ".join(map(_short, side.broken)),
+        )
+    return table
+
+
+def _short(reason: str) -> str:
+    """``B.2: the gradient ...`` as B.2."""
+    return reason.partition(":")[0]
+
+
+def _marks_explained(broken: bool) -> str:
+    if broken:
+        return "A bound is certain only where nothing is listed as not true; elsewhere it may hold or not."
+    return "Every assumption is true at the models measured: the bounds are certain."
+
+
 def print_components(found: dict[str, Any], console: Console) -> None:
     title = "share of each task vector's energy that is shared"
     table = Table("layers", *found["tasks"], title=title, title_justify="left")
     for group, shares in found["shared_energy"].items():
         table.add_row(group, *(f"{share:.1%}" for share in shares))
     console.print(table)
-
-
-def compression(basis: Basis, vectors: Vectors, gram: Gram, out: Path) -> dict[str, Any]:
-    """What was kept and what it cost, for a basis as it is stored."""
-    info = basis.info
-    stored = sum(tensor.nbytes for tensor in basis.tensors.values())
-    return {
-        "out": str(out),
-        "method": info.method,
-        "tasks": list(info.tasks),
-        "num_bases": info.num_bases,
-        "loss": info.loss,
-        "bound": info.bound,
-        "spectral_bound": info.spectral_bound,
-        "effective_weights": info.effective_weights,
-        "task_error": info.task_error,
-        "norm_ratio": None if gram.norm_ratios is None else gram.norm_ratios.tolist(),
-        "bytes": stored,
-        "bytes_of_task_vectors": sum(vectors.base.tensors[name].nbytes for name in vectors.names) * len(vectors),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in basis.tensors.values()}),
-        **(adapter_compression(info.adapters, info) if info.adapters else {}),
-    }
-
-
-def adapter_compression(adapters: AdapterInfo, info: BasisInfo) -> dict[str, Any]:
-    """What only a basis of adapters has to say; ``bytes_of_task_vectors`` is then that of the adapters."""
-    return {
-        "bytes_of_task_vectors": adapters.adapters_bytes,
-        "alpha": adapters.alpha,
-        "error_before_rounding": adapters.error_before_rounding,
-        "truncation_error": adapters.truncation_error,
-        "candidates": adapters.candidates,
-        "stock_error": adapters.stock_error,
-        "overlap": adapters.overlap,
-        "verdict": verdict(info),
-    }
 
 
 def print_compression(found: dict[str, Any], console: Console) -> None:
@@ -196,6 +197,16 @@ def print_merge(found: dict[str, Any], console: Console) -> None:
         for group, error in errors.items():
             table.add_row(group, f"{error:.3%}")
         console.print(table)
+
+
+def print_preview(found: Mapping[str, Any], console: Console) -> None:
+    """What a dry run would have written."""
+    known = [] if found["tensors"] is None else [_count(found["tensors"], "tensor", "tensors")]
+    known += [] if found["bytes"] is None else [readable_size(found["bytes"])]
+    console.print(
+        f"dry run: all is checked, nothing is written; it would be {', '.join(known)} in {found['out']}",
+        highlight=False,
+    )
 
 
 def print_plan(found: dict[str, Any], console: Console) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import get_args
 
+from .. import defaults
 from ..algebra.delta import Delta
 from ..algebra.sums import total
 from ..bases import ae_bases
@@ -17,7 +19,9 @@ from ..methods.devec import Options, decompose
 from ..models.gram import Gram, gram_matrix
 from ..models.vectors import Vectors
 
-COMPONENTS = ("plain", "unique", "reconstructed")
+COMPONENTS = get_args(defaults.Component)
+# How what is unique to an unwanted task is found: the paper's toxicity protocol.
+FORGETTING = Options(pool=defaults.FORGETTING_POOL)
 # Directions are asked for once per alpha. Below this they are kept, as dense float32 at the most.
 CACHED_BYTES = 2 << 30
 
@@ -29,8 +33,8 @@ def direction(
     task: str,
     component: str = "plain",
     *,
-    options: Options | None = None,
-    num_bases: float = 0.5,
+    options: Options = FORGETTING,
+    num_bases: float = defaults.NUM_BASES,
     even_errors: bool = False,
     gram: Gram | None = None,
 ) -> Direction:
@@ -38,28 +42,32 @@ def direction(
 
     Args:
         component: ``plain``, ``unique`` (needs another task, the pool that it is compared with) or ``reconstructed``.
-        options: of the decomposition; the paper's toxicity protocol (iterative pool, threshold 0.85) if left out.
+        options: of the decomposition; by default the paper's toxicity protocol (iterative pool, threshold 0.85).
         num_bases: M of the AE bases, or a fraction of the T tasks; ``gram`` saves a pass if it is known.
         even_errors: of the bases, so that this task is not one of those that least squares gives up; see ae_bases.
 
     Raises ParameterError for an unknown task or component, and for one that needs more tasks.
     """
     check_component(component, len(vectors))
-    if task not in vectors.tasks:
-        raise ParameterError(
-            f'no task "{task}"{did_you_mean(task, vectors.tasks)}; there are {", ".join(vectors.tasks)}'
-        )
+    check_task(task, vectors)
     index = vectors.tasks.index(task)
     match component:
         case "plain":
             return lambda name: vectors.deltas(name)[index]
         case "unique":
-            return _unique(vectors, index, options or Options(pool="iterative"))
+            return _unique(vectors, index, options)
         case _:
             matrix = (gram or gram_matrix(vectors)).matrix
             weights = ae_bases(matrix, num_bases, even_errors=even_errors)
             column = weights.reconstruction[:, index].tolist()
             return _kept(vectors, lambda name: total(vectors.deltas(name), column))
+
+
+def check_task(task: str, vectors: Vectors) -> None:
+    if task not in vectors.tasks:
+        raise ParameterError(
+            f'no task "{task}"{did_you_mean(task, vectors.tasks)}; there are {", ".join(vectors.tasks)}'
+        )
 
 
 def check_component(component: str, num_tasks: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..algebra.delta import Dense, pieces
+from ..defaults import ALPHAS, KEEP
 from ..errors import CheckpointError, ParameterError, did_you_mean
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint
@@ -23,8 +24,6 @@ from .coefficients import NON_NEGATIVE, PATIENCE, Metrics, check_alphas
 from .curve import Curve, score_of
 from .inplace import Change, InPlace
 
-KEEP = 0.95
-ALPHAS = tuple(i / 20 for i in range(21))  # of the vision protocol
 # Accuracies are quotients of small numbers: one that equals the limit must not miss it by a rounding.
 ROUNDING = 1e-12
 

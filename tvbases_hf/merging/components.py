@@ -14,7 +14,7 @@ from ..models.grouping import group_of, in_order
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint
 from ..storage.model import copy_side_files
-from ..storage.output import transaction, write_json
+from ..storage.output import check_output, preview, transaction, write_json
 from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
 
@@ -22,14 +22,18 @@ MARKER = "tvbases_components.json"
 SHARED = "shared"
 
 
-def write_components(vectors: Vectors, options: Options, out: Path) -> dict[str, Any]:
+def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: bool = False) -> dict[str, Any]:
     """Write ``out/unique/TASK`` and ``out/shared``: the base plus each unique component, and plus the shared one.
 
     Tensors that are not matrices count as unique. Returns, per layer group and task, the share of the task vector's
-    energy that is shared. Raises OutputError for an output that is not ours or a full disk.
+    energy that is shared; of a dry run, what would be written. Raises OutputError for an output that is not ours or
+    a full disk.
     """
     base = vectors.base
     copies = [f"unique/{task}" for task in vectors.tasks] + [SHARED]
+    if dry_run:
+        check_output(out, is_components)
+        return preview(out, len(base.tensors) * len(copies), base.nbytes * len(copies))
     energy: dict[str, Tensor] = {}
     with transaction(out, is_components, base.nbytes * len(copies)) as work:
         files = {copy: _begin(base, work / copy) for copy in copies}

@@ -18,6 +18,7 @@ from ..algebra.delta import Delta, Dense, zeros
 from ..algebra.sums import mix
 from ..bases import BasisWeights
 from ..errors import ParameterError
+from ..storage import run
 from ..storage.checkpoint import Checkpoint, locate
 from .adapter import Adapter, is_adapter
 from .fit import Coverage, check_fit
@@ -48,11 +49,11 @@ class Vectors:
 
     @classmethod
     def open(cls, base: str | Path, tasks: Mapping[str, str | Path], *, device: str | torch.device = "cpu") -> Vectors:
-        """Task vectors of checkpoints or adapters by path or Hub id; see open_model and of_models."""
+        """Task vectors of checkpoints or adapters by path or Hub id; see open_model, of_models and find_device."""
+        place = run.find_device(device) if isinstance(device, str) else device
         opened = Checkpoint.open(base)
-        return cls.of_models(
-            opened, {task: open_model(source, opened) for task, source in tasks.items()}, device=device
-        )
+        models = {task: open_model(source, opened) for task, source in tasks.items()}
+        return cls.of_models(opened, models, device=place)
 
     @classmethod
     def of_models(

@@ -114,6 +114,16 @@ def file_transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_by
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def preview(out: str | Path, tensors: int | None, needed_bytes: int | None) -> dict[str, Any]:
+    """The report of a dry run: what would be written to ``out``, which was checked; numbers where they are known.
+
+    Raises OutputError for a disk without that much room.
+    """
+    place = Path(out).expanduser().absolute()
+    _check_space(place.parent, needed_bytes or 0)
+    return {"dry_run": True, "out": str(out), "tensors": tensors, "bytes": needed_bytes}
+
+
 def journal_of(work: Path) -> Journal | None:
     """What is finished in the directory of a transaction that can be resumed."""
     return _JOURNALS.get(work)

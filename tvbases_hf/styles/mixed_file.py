@@ -12,19 +12,59 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import defaults
 from ..algebra.delta import LowRank
+from ..methods.devec import Options
 from ..storage.checkpoint import TensorInfo
-from ..storage.output import file_transaction
+from ..storage.output import check_output_file, file_transaction, preview
 from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
 from ..version import library_version
 from .lora_layers import BIAS, A, B
 from .lora_source import METADATA
-from .mixing import Part, Place, Recipe, Styles, combine, split
+from .mixing import Part, Place, Recipe, Styles, combine, parse_scales, split
 from .report import Tally, recipe_words
 
 RECIPE = "tvbases_styles"
 ONE_FILE = 1 << 60
+
+
+def mix_style_files(
+    styles: Mapping[str, str],
+    out: str | Path,
+    *,
+    scales: Mapping[str, float] | None = None,
+    component: str = "unique",
+    shared_weight: float = 0.0,
+    threshold: float = defaults.THRESHOLD,
+    subspace: str = "chain",
+    pool: str = "joint",
+    side: str = "column",
+    rank: str | float | None = None,
+    dtype: torch.dtype | None = None,
+    pairs: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Mix style LoRAs, by name, into one LoRA file, and return the report. No model is loaded.
+
+    Args:
+        styles: a file in any of diffusers' formats, a directory or a Hub id each.
+        scales: of each style; 1 where none is given.
+        component, shared_weight: see Recipe; threshold, subspace, pool, side, rank: see Options (rank is that of
+            low-rank changes; None for all directions of a style).
+        dtype, pairs: see write_mix.
+        dry_run: check everything and report what would be written.
+
+    Raises ParameterError, CheckpointError, MismatchError or OutputError; nothing is written then.
+    """
+    check_output_file(out, is_mix)
+    recipe = Recipe(component, Options(threshold, subspace, pool, side, factored_rank=rank), shared_weight)
+    numbers = parse_scales(tuple(styles), scales)
+    opened = Styles.open(styles)
+    if dry_run:
+        infos = _all_infos(opened, numbers, dtype)
+        return preview(out, len(infos), sum(info.nbytes for info in infos.values()))
+    return write_mix(opened, recipe, numbers, Path(out), sources=styles, dtype=dtype, pairs=pairs)
 
 
 def write_mix(
@@ -45,11 +85,8 @@ def write_mix(
 
     Raises OutputError for a file that is not ours, and ParameterError if nothing would be mixed; nothing is written.
     """
-    stored = dtype or (torch.float32 if styles.dtype == torch.float64 else styles.dtype)
-    used = {name for name, scale in scales.items() if scale != 0}
-    ranks = {place: max(1, sum(r for name, r in place.ranks.items() if name in used)) for place in styles.places}
-    biased = {place.component for place in styles.places if place.has_bias}
-    infos = {name: info for place in styles.places for name, info in _infos(place, ranks[place], stored, biased)}
+    stored, ranks, biased = _stored(styles, dtype), _ranks(styles, scales), _biased(styles)
+    infos = _all_infos(styles, scales, dtype)
     counted = Tally(styles, recipe, pairs)
     header = {RECIPE: json.dumps(recipe_header(recipe, scales, sources)), METADATA: json.dumps(lora_metadata(ranks))}
     with file_transaction(out, is_mix, sum(info.nbytes for info in infos.values())) as file:
@@ -136,6 +173,24 @@ def is_mix(file: Path) -> bool:
 
 def _name(place: Place, part: str) -> str:
     return f"{place.component}.{place.module}.{part}"
+
+
+def _stored(styles: Styles, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or (torch.float32 if styles.dtype == torch.float64 else styles.dtype)
+
+
+def _ranks(styles: Styles, scales: Mapping[str, float]) -> dict[Place, int]:
+    return {place: max(1, sum(r for name, r in place.ranks.items() if scales[name] != 0)) for place in styles.places}
+
+
+def _biased(styles: Styles) -> set[str]:
+    """Components of which some module has a LoRA bias: then all have one in the file."""
+    return {place.component for place in styles.places if place.has_bias}
+
+
+def _all_infos(styles: Styles, scales: Mapping[str, float], dtype: torch.dtype | None) -> dict[str, TensorInfo]:
+    stored, ranks, biased = _stored(styles, dtype), _ranks(styles, scales), _biased(styles)
+    return {name: info for place in styles.places for name, info in _infos(place, ranks[place], stored, biased)}
 
 
 def _infos(place: Place, rank: int, dtype: torch.dtype, biased: set[str]) -> Iterable[tuple[str, TensorInfo]]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from .. import defaults
 from ..algebra.delta import Delta, LowRank, dense
 from ..algebra.linalg import negligible
 from ..algebra.sums import side_by_side
@@ -22,7 +24,7 @@ from .diffusers_files import open_lora
 from .lora_layers import BIAS_SUFFIX, LoraLayers
 from .lora_source import Source
 
-KINDS = ("unique", "shared", "full")
+KINDS = get_args(defaults.StyleComponent)
 Lora = Mapping[str, LoraLayers]
 
 

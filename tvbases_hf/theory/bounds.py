@@ -74,7 +74,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Everything measured; ``to_json`` for programs, bounds_report.print_bounds for people."""
+    """Everything measured; ``to_json`` for programs, tables of the command line for people."""
 
     tasks: tuple[str, ...]
     num_bases: int

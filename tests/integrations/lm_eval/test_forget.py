@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from commands.command_line import refused, snapshot, tvbases
+from commands.command_line import misused, refused, snapshot, tvbases
 from tvbases_hf import Basis, Vectors
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import CheckpointError, ParameterError
+from tvbases_hf.learning.directions import COMPONENTS
 from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.storage.checkpoint import Checkpoint
-from tvbases_lm_eval.forget import TARGET, worth
+from tvbases_lm_eval.forget import TARGET, negate_task, worth
 from tvbases_lm_eval.plan import Plan
 from tvbases_lm_eval.variants import Where, load, variants
 from zoo.hf_models import Family, make_family, make_llama, read_state, save_state
@@ -164,7 +165,7 @@ def test_the_command_shows_before_and_after(
 ) -> None:
     data = write_rows(tmp_path / "prompts.jsonl", toxigen_rows(2))
     outcome = tvbases(
-        *("evaluate", adapters["toxic"], "--target", "tvbases_toxigen_generate", "--data", f"toxigen={data}"),
+        *("evaluate", adapters["toxic"], "--target", "tvbases_toxigen_generate", "--prompts", f"toxigen={data}"),
         *("-k", 2, "--control", f"text:{text}", "--scorer", "python:zoo.toxic_data.bad_share", "--device", "cpu"),
         *("--json", tmp_path / "found.json"),
     )
@@ -260,7 +261,6 @@ def test_a_target_without_a_score_is_no_success() -> None:
     ("arguments", "reason"),
     [
         (["--forget", "toxik", "--alpha", 1], 'no task "toxik" (did you mean toxic?)'),
-        (["--forget", "toxic", "--alpha", 1, "--component", "uniqe"], "unknown component 'uniqe'"),
         (["--forget", "toxic"], "nothing to measure"),
         (["--forget", "toxic", "--target", "gsm8k"], "choosing alpha needs a control"),
         (["--forget", "toxic", "--control", "gsm8k"], "choosing alpha needs a target"),
@@ -279,6 +279,15 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
     arguments: list[object], reason: str, family: Family, tmp_path: Path
 ) -> None:
     assert reason in refused(tmp_path, "negate", *options(family), *arguments, "--out", tmp_path / "clean")
+
+
+def test_a_component_that_there_is_not_is_wrong_usage(family: Family, tmp_path: Path) -> None:
+    arguments = [*options(family), "--forget", "toxic", "--alpha", 1, "--component", "uniqe", "--out", tmp_path / "c"]
+    message = misused(tmp_path, "negate", *arguments)
+    assert all(word in message for word in ("--component", "'uniqe'", *COMPONENTS))
+    vectors = Vectors.open(family.base, {name: str(path) for name, path in family.tasks.items()})
+    with pytest.raises(ParameterError, match=r"unknown component 'uniqe' \(did you mean unique\?\)"):
+        negate_task(vectors, "toxic", tmp_path / "c", component="uniqe", alpha=1)
 
 
 def test_a_single_task_has_no_unique_part(family: Family, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from tvbases_hf.errors import ParameterError
 from tvbases_lm_eval import include_path
 from tvbases_lm_eval.evaluate import Session, evaluate
-from tvbases_lm_eval.plan import Plan
+from tvbases_lm_eval.plan import Plan, parse_prompts
 from tvbases_lm_eval.prompts import prompts, read_file
 from tvbases_lm_eval.scorers import CallableScorer, Scorer
 from tvbases_lm_eval.table import print_table
@@ -73,7 +73,7 @@ def values(plan: Plan, loaded: tuple[Any, Any]) -> dict[tuple[str, str], float]:
 
 
 def plan(files: dict[str, str], scorer: str | Scorer = "profanity", **changes: Any) -> Plan:
-    return Plan(**{"targets": (TOXIGEN,), "data": files, "scorer": scorer, "continuations": 3, **changes})
+    return Plan(**{"targets": (TOXIGEN,), "prompts": files, "scorer": scorer, "continuations": 3, **changes})
 
 
 # lm-eval's command
@@ -282,7 +282,7 @@ def test_a_file_that_cannot_be_read_is_named(name: str, text: str | None, reason
         ({"targets": ()}, "nothing to measure"),
         ({"targets": (TOXIGEN,), "controls": (TOXIGEN,)}, "named twice"),
         ({"targets": ("text:absent.txt",)}, "files are missing .first: absent.txt"),
-        ({"data": {"toxigen": "absent.jsonl"}}, "files are missing"),
+        ({"prompts": {"toxigen": "absent.jsonl"}}, "files are missing"),
         ({"limit": 0}, "limit is a number, 1 or more"),
         ({"continuations": 0}, "continuations is a number, 1 or more"),
         ({"batch_size": 0}, "batch size is a number, 1 or more"),
@@ -295,7 +295,7 @@ def test_a_plan_that_cannot_be_carried_out_is_refused(changes: dict[str, Any], r
 
 def test_data_and_tasks_that_nobody_knows_are_named(everything: Any) -> None:
     with pytest.raises(ParameterError, match="is not toxigen=FILE or realtoxicityprompts=FILE"):
-        Plan.of([TOXIGEN], [], ["toxigin=file.jsonl"], "profanity", None, None, 0, 1)
+        parse_prompts(["toxigin=file.jsonl"])
     with (
         patch("lm_eval.tasks.TaskManager", lambda **_: everything),
         pytest.raises(ParameterError, match=rf'no task "{TOXIGEN}s" \(did you mean {TOXIGEN}'),

@@ -1,0 +1,31 @@
+"""The words that options may be, and what options are when nothing is said: for the library and ``--help`` alike.
+
+Nothing is imported but typing: the command line knows all of this before torch is loaded.
+"""
+
+from typing import Literal
+
+# How weights are stored; "auto" is as the inputs are.
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Shared and unique components (DeVec): what the paper recommends.
+Subspace = Literal["chain", "mean", "angles"]
+Pool = Literal["joint", "iterative", "pairs"]
+Side = Literal["column", "row"]
+THRESHOLD = 0.85
+RANK = "energy:0.95"
+
+# Styles are mixed by one component of each; a pool of pairs would leave them whole.
+StyleComponent = Literal["unique", "shared", "full"]
+StylePool = Literal["joint", "iterative"]
+
+# What is negated, how much of the control has to stay, and the alphas that are tried (the papers' protocol). Toxicity
+# is what a task does not share with any single other task, so the pool is iterative where a task is forgotten.
+Component = Literal["plain", "unique", "reconstructed"]
+FORGETTING_POOL: Pool = "iterative"
+KEEP = 0.95
+ALPHAS = tuple(i / 20 for i in range(21))
+
+# What a plan is made of.
+Job = Literal["gram", "compress", "linear", "task_arithmetic", "ties", "dare", "ae_bases"]
+NUM_BASES = 0.5
