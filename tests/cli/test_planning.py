@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands.command_line import tvbases
+from commands.command_line import misused, tvbases
 from tvbases_hf import Basis, Vectors, gram_matrix
 from tvbases_hf.cli.planning import PASSES, headers, plan
 from tvbases_hf.cli.tables import readable_time
@@ -139,7 +139,6 @@ def test_plans_of_large_models_from_their_configuration(name: str, models: int, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--job", "frob"], "no plan for 'frob'; known: gram"),
         (["--num-bases", "7"], "num_bases is 7 but there are only 3 tasks"),
         (["--bandwidth", "fast"], "--bandwidth: 'fast' is no size"),
     ],
@@ -156,5 +155,8 @@ def test_what_is_no_model_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no configuration of a causal language model"):
         headers(str(tmp_path / "config.json"))
+    with pytest.raises(ParameterError, match="no plan for 'frob'; known: gram"):
+        plan({}, 1, "frob")  # type: ignore[arg-type]
+    assert "'frob'" in misused(tmp_path, "plan", "--base", tmp_path, "--models", 3, "--job", "frob")
     with pytest.raises(ParameterError, match="at least one model"):
         plan({}, 0, "gram")

@@ -146,7 +146,7 @@ def test_random_methods_draw_what_mergekit_draws_from_the_same_seed(
 ) -> None:
     register()
     parameters = {"weight": WEIGHTS, "density": [density] * 3}
-    found = merged_checkpoint(config_of(zoo, method, WEIGHTS, density=density), tmp_path / "out", "--random-seed", "5")
+    found = merged_checkpoint(config_of(zoo, method, WEIGHTS, density=density), tmp_path / "out", "--seed", "5")
     models = [read_state(path) for path in zoo.full.values()]
     for name, base in read_state(zoo.base).items():
         entries = [TensorEntry("base", base, is_base=True)]
@@ -162,7 +162,7 @@ def test_random_methods_repeat_themselves_and_follow_the_seed(zoo: Zoo, tmp_path
     first = merged_checkpoint(config, tmp_path / "a")
     after = torch.rand(1)
     again = merged_checkpoint(config, tmp_path / "b")
-    other = merged_checkpoint(config, tmp_path / "c", "--random-seed", "1")
+    other = merged_checkpoint(config, tmp_path / "c", "--seed", "1")
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert distance(other, first) > 1e-3
     torch.manual_seed(1)
