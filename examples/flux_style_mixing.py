@@ -143,9 +143,8 @@ def print_small(found: dict[str, Any]) -> None:
 
 def run_real(given: argparse.Namespace) -> None:
     from tvbases_diffusers.grid import draw_grid
-    from tvbases_hf.models.vectors import parse_tasks
 
-    styles = parse_tasks(given.style)
+    styles = dict(style.split("=", 1) for style in given.style)
     scales = dict.fromkeys(styles, given.scale)
     draw_grid(given.pipeline, styles, given.out, scales=scales, prompt=given.prompt, seeds=3, device="cuda")
 

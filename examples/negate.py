@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,23 +25,23 @@ from tvbases_demo.encoder import Problem
 from tvbases_demo.run import DEFAULT_WORKDIR, fine_tunes
 from tvbases_hf import (
     Curve,
+    Delta,
     InPlace,
     Negation,
+    Options,
     Vectors,
     ae_bases,
+    change_of,
     coordinate_search,
     decompose,
     gram_matrix,
     grid_search,
     negate,
+    summed,
 )
-from tvbases_hf.algebra.delta import Delta
-from tvbases_hf.learning.coefficients import Metrics, summed
-from tvbases_hf.learning.inplace import Change
-from tvbases_hf.learning.negation import change_of
-from tvbases_hf.methods.devec import Options
-from tvbases_hf.storage.output import write_json
 
+Change = Callable[[str], Delta]
+Metrics = Callable[[nn.Module], dict[str, float]]
 NUM_BASES = 4
 # A quarter of the width at most: above that, random subspaces of 384 dimensions look shared (see decompose).
 DECOMPOSITION = Options(rank=0.25, pool="iterative")
@@ -120,7 +121,8 @@ def forget(
     for name, change in changes.items():
         kept = functools.cache(change)
         found: Negation = negate(place, kept, validation, task)
-        write_json(curves / f"forget_{task}_{name.replace(' ', '_')}.json", found.to_json())
+        file = curves / f"forget_{task}_{name.replace(' ', '_')}.json"
+        file.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
         with place.changed(kept, -found.alpha) as model:
             after = test(model)
         others = [sum(m[t] for t in found.controls) / len(found.controls) for m in (before, after)]

@@ -21,17 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matched import Rises, compare
 from torch import Tensor
 from tqdm import tqdm
 from unlearn_text import DOMAINS, HARMLESS, UNWANTED, Corpus, byte_tokenizer, corpus
 
-from tvbases_hf import Vectors
-from tvbases_hf.algebra.delta import Delta, Dense, dense, square_norm
-from tvbases_hf.learning.directions import direction
-from tvbases_hf.learning.inplace import InPlace
-from tvbases_hf.methods.devec import Options, decompose
-from tvbases_hf.models.gram import gram_matrix
-from tvbases_lm_eval.matched import Rises, compare
+from tvbases_hf import (
+    Delta,
+    Dense,
+    InPlace,
+    Options,
+    Vectors,
+    decompose,
+    dense,
+    direction,
+    gram_matrix,
+    square_norm,
+)
 from tvbases_lm_eval.scorers import scorer_of
 from tvbases_lm_eval.toxicity import toxicity
 

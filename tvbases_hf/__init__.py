@@ -1,98 +1,68 @@
 """Task-vector bases for Hugging Face models: compress, merge and edit fine-tuned models, exactly."""
 
+# ruff: noqa: I001  one line for every home
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .algebra.delta import Dense, Dora, LowRank, inner
-    from .bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_proj, rand_select
-    from .basis import Basis, LoraBasis
-    from .basis.online import OnlineBasis
-    from .errors import TvbasesError
-    from .learning.coefficients import coordinate_search, grid_search
-    from .learning.curve import Curve, normalised_accuracy
-    from .learning.inplace import InPlace
-    from .learning.negation import Negation, negate
-    from .learning.tangent import Linearised
-    from .learning.training import fine_tune
-    from .methods.devec import decompose
-    from .methods.tsv import tsv_merge
-    from .models.adapter import Adapter
-    from .models.gram import Gram, gram_matrix
-    from .models.vectors import Vectors
-    from .storage.checkpoint import Checkpoint
-    from .theory.bounds import measure_bounds
+if TYPE_CHECKING:  # for type checkers, which cannot follow the table below; a test compares the two
+    from .algebra.delta import Delta as Delta, Dense as Dense, dense as dense, square_norm as square_norm
+    from .bases import ae_bases as ae_bases
+    from .basis import Basis as Basis, LoraBasis as LoraBasis
+    from .basis.online import OnlineBasis as OnlineBasis
+    from .cli.planning import plan as plan
+    from .errors import TvbasesError as TvbasesError
+    from .learning.coefficients import (
+        accuracies as accuracies,
+        coordinate_search as coordinate_search,
+        grid_search as grid_search,
+        summed as summed,
+    )
+    from .learning.curve import Curve as Curve
+    from .learning.data import TaskData as TaskData, stratified as stratified
+    from .learning.directions import direction as direction
+    from .learning.inplace import InPlace as InPlace
+    from .learning.learned import as_merge as as_merge, write_merged as write_merged
+    from .learning.negation import Negation as Negation, change_of as change_of, negate as negate
+    from .learning.training import fine_tune as fine_tune
+    from .learning.with_data import DATA_METHODS as DATA_METHODS
+    from .merging.apply import METHODS as METHODS, merged as merged
+    from .merging.components import write_components as write_components
+    from .merging.write import write_checkpoint_merge as write_checkpoint_merge
+    from .methods.devec import Options as Options, decompose as decompose
+    from .models.gram import gram_matrix as gram_matrix
+    from .models.vectors import Vectors as Vectors
+    from .styles.mixed_file import mix_style_files as mix_style_files
+    from .theory.inspection import inspect as inspect
 
 # Names are loaded when they are first used: `tvbases --help` and the start-up hook must not wait for torch.
-_HOME = {
-    "Adapter": "models.adapter",
-    "Basis": "basis",
-    "LoraBasis": "basis",
-    "BasisWeights": "bases",
-    "Checkpoint": "storage.checkpoint",
-    "Curve": "learning.curve",
-    "Dense": "algebra.delta",
-    "Dora": "algebra.delta",
-    "Gram": "models.gram",
-    "InPlace": "learning.inplace",
-    "Linearised": "learning.tangent",
-    "LowRank": "algebra.delta",
-    "Negation": "learning.negation",
-    "OnlineBasis": "basis.online",
-    "Vectors": "models.vectors",
-    "TvbasesError": "errors",
-    "ae_bases": "bases",
-    "cluster_bases": "bases",
-    "coordinate_search": "learning.coefficients",
-    "decompose": "methods.devec",
-    "fine_tune": "learning.training",
-    "gram_matrix": "models.gram",
-    "grid_search": "learning.coefficients",
-    "inner": "algebra.delta",
-    "measure_bounds": "theory.bounds",
-    "negate": "learning.negation",
-    "normalised_accuracy": "learning.curve",
-    "pca_bases": "bases",
-    "pca_positive": "bases",
-    "rand_proj": "bases",
-    "rand_select": "bases",
-    "tsv_merge": "methods.tsv",
+_NAMES = {
+    "algebra.delta": "Delta Dense dense square_norm",
+    "bases": "ae_bases",
+    "basis": "Basis LoraBasis",
+    "basis.online": "OnlineBasis",
+    "cli.planning": "plan",
+    "errors": "TvbasesError",
+    "learning.coefficients": "accuracies coordinate_search grid_search summed",
+    "learning.curve": "Curve",
+    "learning.data": "TaskData stratified",
+    "learning.directions": "direction",
+    "learning.inplace": "InPlace",
+    "learning.learned": "as_merge write_merged",
+    "learning.negation": "Negation change_of negate",
+    "learning.training": "fine_tune",
+    "learning.with_data": "DATA_METHODS",
+    "merging.apply": "METHODS merged",
+    "merging.components": "write_components",
+    "merging.write": "write_checkpoint_merge",
+    "methods.devec": "Options decompose",
+    "models.gram": "gram_matrix",
+    "models.vectors": "Vectors",
+    "styles.mixed_file": "mix_style_files",
+    "theory.inspection": "inspect",
 }
-
-__all__ = [
-    "Adapter",
-    "Basis",
-    "BasisWeights",
-    "Checkpoint",
-    "Curve",
-    "Dense",
-    "Dora",
-    "Gram",
-    "InPlace",
-    "Linearised",
-    "LoraBasis",
-    "LowRank",
-    "Negation",
-    "OnlineBasis",
-    "TvbasesError",
-    "Vectors",
-    "ae_bases",
-    "cluster_bases",
-    "coordinate_search",
-    "decompose",
-    "fine_tune",
-    "gram_matrix",
-    "grid_search",
-    "inner",
-    "measure_bounds",
-    "negate",
-    "normalised_accuracy",
-    "pca_bases",
-    "pca_positive",
-    "rand_proj",
-    "rand_select",
-    "tsv_merge",
-]
+_HOME = {name: home for home, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

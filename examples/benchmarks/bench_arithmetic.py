@@ -34,8 +34,8 @@ from tvbases_demo import encoder
 from tvbases_demo.compare import evaluate
 from tvbases_demo.encoder import Examples, Problem
 from tvbases_demo.run import DEFAULT_WORKDIR, Settings, fine_tunes
-from tvbases_hf import Vectors, ae_bases, gram_matrix, pca_bases
-from tvbases_hf.bases import rand_select
+from tvbases_hf import Vectors, ae_bases, gram_matrix
+from tvbases_hf.bases import pca_bases, rand_select
 from tvbases_hf.learning.coefficients import grid_search
 from tvbases_hf.learning.data import TaskData, stratified
 from tvbases_hf.learning.inplace import Change, InPlace

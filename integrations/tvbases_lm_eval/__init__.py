@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .folder import include_path
 
 if TYPE_CHECKING:
     from .evaluate import evaluate_model
     from .forget import negate_task
     from .plan import Plan
 
-TASKS = Path(__file__).parent / "tasks"
 _HOME = {"Plan": "plan", "evaluate_model": "evaluate", "negate_task": "forget"}
 
 __all__ = ["Plan", "evaluate_model", "include_path", "negate_task"]
-
-
-def include_path() -> Path:
-    """The directory of the task files."""
-    return TASKS
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tvbases_hf.errors import ParameterError, did_you_mean
 
-from . import include_path
+from .folder import include_path
 from .prompts import KINDS, READERS
 from .scorers import Scorer
 

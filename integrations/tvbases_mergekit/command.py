@@ -22,7 +22,7 @@ from tvbases_hf.errors import ParameterError, TvbasesError
 from tvbases_hf.storage.output import check_output, contains_only, preview, transaction
 from tvbases_hf.storage.run import current, using
 
-from . import register
+from .registration import register
 
 CONFIG_FILE = "mergekit_config.yml"
 # What mergekit leaves in a directory. Anything else there is the user's, and then the directory is not replaced.

@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvbases_hf import Dense, LowRank, inner
+from tvbases_hf import Dense
 from tvbases_hf.algebra import delta as delta_module
 from tvbases_hf.algebra.delta import (
     Delta,
     Dora,
+    LowRank,
     blocks,
     dense,
     gram,
+    inner,
     low_parts,
     pieces,
     premultiplied,

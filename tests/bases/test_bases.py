@@ -25,8 +25,8 @@ from oracles.grams import (
     task_matrix,
     without_direction,
 )
-from tvbases_hf import BasisWeights, ae_bases, pca_bases, rand_proj, rand_select
-from tvbases_hf.bases import ae
+from tvbases_hf import ae_bases
+from tvbases_hf.bases import BasisWeights, ae, pca_bases, rand_proj, rand_select
 from tvbases_hf.bases.adam import adam_encoder, sinkhorn
 from tvbases_hf.errors import ParameterError
 

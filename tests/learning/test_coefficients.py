@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tvbases_hf import Curve, coordinate_search, grid_search, normalised_accuracy
+from tvbases_hf import Curve, coordinate_search, grid_search
 from tvbases_hf.algebra.delta import Delta, Dense
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError
 from tvbases_hf.learning.coefficients import ALPHAS, accuracies, climb, summed
+from tvbases_hf.learning.curve import normalised_accuracy
 from tvbases_hf.learning.data import TaskData
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.models.vectors import Vectors

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tvbases_hf import Checkpoint, Gram, Vectors, gram_matrix
+from tvbases_hf import Vectors, gram_matrix
 from tvbases_hf.algebra import delta as delta_module
 from tvbases_hf.errors import CheckpointError
+from tvbases_hf.models.gram import Gram
+from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.models import SHAPES, dense_task_matrix, random_models, random_state, save_checkpoint, tune
 
 EPS = torch.finfo(torch.float64).eps

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tvbases_hf import Checkpoint, Vectors
+from tvbases_hf import Vectors
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import MismatchError, ParameterError
 from tvbases_hf.models.vectors import parse_tasks
+from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.models import SHAPES, dense_task_matrix, random_models, random_state, save_checkpoint, tune
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tvbases_hf import Basis, Vectors, ae_bases, gram_matrix, pca_bases
+from tvbases_hf import Basis, Vectors, ae_bases, gram_matrix
 from tvbases_hf.algebra.delta import dense
-from tvbases_hf.bases import BasisWeights
+from tvbases_hf.bases import BasisWeights, pca_bases
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.storage.checkpoint import Checkpoint
 

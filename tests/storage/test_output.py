@@ -23,10 +23,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from tvbases_hf import Checkpoint
 from tvbases_hf.errors import OutputError
 from tvbases_hf.storage import output
-from tvbases_hf.storage.checkpoint import TensorInfo
+from tvbases_hf.storage.checkpoint import Checkpoint, TensorInfo
 from tvbases_hf.storage.output import check_output, contains_only, transaction, write_json
 from tvbases_hf.storage.tensor_files import TensorFiles
 from zoo.models import read_directory

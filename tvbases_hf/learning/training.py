@@ -27,7 +27,7 @@ def fine_tune(
     clip: float = 1.0,
     seed: int = 0,
 ) -> Model:
-    """Train ``model`` in place, a Linearised one too, and return it.
+    """Train ``model`` in place and return it.
 
     AdamW with linear warm-up and decay, and gradients clipped to the length ``clip``. Several tasks are trained
     jointly, their batches interleaved; every task is then seen as often as alone. Weights that need no gradient stay.

@@ -1,6 +1,7 @@
 """Linearised fine-tuning: task vectors that live in the tangent space of theta_0 (Ortiz-Jimenez et al., 2023).
 
 The answers are linear in the weights there, so the changes that task vectors make to them add up without interference.
+`fine_tune(Linearised(model), data)` trains one, and `task_vector()` is what it learned.
 """
 
 from __future__ import annotations

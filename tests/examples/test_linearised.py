@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from linearised import Linearised
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from tvbases_hf import InPlace, Linearised, Vectors, fine_tune, grid_search
+from tvbases_hf import InPlace, Vectors, fine_tune, grid_search
 from tvbases_hf.learning.coefficients import accuracies
 from tvbases_hf.learning.data import TaskData
 
