@@ -58,9 +58,7 @@ def test_every_name_is_there(name: str) -> None:
 
 
 def test_names_are_loaded_when_they_are_used() -> None:
-    program = (
-        "import sys, tvbases_hf, tvbases_hf.cli; assert 'torch' not in sys.modules; from tvbases_hf import *; Basis"
-    )
+    light = "import sys, tvbases_hf, tvbases_hf.cli; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", f"{light}; from tvbases_hf import *; Basis"], check=True)
     with pytest.raises(AttributeError, match="no attribute 'Bases'"):
         _ = tvbases_hf.Bases  # type: ignore[attr-defined]
