@@ -13,6 +13,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,7 +41,7 @@ from tvbases_hf import (
     summed,
 )
 
-Change = Callable[[str], Delta]
+Change = Callable[[str], Any]
 Metrics = Callable[[nn.Module], dict[str, float]]
 NUM_BASES = 4
 # A quarter of the width at most: above that, random subspaces of 384 dimensions look shared (see decompose).

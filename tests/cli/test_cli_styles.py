@@ -116,10 +116,11 @@ def test_words_that_no_option_knows_are_wrong_usage_and_refused_by_the_library(p
         message = misused(place, *given(place), option, word)
         assert all(part in message for part in (option, f"'{word}'", *known))
     files = {name: str(place / name) for name in "ab"}
-    for options, reason in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"component": "common"}, "choose one of unique, shared, full"),
         ({"pool": "pairs"}, "joint or iterative"),
-    ):
+    ]
+    for options, reason in wrong:
         with pytest.raises(ParameterError, match=reason):
             mix_style_files(files, place / "mixed.safetensors", **options)
 

@@ -12,6 +12,7 @@ from commands.command_line import misused, tvbases
 from tvbases_hf import Basis, Vectors, gram_matrix
 from tvbases_hf.cli.planning import PASSES, headers, plan
 from tvbases_hf.cli.tables import readable_time
+from tvbases_hf.defaults import Job
 from tvbases_hf.errors import CheckpointError, ParameterError
 from tvbases_hf.merging.merge import Merge
 from tvbases_hf.merging.write import write_checkpoint_merge
@@ -64,7 +65,7 @@ def test_a_gram_matrix_reads_every_weight_of_every_model_once(
 
 
 @pytest.mark.parametrize("job", PASSES)
-def test_processes_share_all_that_is_read_of_the_weights(job: str, vectors: Vectors) -> None:
+def test_processes_share_all_that_is_read_of_the_weights(job: Job, vectors: Vectors) -> None:
     whole = plan(vectors.base.tensors, 3, job)
     shared = plan(vectors.base.tensors, 3, job, processes=3)
     assert len(shared.ranks) == 3 and sum(shared.ranks) == whole.ranks[0]
