@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from tvbases_hf.algebra.sums import scale
-from tvbases_hf.basis.adapters.task import TaskAdapter
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.learning.coefficients import Metrics
 from tvbases_hf.learning.directions import COMPONENTS, Direction, direction
 from tvbases_hf.learning.inplace import InPlace
-from tvbases_hf.learning.negation import ALPHAS, KEEP, Negation, negate, write_forgotten
+from tvbases_hf.learning.negation import ALPHAS, KEEP, Negation, negate
 from tvbases_hf.methods.devec import Options
-from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.gram import gram_matrix
-from tvbases_hf.models.lora_files import Template, adapter_tensors
 from tvbases_hf.models.vectors import Vectors
 
 from .evaluate import Measured, Session
@@ -122,24 +117,3 @@ def worth(measured: Measured, plan: Plan) -> dict[str, float]:
 def _plain(measured: Measured, plan: Plan) -> set[str]:
     """The tasks that were measured under their own name; groups without a number are there as their parts."""
     return {task for task, _ in measured} & set(plan.names)
-
-
-def write(vectors: Vectors, change: Direction, alpha: float, out: Path, note: str, *, adapter: bool) -> Path:
-    """theta_0 - alpha * change as a checkpoint, or as an adapter.
-
-    Raises:
-        ParameterError: an adapter is wanted of full checkpoints, or of a change that has no low rank (a DoRA's unique
-            component).
-        OutputError: ``out`` is not ours, or the disk is full.
-    """
-    if not adapter:
-        return write_forgotten(vectors.base, vectors.names, change, alpha, out, note)
-    models = [model for model in vectors.models.values() if isinstance(model, Adapter)]
-    if len(models) < len(vectors):
-        raise ParameterError(
-            "only adapters can be negated as an adapter, and a task here is a full checkpoint; leave --adapter out"
-        )
-    template = Template.of(models, models[0].base_id or vectors.base.label)
-    changes = {name: scale(change(name), -alpha) for name in vectors.names}
-    TaskAdapter(*adapter_tensors(changes, template, vectors.base)).save_pretrained(out)
-    return out

@@ -67,10 +67,11 @@ def negate(
 ) -> None:
     """Forget a task: the base minus alpha times its vector, what is unique to it, or its AE reconstruction."""
     from ..learning.directions import COMPONENTS, check_component
+    from ..merging.changes import Edit
+    from ..merging.write import is_checkpoint_of_ours, write
     from ..methods.devec import Options
     from ..models.lora_files import is_adapter_directory
     from ..models.vectors import Vectors, parse_tasks
-    from ..storage.model import is_edited_model
     from ..storage.output import check_output
     from .tables import warn
 
@@ -78,14 +79,14 @@ def negate(
     check_file(plot, "--plot")
     tasks = parse_tasks(task)
     check_component(component, len(tasks))
-    check_output(out, is_adapter_directory if adapter else is_edited_model)
+    check_output(out, is_adapter_directory if adapter else is_checkpoint_of_ours)
     options = Options(threshold, subspace, pool, rank=rank)
     if alpha is not None and (curve or plot or target or control):
         raise ParameterError("--alpha says how much; --target, --control, --curve and --plot are for choosing it")
     if plot and not curve:
         raise ParameterError("--plot draws the curve of every component; add --curve")
 
-    from tvbases_lm_eval.forget import Request, check_plan, curves, directions, write
+    from tvbases_lm_eval.forget import Request, check_plan, curves, directions
     from tvbases_lm_eval.plan import Plan
 
     components = COMPONENTS if curve and len(tasks) > 1 else (component,)
@@ -113,14 +114,8 @@ def negate(
             for name, negation in negations.items():
                 console.print(f"{name}: {negation.summary()}", highlight=False)
     assert alpha is not None
-    write(
-        vectors,
-        found[component],
-        alpha,
-        out,
-        f"{forget} forgotten, {component}, {alpha:g}",
-        adapter=adapter,
-    )
+    forgotten = Edit.of(vectors, found[component], f"{forget} forgotten, {component}, {alpha:g}", -alpha)
+    write(forgotten, out, as_adapter=adapter)
     report |= {"alpha": alpha, "out": str(out)}
     if not quiet:
         console.print(f"{out}: {base} - {alpha:g} * {component} of {forget}", highlight=False)
