@@ -35,12 +35,17 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
 
 
 def summed(vectors: Vectors) -> Merge:
-    return Merge(vectors, lambda _, deltas: total(deltas, WEIGHTS[: len(deltas)]), vectors.names, "task_arithmetic", "a: 1\n")
+    return Merge(
+        vectors, lambda _, deltas: total(deltas, WEIGHTS[: len(deltas)]), vectors.names, "task_arithmetic", "a: 1\n"
+    )
 
 
 def computed(vectors: Vectors) -> Computed:
     shapes = vectors.base.tensors
-    sums = {name: dense(total(vectors.deltas(name), WEIGHTS[: len(vectors)])).reshape(shapes[name].shape) for name in vectors.names}
+    sums = {
+        name: dense(total(vectors.deltas(name), WEIGHTS[: len(vectors)])).reshape(shapes[name].shape)
+        for name in vectors.names
+    }
     return Computed(vectors, "summed", sums)
 
 
