@@ -22,13 +22,12 @@ if TYPE_CHECKING:  # for type checkers, which cannot follow the table below; a t
     from .learning.data import TaskData as TaskData, stratified as stratified
     from .learning.directions import direction as direction
     from .learning.inplace import InPlace as InPlace
-    from .learning.learned import as_merge as as_merge, write_merged as write_merged
     from .learning.negation import Negation as Negation, change_of as change_of, negate as negate
     from .learning.training import fine_tune as fine_tune
     from .learning.with_data import DATA_METHODS as DATA_METHODS
     from .merging.apply import METHODS as METHODS, merged as merged
     from .merging.components import write_components as write_components
-    from .merging.write import write_checkpoint_merge as write_checkpoint_merge
+    from .merging.write import write as write
     from .methods.devec import Options as Options, decompose as decompose
     from .models.gram import gram_matrix as gram_matrix
     from .models.vectors import Vectors as Vectors
@@ -48,13 +47,12 @@ _NAMES = {
     "learning.data": "TaskData stratified",
     "learning.directions": "direction",
     "learning.inplace": "InPlace",
-    "learning.learned": "as_merge write_merged",
     "learning.negation": "Negation change_of negate",
     "learning.training": "fine_tune",
     "learning.with_data": "DATA_METHODS",
     "merging.apply": "METHODS merged",
     "merging.components": "write_components",
-    "merging.write": "write_checkpoint_merge",
+    "merging.write": "write",
     "methods.devec": "Options decompose",
     "models.gram": "gram_matrix",
     "models.vectors": "Vectors",

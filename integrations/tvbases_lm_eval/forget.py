@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tvbases_hf.algebra.sums import scale
-from tvbases_hf.basis.adapters.task import TaskAdapter
 from tvbases_hf.defaults import ALPHAS, KEEP, NUM_BASES
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.learning.coefficients import Metrics
@@ -22,13 +20,13 @@ from tvbases_hf.learning.directions import (
     direction,
 )
 from tvbases_hf.learning.inplace import InPlace
-from tvbases_hf.learning.negation import Negation, negate, write_forgotten
+from tvbases_hf.learning.negation import Negation, negate
+from tvbases_hf.merging.changes import Edit
+from tvbases_hf.merging.write import is_checkpoint_of_ours, write
 from tvbases_hf.methods.devec import Options
-from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.gram import gram_matrix
-from tvbases_hf.models.lora_files import Template, adapter_tensors, is_adapter_directory
+from tvbases_hf.models.lora_files import is_adapter_directory
 from tvbases_hf.models.vectors import Vectors
-from tvbases_hf.storage.model import is_edited_model
 from tvbases_hf.storage.output import check_output, preview
 
 from .evaluate import Measured, Session
@@ -108,7 +106,8 @@ def negate_task(
         report["curves"] = {name: negation.to_json() for name, negation in negations.items()}
         alpha = negations[request.component].alpha
     assert alpha is not None
-    write(vectors, found[request.component], alpha, out, f"{task} forgotten, {request.component}, {alpha:g}", request)
+    note = f"{task} forgotten, {request.component}, {alpha:g}"
+    write(Edit.of(vectors, found[request.component], note, -alpha), out, as_adapter=request.adapter)
     return report | {"alpha": alpha, "out": str(out)}
 
 
@@ -123,7 +122,7 @@ def _check(vectors: Vectors, request: Forgetting, out: Path, plan: Plan | None) 
         raise ParameterError(
             "only adapters can be negated as an adapter, and a task here is a full checkpoint; leave --adapter out"
         )
-    check_output(out, is_adapter_directory if request.adapter else is_edited_model)
+    check_output(out, is_adapter_directory if request.adapter else is_checkpoint_of_ours)
 
 
 def _size(vectors: Vectors, adapter: bool) -> tuple[int, int | None]:
@@ -192,14 +191,3 @@ def worth(measured: Measured, plan: Plan) -> dict[str, float]:
 def _plain(measured: Measured, plan: Plan) -> set[str]:
     """The tasks that were measured under their own name; groups without a number are there as their parts."""
     return {task for task, _ in measured} & set(plan.names)
-
-
-def write(vectors: Vectors, change: Direction, alpha: float, out: Path, note: str, request: Forgetting) -> None:
-    """theta_0 - alpha * change as a checkpoint, or as an adapter."""
-    if not request.adapter:
-        write_forgotten(vectors.base, vectors.names, change, alpha, out, note)
-        return
-    models = [model for model in vectors.models.values() if isinstance(model, Adapter)]
-    template = Template.of(models, models[0].base_id or vectors.base.label)
-    changes = {name: scale(change(name), -alpha) for name in vectors.names}
-    TaskAdapter(*adapter_tensors(changes, template, vectors.base)).save_pretrained(out)

@@ -23,7 +23,7 @@ from tvbases_hf.algebra.rank import RankRule
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Limits
 from tvbases_hf.merging.merge import Merge, Stream, is_merge
-from tvbases_hf.merging.write import write_adapter_merge, write_checkpoint_merge
+from tvbases_hf.merging.write import is_checkpoint_of_ours, write
 from tvbases_hf.methods.sums import base_share, linear
 from tvbases_hf.models.gram import gram_matrix
 from tvbases_hf.storage import run
@@ -71,7 +71,7 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
         TvbasesError: whatever is wrong with the configuration, its models or the output; nothing is written then.
     """
     place = run.find_device(request.device) if isinstance(request.device, str) else request.device
-    check_output(out, is_merge)
+    check_output(out, is_merge if request.adapter else is_checkpoint_of_ours)
     rank = None if request.rank is None else RankRule.parse(request.rank)
     config = read_config(file)
     method = find_method(config.merge_method)
@@ -85,8 +85,8 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
         planned = plan(config, method, inputs, file.read_text(encoding="utf-8"), request)
         if request.adapter:
             _check_adapter(planned, inputs)
-            return write_adapter_merge(planned, out, Limits(rank, dtype or torch.float32))
-        return write_checkpoint_merge(planned, out, dtype=dtype)
+            return write(planned, out, as_adapter=True, limits=Limits(rank, dtype or torch.float32))
+        return write(planned, out, dtype=dtype)
 
 
 def _preview(

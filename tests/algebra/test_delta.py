@@ -186,6 +186,7 @@ def test_square_distance_of_doras_that_scale_rows_alike_is_that_of_their_factors
     other = change.with_low(lambda low: LowRank(low.left + 1, low.right))
     expected = float((dense(change) - dense(other)).square().sum())
     assert square_distance(change, other)[0] == pytest.approx(expected, rel=1e-12)
+    assert square_distance(change, change.with_low(lambda low: low))[0] == 0.0
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (4, 5), (2, 3, 4)])

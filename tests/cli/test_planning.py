@@ -15,7 +15,7 @@ from tvbases_hf.cli.tables import readable_time
 from tvbases_hf.defaults import Job
 from tvbases_hf.errors import CheckpointError, ParameterError
 from tvbases_hf.merging.merge import Merge
-from tvbases_hf.merging.write import write_checkpoint_merge
+from tvbases_hf.merging.write import write
 from tvbases_hf.storage.checkpoint import Checkpoint, TensorInfo
 from zoo.models import SHAPES, random_state, save_checkpoint, tune
 
@@ -38,7 +38,7 @@ def stored_bytes(directory: Path) -> int:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_bytes_of_a_merge_are_exact(dtype: torch.dtype | None, vectors: Vectors, tmp_path: Path) -> None:
     merge = Merge(vectors, lambda name, deltas: deltas[0], vectors.names, "task_arithmetic", "")
-    write_checkpoint_merge(merge, tmp_path / "out", dtype=dtype)
+    write(merge, tmp_path / "out", dtype=dtype)
     assert plan(vectors.base.tensors, 3, "task_arithmetic", dtype=dtype).written == stored_bytes(tmp_path / "out")
 
 

@@ -25,9 +25,9 @@ from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import MismatchError, ParameterError
 from tvbases_hf.learning.data import TaskData
 from tvbases_hf.learning.inplace import InPlace, Reparametrised
-from tvbases_hf.learning.learned import Computed, as_merge, write_merged
 from tvbases_hf.learning.with_data import DATA_METHODS
-from tvbases_hf.merging.write import write_checkpoint_merge
+from tvbases_hf.merging.changes import Edit
+from tvbases_hf.merging.write import write
 from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.hf_models import fine_tunes, make_llama, save_state
 from zoo.merging_models import NAMES, bits, changes, labelled_data, one_hot, random_states, unchanged, vectors_of
@@ -139,24 +139,17 @@ def test_the_merged_model_is_written_as_it_was_evaluated(method, tmp_path: Path)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
     task_vectors, data = vectors_of(model, random_states(model, 3)), labelled_data(5, 3)
     found = method(task_vectors, model, data)
-    report = write_checkpoint_merge(as_merge(found, task_vectors, "learned"), tmp_path / "out")
+    report = write(found, tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     with InPlace(model, found.names).changed(found.change) as changed:
         assert all(torch.equal(written[name], value) for name, value in changed.state_dict().items())
-    assert json.loads((tmp_path / "out" / "tvbases_merge.json").read_text())["method"] == report["method"] == "learned"
-    write_merged(found, task_vectors.base, tmp_path / "half", "half of it", alpha=0.5)
+    assert (
+        json.loads((tmp_path / "out" / "tvbases_merge.json").read_text())["method"] == report["method"] == found.method
+    )
+    write(Edit.of(task_vectors, found.change, "half of it", 0.5), tmp_path / "half")
     half = load_file(tmp_path / "half" / "model.safetensors")
     with InPlace(model, found.names).changed(found.change, 0.5) as changed:
         assert all(torch.equal(half[name], value) for name, value in changed.state_dict().items())
-
-
-def test_a_recipe_names_the_change_so_that_another_one_cannot_go_on_with_its_files() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(3, 2)
-    task_vectors = vectors_of(model, random_states(model, 2))
-    one, same, other = (Computed({"weight": torch.full((2, 3), value)}) for value in (1.0, 1.0, 2.0))
-    recipes = [as_merge(found, task_vectors, "x", "a: 1\n").recipe for found in (one, same, other)]
-    assert recipes[0] == recipes[1] != recipes[2] and recipes[0].startswith("a: 1\n# change ")
 
 
 def test_data_that_does_not_fit_is_refused_by_name(method, request: pytest.FixtureRequest) -> None:
@@ -234,9 +227,9 @@ def test_directories_in_and_a_directory_out_that_transformers_loads(tmp_path: Pa
     data = [TaskData.of_dataset(name, rows[name], tokenizer=tokenizer, batch_size=2) for name in NAMES]
 
     found = DATA_METHODS["regmean"](task_vectors, model, data)
-    write_checkpoint_merge(as_merge(found, task_vectors, "regmean"), tmp_path / "merged")
+    write(found, tmp_path / "merged")
     bases = Basis.from_pretrained(tmp_path / "basis").vectors(base)
-    write_merged(DATA_METHODS["regmean"](bases, model, data), bases.base, tmp_path / "fewer", "regmean of 2 bases")
+    write(DATA_METHODS["regmean"](bases, model, data), tmp_path / "fewer")
     before = model.state_dict()
     for out in ("merged", "fewer"):
         state = AutoModelForCausalLM.from_pretrained(tmp_path / out).state_dict()

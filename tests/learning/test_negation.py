@@ -17,7 +17,9 @@ from tvbases_hf.algebra.delta import Delta, dense
 from tvbases_hf.bases import ae_bases
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError
 from tvbases_hf.learning.inplace import InPlace
-from tvbases_hf.learning.negation import ALPHAS, change_of, write_forgotten
+from tvbases_hf.learning.negation import ALPHAS, change_of
+from tvbases_hf.merging.changes import Edit
+from tvbases_hf.merging.write import write
 from tvbases_hf.methods.devec import Options, decompose
 from zoo.models import Models, flat, random_models, read_directory
 
@@ -214,7 +216,7 @@ def test_an_unknown_vector_is_named(models: Models) -> None:
 def test_the_written_model_is_the_one_that_was_measured(models: Models, tmp_path: Path) -> None:
     vectors = models.vectors()
     change, out = change_of(vectors, "task1"), tmp_path / "out"
-    write_forgotten(vectors.base, vectors.names, change, 0.35, out, "task1 forgotten")
+    write(Edit.of(vectors, change, "task1 forgotten", -0.35), out)
     place = InPlace(Weights(models.base_state), vectors.names)
     with place.changed(change, -0.35) as model:
         written = read_directory(out)
@@ -223,4 +225,4 @@ def test_the_written_model_is_the_one_that_was_measured(models: Models, tmp_path
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("precious")
     with pytest.raises(OutputError, match="did not write"):
-        write_forgotten(vectors.base, vectors.names, change, 0.35, tmp_path / "mine", "")
+        write(Edit.of(vectors, change, "", -0.35), tmp_path / "mine")

@@ -279,9 +279,10 @@ def square_norm(delta: Delta) -> float:
 
 def square_distance(a: Delta, b: Delta) -> tuple[float, float]:
     """|a - b|_F^2 and |a|_F^2; in factor space where both scale rows alike, 1e-16 of the latter being noise."""
-    if a is b:
+    alike = a.row_scale is b.row_scale
+    if a is b or (alike and a.low is not None and a.low is b.low):
         return 0.0, square_norm(a)
-    if a.low is None or b.low is None or a.row_scale is not b.row_scale:
+    if a.low is None or b.low is None or not alike:
         return float(sum((x - y).square().sum() for x, y in blocks([a, b]))), square_norm(a)
     left = torch.cat([part.left.to(torch.float64) for part in (a.low, b.low)], dim=1)
     right = torch.cat([part.right.to(torch.float64) for part in (a.low, b.low)], dim=0)

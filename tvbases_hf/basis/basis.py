@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,10 +16,11 @@ from ..algebra.sums import total
 from ..bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_select
 from ..bases.cluster import INNER
 from ..errors import CheckpointError, MismatchError, ParameterError
+from ..merging.changes import Edit
+from ..merging.write import write
 from ..models.gram import Gram, gram_matrix
 from ..models.vectors import Vectors, basis_labels, check_over
 from ..storage.checkpoint import Checkpoint, TensorInfo, locate
-from ..storage.model import write_model
 from ..storage.output import transaction, write_json
 from ..storage.run import once
 from .adapters.compress import Request, compress_adapters
@@ -227,17 +228,20 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         self.info.index(task)
         model = self._base(base)
         assert model is not None
-        names = set(self.names)
 
-        def changes(name: str) -> Iterable[Tensor] | None:
-            if name not in names:
-                return None
-            terms = self.terms(task, name, model) or [(0.0, self.parts(name)[0])]
-            parts = (pieces(delta, alpha * share) for share, delta in terms)
+        def terms(name: str) -> list[tuple[float, Delta]]:
+            return self.terms(task, name, model) or [(0.0, self.parts(name)[0])]
+
+        def read(name: str) -> Delta:
+            return total([delta for _, delta in terms(name)], [share for share, _ in terms(name)])
+
+        def stream(name: str) -> Iterator[Tensor]:
+            parts = (pieces(delta, alpha * share) for share, delta in terms(name))
             return (torch.stack(found).sum(dim=0) for found in zip(*parts, strict=True))
 
         note = f"{task} restored from a basis of {len(self.tasks)} tasks, alpha {alpha:g}"
-        return write_model(model, Path(out), changes, note)
+        write(Edit(model, self.names, read, note, alpha, stream=stream), out)
+        return Path(out)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:  # type: ignore[override]
         """Write the basis directory as a transaction; ``push_to_hub`` and the rest as in ModelHubMixin."""

@@ -57,6 +57,7 @@ def adamerging(
         start=start,
         steps=steps,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=lr),
+        method="adamerging",
         title="AdaMerging",
     )
 

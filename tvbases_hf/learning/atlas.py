@@ -62,5 +62,6 @@ def atlas(
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay),
         cosine=True,
         squared=nonnegative,
+        method="atlas",
         title="aTLAS",
     )

@@ -36,6 +36,11 @@ class Learned:
     values: Tensor
     blocks: Mapping[str, int]
     losses: tuple[float, ...]
+    method: str = "learned coefficients"
+
+    @property
+    def made_of(self) -> Vectors:
+        return self.vectors
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -131,6 +136,7 @@ def learn(
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
     cosine: bool = False,
     squared: bool = False,
+    method: str = "learned coefficients",
     title: str = "Coefficients",
 ) -> Learned:
     """Coefficients that lower the mean over the tasks of ``loss``, one batch of each task per step.
@@ -162,7 +168,7 @@ def learn(
                 shown.update()
                 shown.set_postfix(loss=f"{found:.4f}")
     final = parameters.detach()
-    return Learned(vectors, final.square() if squared else final.clone(), blocks, tuple(losses))
+    return Learned(vectors, final.square() if squared else final.clone(), blocks, tuple(losses), method)
 
 
 def loss_and_gradient(

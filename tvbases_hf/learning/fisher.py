@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ..algebra.delta import dense
 from ..algebra.sums import total
 from ..errors import ParameterError
+from ..merging.changes import Computed
 from ..models.vectors import Vectors
 from ..storage.run import bar
 from .data import TaskData
 from .inplace import Reparametrised
-from .learned import Computed, asking, combined, gradients, moved, paired, task_changes
+from .learned import asking, combined, gradients, moved, paired, task_changes
 
 # Share of the mean information that every weight has at least: where the data says nothing, it is a plain mean.
 FLOOR = 1e-6
@@ -79,7 +80,7 @@ def fisher(
     for name in vectors.names:
         plain = dense(total(vectors.deltas(name))).to(above[name].device).reshape(above[name].shape)
         tensors[name] = ((above.pop(name) + least * plain) / (below.pop(name) + least * len(vectors))).float().cpu()
-    return Computed(tensors, {"mean_information": mean, "floor": least, "empirical": empirical})
+    return Computed(vectors, "fisher", tensors, {"mean_information": mean, "floor": least, "empirical": empirical})
 
 
 def diagonal_fisher(

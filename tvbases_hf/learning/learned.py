@@ -1,4 +1,4 @@
-"""What the merging methods that need data have in common: their inputs, checked, and what they give back.
+"""What the merging methods that need data have in common: their inputs, checked, and the model that is asked.
 
 None of them writes to the model: it is asked with other weights (`inplace.Reparametrised`), so that it holds theta_0 at
 any moment, whatever happens.
@@ -7,81 +7,18 @@ any moment, whatever happens.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..algebra.delta import Delta, Dense, dense, pieces
+from ..algebra.delta import Delta, dense
 from ..algebra.sums import total
 from ..errors import MismatchError, ParameterError
-from ..merging.merge import Merge
 from ..models.vectors import Vectors
-from ..storage.checkpoint import Checkpoint
-from ..storage.model import write_model
 from .data import TaskData
 from .inplace import Change, weights_of
-
-
-class Changes(Protocol):
-    """What every method gives back: a change per weight, which InPlace evaluates and write_checkpoint_merge writes."""
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    def change(self, name: str) -> Delta: ...
-
-
-@dataclass(frozen=True)
-class Computed:
-    """Changes that were computed whole: ``tensors`` holds one of each weight's shape, float32 at least.
-
-    ``report`` says what a reader of the result should know of it.
-    """
-
-    tensors: Mapping[str, Tensor]
-    report: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.tensors)
-
-    def change(self, name: str) -> Delta:
-        return Dense(self.tensors[name])
-
-
-def as_merge(found: Changes, vectors: Vectors, method: str, recipe: str = "") -> Merge:
-    """What write_checkpoint_merge takes: ``found`` added to the base of ``vectors``, which it was made of.
-
-    A digest of the change is added to the recipe (one pass over it): a killed merge goes on only if it is the same.
-    """
-    return Merge(
-        vectors, lambda name, _: found.change(name), found.names, method, f"{recipe}# change {digest(found)}\n"
-    )
-
-
-def write_merged(found: Changes, base: Checkpoint, out: str | Path, note: str, *, alpha: float = 1.0) -> Path:
-    """The checkpoint theta_0 + alpha * change, rounded once to the base's dtypes: where only bases are left.
-
-    Raises OutputError if ``out`` is not ours, or the disk is full.
-    """
-    names = set(found.names)
-    changes = lambda name: pieces(found.change(name), alpha) if name in names else None  # noqa: E731
-    return write_model(base, Path(out), changes, note)
-
-
-def digest(found: Changes) -> str:
-    """Of all numbers of the change."""
-    total = hashlib.sha256()
-    for name in found.names:
-        total.update(name.encode())
-        for part in pieces(found.change(name)):
-            total.update(part.contiguous().numpy().tobytes())
-    return total.hexdigest()[:32]
 
 
 def paired(vectors: Vectors, data: Sequence[TaskData]) -> list[tuple[int, TaskData]]:

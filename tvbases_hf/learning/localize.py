@@ -107,6 +107,8 @@ class Stitched:
 
     vectors: MaskedVectors
     weights: tuple[float, ...]
+    made_of: Vectors | None = None
+    method: str = "localize"
 
     @property
     def names(self) -> tuple[str, ...]:

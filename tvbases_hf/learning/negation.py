@@ -6,19 +6,13 @@ The change is a task vector, its reconstruction from bases or its unique compone
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ..algebra.delta import Dense, pieces
 from ..defaults import ALPHAS, KEEP
 from ..errors import CheckpointError, ParameterError, did_you_mean
 from ..models.vectors import Vectors
-from ..storage.checkpoint import Checkpoint
-from ..storage.model import write_model
 from ..storage.run import bar
 from .coefficients import NON_NEGATIVE, PATIENCE, Metrics, check_alphas
 from .curve import Curve, score_of
@@ -147,19 +141,6 @@ def change_of(vectors: Vectors, label: str) -> Change:
         )
     index = vectors.labels.index(label)
     return lambda name: vectors.deltas(name)[index]
-
-
-def write_forgotten(base: Checkpoint, names: Iterable[str], change: Change, alpha: float, out: Path, note: str) -> Path:
-    """Write the checkpoint theta_0 - alpha * change, rounded once to the base's dtypes; see write_model."""
-    covered = set(names)
-
-    def changes(name: str) -> Iterator[Tensor] | None:
-        if name not in covered:
-            return None
-        found = change(name)
-        return pieces(Dense(found) if isinstance(found, Tensor) else found, -alpha)
-
-    return write_model(base, out, changes, note)
 
 
 def _control(metrics: Mapping[str, float], target: str) -> float:

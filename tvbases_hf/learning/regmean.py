@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..algebra.delta import dense
 from ..algebra.linalg import solve_psd
 from ..errors import ParameterError
+from ..merging.changes import Computed
 from ..models.vectors import Vectors
 from ..storage.run import bar
 from .data import TaskData
 from .inplace import Reparametrised
-from .learned import Computed, asking, combined, mean_change, moved, paired, task_changes
+from .learned import asking, combined, mean_change, moved, paired, task_changes
 
 # What the authors multiply the entries of X^T X beside the diagonal by (their alpha, 0.9 for most models).
 SHRINK = 0.9
@@ -72,7 +73,7 @@ def regmean(
         tensors[name] = solve_psd(below.pop(name).cpu(), above.pop(name).cpu().T).T.float().contiguous()
     unseen = [name for name in layers.values() if name not in solved]
     report = {"solved": len(solved), "averaged": len(vectors.names) - len(solved), "layers_without_input": unseen}
-    return Computed({name: tensors[name] for name in vectors.names}, report)
+    return Computed(vectors, "regmean", {name: tensors[name] for name in vectors.names}, report)
 
 
 def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import PIECE_BYTES, Delta, Dense, pieces
+from ..errors import ParameterError
 from ..models.gram import not_finite
 from ..models.vectors import Vectors
+from ..storage.checkpoint import Checkpoint
 from ..storage.output import write_json
 from ..version import library_version
+from .changes import Made, digest
 
 MARKER = "tvbases_merge.json"
 # Where a method needs whole tensors: how many float32 ones a thread holds beside one per model.
@@ -43,6 +46,25 @@ class Merge:
     stream: Stream | None = None
     seed: int = 0
 
+    @classmethod
+    def of(cls, made: Made, recipe: str = "") -> Merge:
+        """What a method has made of vectors, as it is.
+
+        A digest of the change is added to the recipe (one pass over it): a killed merge goes on only if it is the same.
+        """
+        if made.made_of is None:
+            raise ParameterError(f"of which vectors {made.method} was made is not known; set made_of to them")
+        recipe = f"{recipe}# change {digest(made)}\n"
+        return cls(made.made_of, lambda name, _: made.change(name), made.names, made.method, recipe)
+
+    @property
+    def base(self) -> Checkpoint:
+        return self.vectors.base
+
+    def change(self, name: str) -> Delta:
+        """The merged change of one weight."""
+        return self.combine(name, self.inputs(name))
+
     def inputs(self, name: str) -> list[Delta]:
         """The models' changes of one weight. CheckpointError for NaN or infinity in one of them."""
         deltas = self.vectors.deltas(name)
@@ -58,7 +80,7 @@ class Merge:
         deltas = self.vectors.deltas(name)
         whole = [delta for delta in deltas if isinstance(delta, Dense)]
         if self.stream is None or len(whole) < len(deltas):
-            yield from pieces(self.combine(name, self.inputs(name)))
+            yield from pieces(self.change(name))
             return
         for part in self.stream(name, whole):
             if not _is_finite(part):

@@ -1,53 +1,73 @@
-"""What a merge becomes: a checkpoint, one weight in memory at a time, or an adapter, its factors in memory."""
+"""What changes become: a checkpoint, one weight in memory at a time, or an adapter, its factors in memory."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..algebra.delta import Delta, low_parts
 from ..errors import ParameterError
 from ..models.adapter import Adapter
-from ..models.lora_files import Template, adapter_tensors, write_adapter
-from ..storage.model import stream_model
+from ..models.lora_files import Template, adapter_tensors, is_adapter_directory, write_adapter
+from ..storage.model import is_edited_model, stream_model
 from ..storage.output import transaction
 from ..storage.run import track
 from .card import model_card
+from .changes import Edit, Made
 from .fit import Errors, Limits
 from .merge import Merge, is_merge, leave_marker
 
 RECIPE_FILE = "mergekit_config.yml"
 
 
-def write_checkpoint_merge(merge: Merge, out: Path, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Write the base plus the merged change, rounded once to ``dtype`` (None: each tensor's own), and report.
+def write(
+    changes: Merge | Edit | Made,
+    out: str | Path,
+    *,
+    as_adapter: bool = False,
+    limits: Limits | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Write the base plus the change, rounded once, or the change as a PEFT adapter of stock LoRA or DoRA; and report.
+
+    Args:
+        changes: a merge, an edit, or what a method that learns from data has made.
+        limits: of a merged adapter: its rank, and the dtype of its factors. An edit is written as it is.
+        dtype: of a checkpoint; None for each tensor's own.
 
     Raises:
+        ParameterError: an adapter is wanted of full checkpoints, or (of an edit) of a change that has no low rank.
         OutputError: ``out`` is not ours, or the disk is full.
-        TvbasesError: whatever the merging method or an input has against a weight. Nothing is written then.
+        TvbasesError: whatever a merging method or an input has against a weight. Nothing is written then.
     """
-    base, names = merge.vectors.base, set(merge.names)
+    out = Path(out)
+    if isinstance(changes, Edit):
+        return _edited_adapter(changes, out) if as_adapter else _edited_checkpoint(changes, out, dtype)
+    merge = changes if isinstance(changes, Merge) else Merge.of(changes)
+    return _merged_adapter(merge, out, limits or Limits()) if as_adapter else _merged_checkpoint(merge, out, dtype)
+
+
+def is_checkpoint_of_ours(directory: Path) -> bool:
+    """Whether a checkpoint that ``write`` wrote may be replaced: nothing was put there since."""
+    return is_merge(directory) or is_edited_model(directory)
+
+
+def _merged_checkpoint(merge: Merge, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    base = merge.base
     size = sum(info.numel * (dtype.itemsize if dtype else info.dtype.itemsize) for info in base.tensors.values())
-    with transaction(out, is_merge, size, merge.job(dtype)) as work:
-        changes = lambda name: merge.pieces(name) if name in names else None  # noqa: E731
-        stream_model(base, work, changes, dtype=dtype, need=merge.need, reads=merge.vectors.stored)
+    with transaction(out, is_checkpoint_of_ours, size, merge.job(dtype)) as work:
+        stream_model(base, work, _pieces(merge), dtype=dtype, need=merge.need, reads=merge.vectors.stored)
         stored = dtype or next((base.tensors[name].dtype for name in merge.names), torch.float32)
-        report = {**merge.report("checkpoint", out), "dtype": _name(stored)}
-        return _finish(merge, work, report)
+        return _finish(merge, work, {**merge.report("checkpoint", out), "dtype": _name(stored)})
 
 
-def write_adapter_merge(merge: Merge, out: Path, limits: Limits | None = None) -> dict[str, Any]:
-    """Write the merged change as a PEFT adapter of stock LoRA or DoRA, and report what truncation and rounding cost.
-
-    Raises:
-        ParameterError: an input is not an adapter.
-        OutputError, TvbasesError: as for a checkpoint.
-    """
-    limits, base = limits or Limits(), merge.vectors.base
-    template = _template(merge)
+def _merged_adapter(merge: Merge, out: Path, limits: Limits) -> dict[str, Any]:
+    base, template = merge.base, _template(merge)
     changes: dict[str, Delta] = {}
     errors = Errors()
     with transaction(out, is_merge) as work:
@@ -58,14 +78,40 @@ def write_adapter_merge(merge: Merge, out: Path, limits: Limits | None = None) -
             errors.add(name, change, changes[name])
         tensors, config = adapter_tensors(changes, template, base, limits.dtype)
         write_adapter(work, tensors, config)
+        ranks = Counter(low.rank for low in low_parts(list(changes.values())))
         report = {
             **merge.report("adapter", out),
             "dtype": _name(limits.dtype),
             "rank_rule": str(limits.rank or "all"),
-            "ranks": dict(sorted(Counter(low.rank for low in low_parts(list(changes.values()))).items())),
+            "ranks": dict(sorted(ranks.items())),
             "error": errors.relative(),
         }
         return _finish(merge, work, report)
+
+
+def _edited_checkpoint(edit: Edit, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    with transaction(out, is_checkpoint_of_ours, edit.base.nbytes) as work:
+        stream_model(edit.base, work, _pieces(edit), dtype=dtype)
+        edit.leave_marker(work)
+    return {"out": str(out), "kind": "checkpoint", "edit": edit.note}
+
+
+def _edited_adapter(edit: Edit, out: Path) -> dict[str, Any]:
+    adapters = [model for model in edit.models.values() if isinstance(model, Adapter)]
+    if not adapters or len(adapters) < len(edit.models):
+        raise ParameterError(
+            "only adapters can be negated as an adapter, and a task here is a full checkpoint; leave --adapter out"
+        )
+    template = Template.of(adapters, adapters[0].base_id or edit.base.label)
+    tensors, config = adapter_tensors({name: edit.change(name) for name in edit.names}, template, edit.base)
+    with transaction(out, is_adapter_directory, sum(tensor.nbytes for tensor in tensors.values())) as work:
+        write_adapter(work, tensors, config)
+    return {"out": str(out), "kind": "adapter", "edit": edit.note}
+
+
+def _pieces(changes: Merge | Edit) -> Callable[[str], Iterator[Tensor] | None]:
+    names = set(changes.names)
+    return lambda name: changes.pieces(name) if name in names else None
 
 
 def _template(merge: Merge) -> Template:

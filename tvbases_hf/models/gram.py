@@ -110,8 +110,9 @@ def _with_base(deltas: list[Delta], base: Tensor) -> tuple[Tensor, float]:
 def not_finite(vectors: Vectors, name: str, deltas: list[Delta]) -> CheckpointError:
     """Name the model whose tensor holds NaN or infinity: the base first, since it spoils every task."""
     base = vectors.base
-    labels = [base.label, *(model.label for model in vectors.models.values())]
-    for label, delta in zip(labels, [Dense(base.read(name)), *deltas], strict=True):
+    models = [model.label for model in vectors.models.values()]
+    labels = models if len(models) == len(deltas) else vectors.labels  # bases are not any model's
+    for label, delta in zip([base.label, *labels], [Dense(base.read(name)), *deltas], strict=True):
         bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces(delta))
         if bad:
             return CheckpointError(

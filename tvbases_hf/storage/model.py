@@ -12,35 +12,18 @@ from torch import Tensor
 
 from ..algebra.delta import BLOCK_NUMBERS
 from .checkpoint import Checkpoint, TensorInfo
-from .output import transaction, write_json
+from .output import write_json
 from .parallel import written
 from .tensor_files import TensorFiles
-
-# Consecutive pieces of one flattened tensor's change, of any sizes; None for a tensor that stays.
-Changes = Callable[[str], Iterable[Tensor] | None]
 
 MARKER = "tvbases_edit.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
-def write_model(
-    base: Checkpoint,
-    out: Path,
-    changes: Changes,
-    note: str,
-) -> Path:
-    """Write ``base`` plus a change as a directory of its own; see stream_model."""
-    with transaction(out, is_edited_model, base.nbytes) as work:
-        stream_model(base, work, changes)
-        files = sorted(file.name for file in work.iterdir())
-        write_json(work / MARKER, {"base": base.label, "edit": note, "files": files})
-    return out
-
-
 def stream_model(
     base: Checkpoint,
     directory: Path,
-    changes: Changes,
+    pieces: Callable[[str], Iterable[Tensor] | None],
     *,
     dtype: torch.dtype | None = None,
     need: Callable[[str], int] = lambda _: 0,
@@ -48,8 +31,9 @@ def stream_model(
 ) -> None:
     """Put weights, configuration and tokenizer into an existing directory, on several threads.
 
-    Each thread has a piece of one weight in memory, and what ``changes(name)`` holds: ``need(name)`` bytes. What
-    ``reads(name)`` gives of the next weights is read ahead. The sum is taken in the dtype of the change, or in the
+    ``pieces(name)`` are those of a flattened change, in order and of any sizes; None for a tensor that stays. Each
+    thread has one of them in memory, and what they are made of: ``need(name)`` bytes. What ``reads(name)`` gives of the
+    next weights is read ahead. The sum is taken in the dtype of the change, or in the
     base's if that is wider, and rounded once, to ``dtype``; None for each tensor's own. Integers stay as they are.
     """
     tensors = {name: _converted(info, dtype) for name, info in base.tensors.items()}
@@ -57,7 +41,7 @@ def stream_model(
 
     def write(name: str) -> tuple[float, ...]:
         tensor, start = base.read(name).reshape(-1), 0
-        for update in _unchanged(tensor) if (found := changes(name)) is None else found:
+        for update in _unchanged(tensor) if (found := pieces(name)) is None else found:
             part = tensor[start : start + len(update)]
             if found is not None:
                 part = part.to(update.device, torch.promote_types(part.dtype, update.dtype)) + update
@@ -91,7 +75,7 @@ def _declare_dtype(file: Path, dtype: torch.dtype) -> None:
 
 
 def is_edited_model(directory: Path) -> bool:
-    """Whether a directory holds a model that write_model wrote, and nothing else."""
+    """Whether a directory holds an edited model (merging.changes.Edit), and nothing else."""
     try:
         files = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
         return {file.name for file in directory.iterdir()} <= {MARKER, *files}

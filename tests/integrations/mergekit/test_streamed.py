@@ -17,7 +17,7 @@ from tvbases_hf.algebra import delta as delta_module
 from tvbases_hf.algebra.delta import Dense
 from tvbases_hf.errors import CheckpointError
 from tvbases_hf.merging.merge import Merge
-from tvbases_hf.merging.write import write_checkpoint_merge
+from tvbases_hf.merging.write import write
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.run import Run, using
 from tvbases_mergekit.methods import merge_vectors
@@ -163,7 +163,7 @@ def written(tmp_path: Path, workers: int, tuned: list[Tensor] | None = None) -> 
     merge = Merge(vectors, lambda name, deltas: deltas[0], vectors.names, "ties", "", stream)
     out = tmp_path / f"out{workers}"
     with using(Run(workers=workers)):
-        write_checkpoint_merge(merge, out)
+        write(merge, out)
     return load_file(out / "model.safetensors")
 
 
