@@ -137,7 +137,8 @@ def test_clusters_of_real_tasks_lose_less_than_random_partitions_of_the_same_siz
 def test_a_basis_is_the_mean_or_sum_of_its_cluster(tasks: Vectors) -> None:
     gram = gram_matrix(tasks).matrix
     every = columns(tasks)
-    for inner, scale in (("mean", 0.5), ("sum", 1.0)):
+    cases: tuple[tuple[Any, float], ...] = (("mean", 0.5), ("sum", 1.0))
+    for inner, scale in cases:
         weights = cluster_bases(gram, inner=inner)
         assert Clusters.of_encoder(weights.encoder).members == ((0, 2), (1, 3), (4,))
         expected = torch.stack([every[:, [0, 2]].sum(1) * scale, every[:, [1, 3]].sum(1) * scale, every[:, 4]], 1)
@@ -217,7 +218,7 @@ def test_what_cannot_be_compared_is_refused(tasks: Vectors) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner": "median"}, "inner must be mean or sum; got 'median'"),
+        ({"inner": "median"}, "inner of cluster must be mean or sum.*; got 'median'"),
         ({"split_below": 0.1}, "negative cosine"),
         ({"num_bases": 9}, "num_bases is 9 but there are only 5 tasks"),
     ],

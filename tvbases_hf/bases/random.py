@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from .ae import fitted
+from .ae import PAPER, fitted
+from .registry import construction
 from .weights import BasisWeights, check_gram, resolve_num_bases
 
 
-def rand_select(gram: Tensor, num_bases: float, *, seed: int = 0) -> BasisWeights:
-    """M of the T task vectors, chosen uniformly, are the bases.
+@construction("rand_select", "rand_select", "Some of the task vectors, chosen at random", PAPER)
+def rand_select(
+    gram: Tensor, num_bases: float = 0.5, *, seed: Annotated[int, Field(description="which tasks are chosen")] = 0
+) -> BasisWeights:
+    """M of the T task vectors, chosen at random (RandSelect).
 
     A dropped task is reconstructed by least squares from the kept ones; it cannot be negated on its own.
     """

@@ -13,8 +13,7 @@ from torch import Tensor
 from ..algebra.delta import Delta, dense, pieces
 from ..algebra.rank import RankRule
 from ..algebra.sums import total
-from ..bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_select
-from ..bases.cluster import INNER
+from ..bases import CONSTRUCTIONS, BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_select
 from ..errors import CheckpointError, MismatchError, ParameterError
 from ..models.gram import Gram, gram_matrix
 from ..models.vectors import Vectors, basis_labels, check_over
@@ -31,6 +30,7 @@ from .reconstruction import Reconstruction
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+INNER = CONSTRUCTIONS["cluster"].options["inner"].choices
 METHODS: dict[str, Callable[..., BasisWeights]] = {
     "ae": ae_bases,
     "pca": pca_bases,
@@ -81,7 +81,10 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         if method not in METHODS:
             raise ParameterError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}, or tsv")
         gram = gram or gram_matrix(vectors)
-        if method == "cluster" and options.get("inner", "mean") not in INNER:
+        if (
+            method == "cluster"
+            and options.get("inner", "mean") not in CONSTRUCTIONS["cluster"].options["inner"].choices
+        ):
             from .clusters import cluster_atoms
 
             return cls._of(*cluster_atoms(vectors, gram, num_bases, options, dtype))

@@ -134,7 +134,7 @@ def compress(
     base, task, out = required("--base", base), required("--task", task), required("--out", out)
     if new:
         raise ParameterError(f"{new[0]}: plain paths go with --online; give --task NAME={new[0]}")
-    from ..bases.ae import SOLVERS, check_even_errors
+    from ..bases import CONSTRUCTIONS
     from ..bases.weights import resolve_num_bases
     from ..basis.adapters.compress import Request
     from ..basis.basis import METHODS, Basis
@@ -150,8 +150,7 @@ def compress(
     check_json(json)
     check_output(out, is_basis_directory)
     check_choice("--method", method or "ae", (*METHODS, "tsv", "joint"))
-    check_choice("--solver", solver, SOLVERS)
-    check_even_errors(even_errors, balance, solver)
+    CONSTRUCTIONS["ae"].checked({"solver": solver, "even_errors": even_errors, "balance": balance})
     if even_errors and (method or "ae") != "ae":
         raise ParameterError("--even-errors is of --method ae; add it, or leave --even-errors out")
     if method == "cluster":
@@ -182,7 +181,8 @@ def compress(
 
 
 def _cluster_options(inner: str | None, split_below: float | None, seed: int) -> dict[str, Any]:
-    from ..bases.cluster import INNER, SPLIT_BELOW, check_split
+    from ..bases import CONSTRUCTIONS
+    from ..bases.cluster import SPLIT_BELOW
     from ..merging.apply import find_method
 
     options = {
@@ -190,8 +190,8 @@ def _cluster_options(inner: str | None, split_below: float | None, seed: int) ->
         "split_below": SPLIT_BELOW if split_below is None else split_below,
         "seed": seed,
     }
-    check_split(options["split_below"])
-    if options["inner"] not in INNER:
+    CONSTRUCTIONS["cluster"].checked({name: options[name] for name in ("split_below", "seed")})
+    if options["inner"] not in CONSTRUCTIONS["cluster"].options["inner"].choices:
         find_method(options["inner"])
     return options
 
@@ -206,7 +206,7 @@ def _check_kind(
     memory: str | None,
 ) -> None:
     """Adapters and full checkpoints do not take the same options."""
-    from ..bases.cluster import INNER
+    from ..basis.basis import INNER
 
     adapters = vectors.are_adapters
     if adapters and vectors.device.type != "cpu":
