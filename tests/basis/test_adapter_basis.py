@@ -141,7 +141,7 @@ def test_peft_loads_the_directory_where_this_package_cannot_be_imported(family: 
 def test_the_stock_adapter_is_the_base_plus_alpha_times_the_sum_of_the_bases(
     how: str, alpha: float, family: Adapters, tmp_path: Path
 ) -> None:
-    basis = saved(build(family, replace(REQUESTS[how], alpha=alpha)), tmp_path / "basis")
+    basis = saved(build(family, REQUESTS[how], alpha=alpha), tmp_path / "basis")
     changes = {name: alpha * torch.stack([dense(part) for part in basis.parts(name)]).sum(0) for name in basis.names}
     assert close(outputs(load_adapter(family.base, family.case, tmp_path / "basis")), merged(family, changes))
 
@@ -151,7 +151,7 @@ def test_without_truncation_the_stock_adapter_is_task_arithmetic_over_all_tasks(
     request_: dict[str, Any], family: Adapters, tmp_path: Path
 ) -> None:
     """Balanced atoms weigh every task M / T; truncated task vectors weigh it once. Rank 16 cuts nothing off."""
-    full = replace(request_, rank=16)
+    full = {**request_, "rank": 16}
     saved(build(family, full), tmp_path / "basis")
     weight = 2 / 4 if full.method == "ae" else 1.0
     vectors = family.vectors()

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from ..algebra.rank import RankRule
 from ..bases import CONSTRUCTIONS
 from ..bases.weights import resolve_num_bases
 from ..errors import ParameterError, did_you_mean
-from ..merging.apply import check_options
+from ..merging.apply import METHODS, check_options
 from ..options import Option, checked
 from .adapters.pool import POOL_OPTIONS
 
@@ -30,6 +32,18 @@ def methods_of(adapters: bool) -> dict[str, Mapping[str, Option]]:
         return {**{name: found.options for name, found in CONSTRUCTIONS.items()}, "tsv": {}}
     sums = {name: found.options | POOL_OPTIONS for name, found in CONSTRUCTIONS.items() if not found.has_mean}
     return {**sums, **dict.fromkeys(PER_TASK, POOL_OPTIONS)}
+
+
+def all_options() -> dict[str, dict[str, Option]]:
+    """The options of every method, whatever the models are; ``inner`` may be any merging method as well."""
+    found = {name: dict(options) for name, options in (methods_of(True) | methods_of(False)).items()}
+    for name in found:  # what only adapters have of it
+        found[name] = dict(methods_of(True).get(name, {})) | found[name]
+    inner = found["cluster"]["inner"]
+    words = (*inner.choices, *(name for name in METHODS if name not in inner.choices))
+    described = Field(description=f"{inner.help}; of checkpoints by any merging method")
+    found["cluster"]["inner"] = Option("inner", Annotated[Literal[words], described], inner.default)
+    return found
 
 
 @dataclass(frozen=True)
