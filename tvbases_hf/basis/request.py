@@ -35,10 +35,8 @@ def methods_of(adapters: bool) -> dict[str, Mapping[str, Option]]:
 
 
 def all_options() -> dict[str, dict[str, Option]]:
-    """The options of every method, whatever the models are; ``inner`` may be any merging method as well."""
-    found = {name: dict(options) for name, options in (methods_of(True) | methods_of(False)).items()}
-    for name in found:  # what only adapters have of it
-        found[name] = dict(methods_of(True).get(name, {})) | found[name]
+    """Those of every method, whatever the models are, but for POOL_OPTIONS; ``inner`` may be any merging method."""
+    found = {**{name: dict(made.options) for name, made in CONSTRUCTIONS.items()}, **{name: {} for name in PER_TASK}}
     inner = found["cluster"]["inner"]
     words = (*inner.choices, *(name for name in METHODS if name not in inner.choices))
     described = Field(description=f"{inner.help}; of checkpoints by any merging method")

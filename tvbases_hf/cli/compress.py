@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ParameterError
 from .app import app
-from .derived import DerivedCommand, check_method, given
+from .derived import DerivedCommand, given
 from .options import (
     Base,
     Device,
@@ -43,6 +43,11 @@ class BasisCommand(DerivedCommand):
 
         return all_options()
 
+    def common(self) -> Mapping[str, Mapping[str, Any]]:
+        from ..basis.request import POOL_OPTIONS
+
+        return {"adapters": POOL_OPTIONS}
+
 
 def _moved(value: str | None) -> None:
     if value is not None:
@@ -66,9 +71,7 @@ def compress(
             help="How many bases; a number below 1 is a fraction of the tasks. Default: 0.5; cluster chooses.",
         ),
     ] = None,
-    rank: Annotated[
-        str | None, rank_option("tsv: of every matrix, default: 1/T; adapters: of each basis vector.")
-    ] = None,
+    rank: Annotated[str | None, rank_option("tsv: of a matrix, default: 1/T; adapters: of a basis vector.")] = None,
     budget: Annotated[
         float | None,
         typer.Option(help="Share of the models' bytes to keep: tsv, and any method of adapters. Default: 0.5."),
@@ -93,10 +96,8 @@ def compress(
     from .tables import print_compression
 
     options, tasks = given(context), parse_tasks(task)
-    method = options.pop("method", None)
-    check_method(method, options, BasisCommand.methods(context.command))  # type: ignore[arg-type]
     if "target_weights" in options:
         options["target_weights"] = parse_weights(options["target_weights"], tasks)
     sizes: dict[str, Any] = {"num_bases": num_bases, "budget": budget, "rank": rank, "alpha": alpha}
     where: dict[str, Any] = {"dtype": parse_dtype(dtype), "device": device, "dry_run": dry_run}
-    tell(run(base, tasks, out, method=method, **sizes, **where, **options), print_compression, json)
+    tell(run(base, tasks, out, **sizes, **where, **options), print_compression, json)

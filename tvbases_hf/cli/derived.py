@@ -28,17 +28,20 @@ class DerivedCommand(TyperCommand):
     def methods(self) -> Mapping[str, Mapping[str, Any]]:
         """The options.Option of every method, by name."""
 
+    def common(self) -> Mapping[str, Mapping[str, Any]]:
+        """The same by what they are of, where it is no method: any method may be given them."""
+        return {}
+
     method_help = "How it is made."
 
     @cached_property
     def derived(self) -> list[Any]:
         methods = self.methods()
-        names = dict.fromkeys(name for options in methods.values() for name in options)
+        known = {**methods, **self.common()}
         parameters = [_parameter("method", Literal[tuple(methods)], self.method_help)]
-        parameters += [
-            _parameter(name, *_declared({method: found[name] for method, found in methods.items() if name in found}))
-            for name in names
-        ]
+        for name in dict.fromkeys(name for options in known.values() for name in options):
+            of = {method: options[name] for method, options in known.items() if name in options}
+            parameters.append(_parameter(name, *_declared(of)))
         holder = typer.Typer(add_completion=False)
         holder.command(add_help_option=False)(_function(parameters))
         return list(typer.main.get_command(holder).params)
@@ -49,17 +52,19 @@ class DerivedCommand(TyperCommand):
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """The derived options that were set, by their names in the library; ``method`` is one of them."""
-    return dict(context.meta.get(KEY, {}))
+    """The derived options that were set, by their names in the library; ``method`` is one of them.
 
-
-def check_method(method: str | None, options: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]) -> None:
-    """ParameterError for an option of another method than the one that was chosen."""
-    for name in options:
+    Raises ParameterError for an option of another method than the one that was chosen.
+    """
+    command, found = context.command, dict(context.meta.get(KEY, {}))
+    assert isinstance(command, DerivedCommand)
+    methods, common = command.methods(), command.common()
+    for name in (name for name in found if name != "method"):
         of = [other for other, known in methods.items() if name in known]
-        if (method or "ae") not in of:
+        if found.get("method", "ae") not in of and not any(name in known for known in common.values()):
             flag = WRITTEN.get(name, ("--" + name.replace("_", "-"), ""))[0]
             raise ParameterError(f"{flag} is of --method {' or '.join(of)}; add it, or leave {flag} out")
+    return found
 
 
 def _function(parameters: Sequence[inspect.Parameter]) -> Any:
@@ -88,20 +93,17 @@ def _parameter(name: str, kind: Any, help: str) -> inspect.Parameter:
 
 
 def _declared(of: Mapping[str, Any]) -> tuple[Any, str]:
-    """The type on the command line, and ``ae: ...; cluster: ... default: ...``, the same words said once."""
-    first = next(iter(of.values()))
+    """The type on the command line, and ``ae: ..., default: ...; cluster: ...``, the same words said once."""
     said: dict[str, list[str]] = {}
     for method, option in of.items():
-        said.setdefault(option.help, []).append(method)
+        said.setdefault(f"{option.help}, default: {_shown(option.default)}", []).append(method)
     help = "; ".join(f"{', '.join(methods)}: {text}" for text, methods in said.items())
-    defaults = dict.fromkeys(_shown(option.default) for option in of.values())
-    kind = first.kinds[0]
+    kind = next(iter(of.values())).kinds[0]
     if get_origin(kind) is Literal:
-        words = dict.fromkeys(word for option in of.values() for word in option.choices)
-        kind = Literal[tuple(words)]
-    elif get_origin(kind) is not None and get_args(kind):  # a number for each task
+        kind = Literal[tuple(dict.fromkeys(word for option in of.values() for word in option.choices))]
+    elif get_args(kind):  # a number for each task
         kind = list[str]
-    return kind, f"{help}; default: {' or '.join(defaults)}."
+    return kind, f"{help}."
 
 
 def _shown(default: Any) -> str:
