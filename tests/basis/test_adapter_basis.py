@@ -153,7 +153,7 @@ def test_without_truncation_the_stock_adapter_is_task_arithmetic_over_all_tasks(
     """Balanced atoms weigh every task M / T; truncated task vectors weigh it once. Rank 16 cuts nothing off."""
     full = {**request_, "rank": 16}
     saved(build(family, full), tmp_path / "basis")
-    weight = 2 / 4 if full.method == "ae" else 1.0
+    weight = 2 / 4 if full["method"] == "ae" else 1.0
     vectors = family.vectors()
     changes = {name: weight * torch.stack(dense_changes(vectors, name)).sum(0) for name in vectors.names}
     assert close(outputs(load_adapter(family.base, family.case, tmp_path / "basis")), merged(family, changes))
