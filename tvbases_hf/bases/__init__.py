@@ -6,7 +6,7 @@ import pkgutil
 from .ae import ae_bases
 from .cluster import Clusters, cluster_bases, find_clusters
 from .pca import pca_bases, pca_positive
-from .random import rand_proj, rand_select
+from .random import rand_select
 from .registry import CONSTRUCTIONS, Construction
 from .weights import BasisWeights
 
@@ -23,6 +23,5 @@ __all__ = [
     "find_clusters",
     "pca_bases",
     "pca_positive",
-    "rand_proj",
     "rand_select",
 ]

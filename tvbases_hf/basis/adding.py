@@ -18,7 +18,7 @@ def add_tasks(
     out: str | Path,
     tasks: Mapping[str, str | Path],
     base: str | Path | None = None,
-    num_bases: int | None = None,
+    num_bases: float | None = None,
     *,
     method: str | None = None,
     dtype: torch.dtype | None = None,

@@ -75,7 +75,7 @@ class OnlineBasis:
         cls,
         directory: str | Path,
         base: str | Path | Checkpoint,
-        num_bases: int | None = None,
+        num_bases: float | None = None,
         *,
         method: str = "ae",
         dtype: torch.dtype | None = None,

@@ -76,9 +76,10 @@ class Request:
         asked._check_sizes(adapters)
         asked = replace(asked, options=asked._options(adapters))
         budget, num_bases = asked.budget, asked.num_bases
-        if asked.method in CONSTRUCTIONS and budget is None and num_bases is None:
-            num_bases = CONSTRUCTIONS[asked.method].num_bases
-        elif adapters and asked.method not in CONSTRUCTIONS and budget is None and asked.rank is None:
+        construction = CONSTRUCTIONS.get(asked.method or "")
+        if construction and budget is None and num_bases is None:
+            num_bases = construction.num_bases
+        elif adapters and not construction and budget is None and asked.rank is None:
             budget = DEFAULT_BUDGET
         if num_bases is not None:
             resolve_num_bases(num_bases, num_tasks)
@@ -138,8 +139,7 @@ class Request:
                 of = self.method or f"the best of {', '.join(COMPARED)}, which is taken without a method"
                 raise ParameterError(f"{name} is an option of method {' or '.join(others)}, not of {of}; leave it out")
         given = checked(self.method or "a basis of adapters", known, self.options)
-        if self.method in CONSTRUCTIONS:
-            found = CONSTRUCTIONS[self.method]
+        if found := CONSTRUCTIONS.get(self.method or ""):
             found.checked({name: value for name, value in given.items() if name in found.options})
         return given
 
