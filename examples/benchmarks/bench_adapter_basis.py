@@ -40,7 +40,6 @@ import torch
 from tvbases_demo import encoder, store
 from tvbases_demo.tasks import make_task
 from tvbases_hf.basis import Basis
-from tvbases_hf.basis.adapters.compress import Request
 from tvbases_hf.models.vectors import Vectors
 
 TASKS = ("tense", "negation", "question", "sentiment")
@@ -75,7 +74,7 @@ def measure(base: Path, paths: dict[str, Path], budgets: tuple[float, ...]) -> d
     vectors = Vectors.open(base, paths)
     rows, overlap = {}, {}
     for budget in budgets:
-        info = Basis.of_adapters(vectors, Request(budget=budget)).info
+        info = Basis.build(vectors, budget=budget).info
         assert info.adapters is not None
         squares = {method: info.adapters.candidates[method] ** 2 for method in METHODS}
         stored = sum(error**2 for error in info.task_error) / len(info.task_error)

@@ -9,9 +9,9 @@ from typing import Any, Optional
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from torch import Tensor
 
+from tvbases_hf.bases import CONSTRUCTIONS as KNOWN
 from tvbases_hf.bases import BasisWeights, ae_bases, cluster_bases, pca_bases
-from tvbases_hf.bases.ae import SOLVERS, check_even_errors
-from tvbases_hf.bases.cluster import INNER, SPLIT_BELOW, check_split, scikit_learn
+from tvbases_hf.bases.cluster import SPLIT_BELOW
 from tvbases_hf.bases.weights import resolve_num_bases
 from tvbases_hf.errors import ParameterError
 
@@ -65,8 +65,8 @@ def _solve_ae(gram: Tensor, num_bases: NumBases, options: Mapping[str, Any]) -> 
 
 
 def _check_ae(parameters: Mapping[str, Any]) -> None:
-    choose("solver", parameters["solver"], SOLVERS)
-    check_even_errors(parameters["even_errors"], parameters["balance"], parameters["solver"])
+    names = ("solver", "even_errors", "balance")
+    KNOWN["ae"].checked({name: parameters[name] for name in names})
 
 
 def _solve_pca(gram: Tensor, num_bases: NumBases, options: Mapping[str, Any]) -> BasisWeights:
@@ -78,17 +78,7 @@ def _solve_clusters(gram: Tensor, num_bases: NumBases, options: Mapping[str, Any
 
 
 def _check_clusters(parameters: Mapping[str, Any]) -> None:
-    choose("inner", parameters["inner"], INNER)
-    check_split(parameters["split_below"])
-    scikit_learn()
-
-
-def _count_clusters(num_bases: NumBases, num_tasks: int) -> tuple[int, int]:
-    """Chosen by the eigenvalues there are two or more; splitting opposites can at most double a given number."""
-    if num_bases is None:
-        return min(2, num_tasks), num_tasks
-    given = resolve_num_bases(num_bases, num_tasks)
-    return given, min(2 * given, num_tasks)
+    KNOWN["cluster"].checked({name: parameters[name] for name in ("inner", "split_below")})
 
 
 NUM_BASES = _shared("num_bases", float, 0.5)
@@ -119,6 +109,6 @@ CLUSTER = Construction(
     ),
     _solve_clusters,
     _check_clusters,
-    _count_clusters,
+    KNOWN["cluster"].counts,
 )
 CONSTRUCTIONS = (AE, PCA, CLUSTER)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from commands.command_line import inputs, refused, root, tvbases
+from commands.command_line import inputs, misused, refused, root, tvbases
 from oracles.grams import real_gram
 from tvbases_hf import Basis, Vectors, gram_matrix
 from tvbases_hf.algebra.delta import dense
@@ -21,8 +21,8 @@ from tvbases_hf.bases import Clusters, cluster_bases, find_clusters, pca_positiv
 from tvbases_hf.bases.ae import least_squares_decoder
 from tvbases_hf.bases.cluster import cosine_matrix, eigengap
 from tvbases_hf.bases.weights import squared_error
-from tvbases_hf.basis.clusters import clustered, joined, similar
-from tvbases_hf.errors import MismatchError, MissingExtraError, ParameterError
+from tvbases_hf.basis.clusters import clustered
+from tvbases_hf.errors import MissingExtraError, ParameterError
 from tvbases_hf.merging.apply import METHODS, merged
 from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.hf_models import Family
@@ -137,7 +137,8 @@ def test_clusters_of_real_tasks_lose_less_than_random_partitions_of_the_same_siz
 def test_a_basis_is_the_mean_or_sum_of_its_cluster(tasks: Vectors) -> None:
     gram = gram_matrix(tasks).matrix
     every = columns(tasks)
-    for inner, scale in (("mean", 0.5), ("sum", 1.0)):
+    cases: tuple[tuple[Any, float], ...] = (("mean", 0.5), ("sum", 1.0))
+    for inner, scale in cases:
         weights = cluster_bases(gram, inner=inner)
         assert Clusters.of_encoder(weights.encoder).members == ((0, 2), (1, 3), (4,))
         expected = torch.stack([every[:, [0, 2]].sum(1) * scale, every[:, [1, 3]].sum(1) * scale, every[:, 4]], 1)
@@ -176,40 +177,9 @@ def test_a_task_is_forgotten_by_its_clusters_basis(tasks: Vectors) -> None:
     assert torch.allclose(found, -0.25 * (every[:, 1] + every[:, 3]), rtol=0, atol=8 * EPS)
 
 
-# Tasks that come later
-
-
-def test_a_new_task_finds_the_bases_like_it_and_a_stranger_becomes_one(tasks: Vectors) -> None:
-    bases = clustered(tasks, find_clusters(gram_matrix(tasks).matrix))
-    every, generator = columns(bases), torch.Generator().manual_seed(9)
-    noise = 0.01 * torch.randn(90, generator=generator).double()
-    near = every[:, 1] + 0.3 * every[:, 2] + noise
-    for column, expected in ((near, (1, 2)), (torch.linalg.svd(every).U[:, -1], ())):
-        task = Vectors.of_models(tasks.base, {"new": models(column[:, None]).models["task0"]})
-        found = similar(bases, task, 0.2)
-        unit = every / every.norm(dim=0)
-        assert torch.allclose(torch.tensor(found.cosines).double(), unit.T @ column / column.norm(), atol=1e-5)
-        assert found.indices == expected
-        assert found.is_new == (not expected)
-        grown = joined(bases, task)
-        assert (grown.tasks[-1], grown.labels[-1], len(grown)) == ("new", "new", 4)
-        assert grown.encoder.tolist()[-1] == [0, 0, 0, 1]
-
-
-def test_what_cannot_be_compared_is_refused(tasks: Vectors) -> None:
-    every = tasks
-    with pytest.raises(ParameterError, match="not 5"):
-        similar(every, every)
-    with pytest.raises(ParameterError, match=r'5 tasks are in both \(first: "task0"\)'):
-        joined(every, every)
-    other = Vectors.of_models(
-        Checkpoint.from_state_dict({n: torch.zeros(s) for n, s in SHAPES.items()}),
-        {"x": Checkpoint.from_state_dict({n: torch.ones(s) for n, s in SHAPES.items()})},
-    )
-    with pytest.raises(MismatchError, match="different bases"):
-        joined(every, other)
+def test_clusters_of_other_tasks_and_no_clusters_are_refused(tasks: Vectors) -> None:
     with pytest.raises(ParameterError, match="clusters are of 3 vectors, but there are 5"):
-        clustered(every, Clusters(groups([1, 2])))
+        clustered(tasks, Clusters(groups([1, 2])))
     with pytest.raises(ParameterError, match="no cluster bases"):
         Clusters.of_encoder(torch.ones(2, 2))
 
@@ -217,7 +187,7 @@ def test_what_cannot_be_compared_is_refused(tasks: Vectors) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner": "median"}, "inner must be mean or sum; got 'median'"),
+        ({"inner": "median"}, "inner of cluster must be mean or sum.*; got 'median'"),
         ({"split_below": 0.1}, "negative cosine"),
         ({"num_bases": 9}, "num_bases is 9 but there are only 5 tasks"),
     ],
@@ -293,8 +263,8 @@ def test_the_command_compresses_to_clusters(more: list[object], llama: Family, t
 def test_the_command_refuses_cluster_options_elsewhere_and_unknown_ones(llama: Family) -> None:
     out = ["--out", root(llama) / "basis"]
     message = refused(root(llama), "compress", *inputs(llama), *out, "--inner", "ties")
-    assert "--inner and --split-below are of --method cluster" in message
-    message = refused(root(llama), "compress", *inputs(llama), *out, "--method", "cluster", "--inner", "tie")
-    assert "unknown merging method 'tie' (did you mean ties?)" in message
+    assert "--inner is of --method cluster" in message
+    message = misused(root(llama), "compress", *inputs(llama), *out, "--method", "cluster", "--inner", "tie")
+    assert "'tie' is not one of" in message and "'ties'" in message
     message = refused(root(llama), "compress", *inputs(llama), *out, "--method", "cluster", "--split-below", "0.5")
     assert "negative cosine" in message

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from commands.command_line import refused, tvbases
 from oracles.matrices import gaussian
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.basis import LoraBasis
-from tvbases_hf.basis.adapters.compress import Request
 from tvbases_hf.basis.adapters.verdict import verdict
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.models.adapter import Adapter
@@ -45,17 +45,17 @@ EPS = torch.finfo(torch.float32).eps
 SAME = 100 * EPS
 DORA = replace(LLAMA, config={**LLAMA.config, "use_dora": True})
 REQUESTS = {
-    "joint": Request("joint", budget=0.6),
-    "tsv": Request("tsv", budget=0.5),
-    "tsv_rank": Request("tsv", rank=2),
-    "ae": Request("ae", num_bases=2),
-    "ae_budget": Request("ae", num_bases=2, budget=0.4),
-    "ae_rank": Request("ae", num_bases=3, rank=2),
-    "rand_select": Request("rand_select", num_bases=2),
-    "cluster": Request("cluster"),
-    "cluster_budget": Request("cluster", budget=0.5),
-    "pca_positive": Request("pca_positive", num_bases=2),
-    "best": Request(budget=0.6),
+    "joint": dict(method="joint", budget=0.6),
+    "tsv": dict(method="tsv", budget=0.5),
+    "tsv_rank": dict(method="tsv", rank=2),
+    "ae": dict(method="ae", num_bases=2),
+    "ae_budget": dict(method="ae", num_bases=2, budget=0.4),
+    "ae_rank": dict(method="ae", num_bases=3, rank=2),
+    "rand_select": dict(method="rand_select", num_bases=2),
+    "cluster": dict(method="cluster"),
+    "cluster_budget": dict(method="cluster", budget=0.5),
+    "pca_positive": dict(method="pca_positive", num_bases=2),
+    "best": dict(budget=0.6),
 }
 
 
@@ -74,8 +74,8 @@ def dora(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
     return random_adapters(tmp_path_factory.mktemp("dora"), DORA, TASKS[:3])
 
 
-def build(family: Adapters, request: Request, **options: object) -> LoraBasis:
-    return LoraBasis.of_adapters(family.vectors(), request, **options)  # type: ignore[arg-type]
+def build(family: Adapters, request: dict[str, Any], **options: object) -> LoraBasis:
+    return LoraBasis.build(family.vectors(), **request, **options)  # type: ignore[arg-type]
 
 
 def saved(basis: LoraBasis, directory: Path) -> LoraBasis:
@@ -128,7 +128,7 @@ def stock_logits(base: Path, basis: Path, ids: Tensor) -> Tensor:
 
 
 def test_peft_loads_the_directory_where_this_package_cannot_be_imported(family: Adapters, tmp_path: Path) -> None:
-    basis = build(family, Request("joint", budget=0.6, alpha=0.5))
+    basis = build(family, dict(method="joint", budget=0.6, alpha=0.5))
     basis.save_pretrained(tmp_path / "basis")
     found = stock_logits(family.base, tmp_path / "basis", IDS)
     changes = {name: 0.5 * torch.stack([dense(part) for part in basis.parts(name)]).sum(0) for name in basis.names}
@@ -141,19 +141,19 @@ def test_peft_loads_the_directory_where_this_package_cannot_be_imported(family: 
 def test_the_stock_adapter_is_the_base_plus_alpha_times_the_sum_of_the_bases(
     how: str, alpha: float, family: Adapters, tmp_path: Path
 ) -> None:
-    basis = saved(build(family, replace(REQUESTS[how], alpha=alpha)), tmp_path / "basis")
+    basis = saved(build(family, REQUESTS[how], alpha=alpha), tmp_path / "basis")
     changes = {name: alpha * torch.stack([dense(part) for part in basis.parts(name)]).sum(0) for name in basis.names}
     assert close(outputs(load_adapter(family.base, family.case, tmp_path / "basis")), merged(family, changes))
 
 
-@pytest.mark.parametrize("request_", [Request("ae", num_bases=2), Request("tsv", rank=3)], ids=["ae", "tsv"])
+@pytest.mark.parametrize("request_", [dict(method="ae", num_bases=2), dict(method="tsv", rank=3)], ids=["ae", "tsv"])
 def test_without_truncation_the_stock_adapter_is_task_arithmetic_over_all_tasks(
-    request_: Request, family: Adapters, tmp_path: Path
+    request_: dict[str, Any], family: Adapters, tmp_path: Path
 ) -> None:
     """Balanced atoms weigh every task M / T; truncated task vectors weigh it once. Rank 16 cuts nothing off."""
-    full = replace(request_, rank=16)
+    full = {**request_, "rank": 16}
     saved(build(family, full), tmp_path / "basis")
-    weight = 2 / 4 if full.method == "ae" else 1.0
+    weight = 2 / 4 if full["method"] == "ae" else 1.0
     vectors = family.vectors()
     changes = {name: weight * torch.stack(dense_changes(vectors, name)).sum(0) for name in vectors.names}
     assert close(outputs(load_adapter(family.base, family.case, tmp_path / "basis")), merged(family, changes))
@@ -173,9 +173,9 @@ def sum_of_doras(basis: LoraBasis, dora: Adapters) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("request_", [REQUESTS["joint"], REQUESTS["ae"]], ids=["joint", "ae"])
-def test_a_merged_dora_is_exact_in_peft(request_: Request, dora: Adapters, tmp_path: Path) -> None:
+def test_a_merged_dora_is_exact_in_peft(request_: dict[str, Any], dora: Adapters, tmp_path: Path) -> None:
     """W + alpha (sum of diag(d) W + L R), as DoRA with magnitudes of its own."""
-    basis = saved(build(dora, replace(request_, alpha=0.5)), tmp_path / "basis")
+    basis = saved(build(dora, {**request_, "alpha": 0.5}), tmp_path / "basis")
     found = outputs(load_adapter(dora.base, dora.case, tmp_path / "basis"))
     assert close(found, merged(dora, sum_of_doras(basis, dora)))
 
@@ -238,18 +238,20 @@ def test_errors_in_half_precision_are_those_of_the_rounded_numbers(
 
 
 @pytest.mark.parametrize(
-    "request_", [Request("tsv", rank=16), Request("ae", num_bases=4, rank=16), Request(budget=1.0)]
+    "request_", [dict(method="tsv", rank=16), dict(method="ae", num_bases=4, rank=16), dict(budget=1.0)]
 )
 def test_every_task_comes_back_exactly_where_nothing_is_cut_off(
-    request_: Request, family: Adapters, tmp_path: Path
+    request_: dict[str, Any], family: Adapters, tmp_path: Path
 ) -> None:
     basis = saved(build(family, request_), tmp_path / "basis")
     assert max(measured_errors(basis, family.vectors())) <= SAME
 
 
-@pytest.mark.parametrize("request_", [Request("tsv", rank=16), Request("ae", num_bases=3, rank=16)], ids=["tsv", "ae"])
+@pytest.mark.parametrize(
+    "request_", [dict(method="tsv", rank=16), dict(method="ae", num_bases=3, rank=16)], ids=["tsv", "ae"]
+)
 def test_every_dora_comes_back_exactly_where_nothing_is_cut_off(
-    request_: Request, dora: Adapters, tmp_path: Path
+    request_: dict[str, Any], dora: Adapters, tmp_path: Path
 ) -> None:
     basis = saved(build(dora, request_), tmp_path / "basis")
     assert max(measured_errors(basis, dora.vectors(), dora.base)) <= SAME
@@ -259,7 +261,7 @@ def test_every_dora_comes_back_exactly_where_nothing_is_cut_off(
 
 
 def test_the_row_scales_of_a_dora_are_exact_whatever_is_cut_off(dora: Adapters, tmp_path: Path) -> None:
-    basis = saved(build(dora, Request("joint", budget=0.5)), tmp_path / "basis")
+    basis = saved(build(dora, dict(method="joint", budget=0.5)), tmp_path / "basis")
     errors = measured_errors(basis, dora.vectors(), dora.base)
     assert basis.info.task_error == pytest.approx(errors, rel=1e-5)
     assert min(errors) > 100 * SAME
@@ -298,7 +300,7 @@ def test_a_task_is_restored_as_a_checkpoint(family: Adapters, tmp_path: Path) ->
 
 
 def test_the_stand_alone_lora_has_the_rank_of_the_reconstruction(family: Adapters) -> None:
-    basis = build(family, Request("tsv", rank=2))
+    basis = build(family, dict(method="tsv", rank=2))
     ranks = {tensor.shape[0] for name, tensor in basis.adapter("math").tensors.items() if "lora_A" in name}
     assert ranks == {2}
 
@@ -316,7 +318,7 @@ def test_the_decoder_is_the_least_squares_optimum_for_the_stored_atoms(family: A
 
 
 def test_balanced_atoms_weigh_every_task_alike(family: Adapters) -> None:
-    assert build(family, Request("ae", num_bases=2)).info.effective_weights == pytest.approx([0.5] * 4)
+    assert build(family, dict(method="ae", num_bases=2)).info.effective_weights == pytest.approx([0.5] * 4)
 
 
 # The budget
@@ -329,7 +331,7 @@ def test_the_budget_is_kept_and_never_loses_to_truncation_at_the_same_bytes(
     method: str | None, kin: str, budget: float, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     adapters: Adapters = request.getfixturevalue(kin)
-    basis = saved(build(adapters, Request(method, budget=budget)), tmp_path / "basis")
+    basis = saved(build(adapters, dict(method=method, budget=budget)), tmp_path / "basis")
     originals = sum(stored_bytes(path) for path in adapters.tasks.values())
     used = stored_bytes(tmp_path / "basis")
     assert used <= budget * originals
@@ -341,20 +343,20 @@ def test_the_budget_is_kept_and_never_loses_to_truncation_at_the_same_bytes(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_budget_is_counted_in_the_adapters_own_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     adapters = related_adapters(tmp_path, dtype=dtype)
-    build(adapters, Request(budget=0.5)).save_pretrained(tmp_path / "basis")
+    build(adapters, dict(budget=0.5)).save_pretrained(tmp_path / "basis")
     originals = sum(stored_bytes(path) for path in adapters.tasks.values())
     assert 0.45 * originals <= stored_bytes(tmp_path / "basis") <= 0.5 * originals
     assert {tensor.dtype for tensor in load_file(tmp_path / "basis" / "adapter_model.safetensors").values()} == {dtype}
 
 
 def test_the_budget_of_doras_includes_their_scales_and_magnitudes(dora: Adapters, tmp_path: Path) -> None:
-    build(dora, Request(budget=0.6)).save_pretrained(tmp_path / "basis")
+    build(dora, dict(budget=0.6)).save_pretrained(tmp_path / "basis")
     originals = sum(stored_bytes(path) for path in dora.tasks.values())
     assert stored_bytes(tmp_path / "basis") <= 0.6 * originals
 
 
 def test_the_alternative_that_is_reported_is_truncation_at_the_same_bytes(family: Adapters, tmp_path: Path) -> None:
-    basis = build(family, Request("ae", num_bases=2))
+    basis = build(family, dict(method="ae", num_bases=2))
     basis.save_pretrained(tmp_path / "basis")
     trivial = truncated_errors(family.vectors(), stored_bytes(tmp_path / "basis") / 4)
     assert basis.info.adapters is not None
@@ -366,7 +368,7 @@ def test_the_alternative_that_is_reported_is_truncation_at_the_same_bytes(family
 def test_adapters_near_one_right_factor_share_it_and_strangers_are_truncated(
     family: Adapters, strangers: Adapters
 ) -> None:
-    near, far = build(family, Request(budget=0.6)), build(strangers, Request(budget=0.6))
+    near, far = build(family, dict(budget=0.6)), build(strangers, dict(budget=0.6))
     assert near.info.method == "joint" and far.info.method == "tsv"
     assert near.info.adapters is not None and far.info.adapters is not None
     assert mean_square(near.info.task_error) < 0.7 * mean_square(near.info.adapters.truncation_error)
@@ -390,7 +392,7 @@ def test_near_duplicates_are_left_to_common_atoms(tmp_path: Path) -> None:
             for i, (module, (rows, columns)) in enumerate(modules.items())
         }
         paths[task] = write_lora(tmp_path / task, factors)
-    basis = build(Adapters(LLAMA, base, paths), Request(budget=0.5))
+    basis = build(Adapters(LLAMA, base, paths), dict(budget=0.5))
     assert basis.info.method == "ae" and basis.info.num_bases == 2
     assert max(basis.info.task_error) < 0.05
     assert basis.info.adapters is not None
@@ -409,7 +411,7 @@ def test_saving_what_was_loaded_gives_the_same_bytes(how: str, family: Adapters,
 
 
 def test_a_loaded_basis_is_the_one_that_was_built(dora: Adapters, tmp_path: Path) -> None:
-    built = build(dora, Request("joint", budget=0.6, alpha=0.5))
+    built = build(dora, dict(method="joint", budget=0.6, alpha=0.5))
     loaded = saved(built, tmp_path / "basis")
     assert loaded.info == built.info and loaded.names == built.names
     for name in built.names:
@@ -427,7 +429,7 @@ def test_no_number_is_in_both_files(family: Adapters, tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_peft_needs_and_how_good_each_task_is(family: Adapters, tmp_path: Path) -> None:
-    basis = saved(build(family, Request(budget=0.6)), tmp_path / "basis")
+    basis = saved(build(family, dict(budget=0.6)), tmp_path / "basis")
     card = (tmp_path / "basis" / "README.md").read_text(encoding="utf-8")
     assert "library_name: peft" in card and "base_model: some/base" in card
     assert "PeftModel.from_pretrained" in card and "basis.select" in card
@@ -451,7 +453,11 @@ def test_adapters_of_different_ranks_and_targets_are_compressed_together(tmp_pat
     adapters = random_adapters(tmp_path, LLAMA, TASKS[:2])
     random_adapter(tmp_path / "small", adapters.base, small, seed=9)
     adapters = replace(adapters, tasks={**adapters.tasks, "small": tmp_path / "small"})
-    for request in (Request("joint", budget=0.8), Request("ae", num_bases=2, rank=8), Request("tsv", rank=16)):
+    for request in (
+        dict(method="joint", budget=0.8),
+        dict(method="ae", num_bases=2, rank=8),
+        dict(method="tsv", rank=16),
+    ):
         basis = saved(build(adapters, request), tmp_path / "basis")
         assert basis.info.task_error == pytest.approx(measured_errors(basis, adapters.vectors()), rel=1e-5, abs=SAME)
         changes = {n: torch.stack([dense(part) for part in basis.parts(n)]).sum(0) for n in basis.names}
@@ -465,7 +471,7 @@ def test_adapters_of_different_ranks_and_targets_are_compressed_together(tmp_pat
 def test_convolutions_and_embeddings_are_compressed(tmp_path: Path) -> None:
     case = Case("vision", {"target_modules": ["wide", "point", "line", "table", "out"]})
     adapters = random_adapters(tmp_path, case, TASKS[:3])
-    for request in (Request("joint", budget=0.7), Request("ae", num_bases=2)):
+    for request in (dict(method="joint", budget=0.7), dict(method="ae", num_bases=2)):
         basis = saved(build(adapters, request), tmp_path / "basis")
         assert basis.info.task_error == pytest.approx(measured_errors(basis, adapters.vectors()), rel=1e-5, abs=SAME)
         changes = {n: torch.stack([dense(part) for part in basis.parts(n)]).sum(0) for n in basis.names}
@@ -479,7 +485,7 @@ def test_convolutions_and_embeddings_are_compressed(tmp_path: Path) -> None:
 def test_weights_stored_transposed_are_compressed(tmp_path: Path) -> None:
     case = Case("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"})
     adapters = random_adapters(tmp_path, case, TASKS[:3])
-    basis = saved(build(adapters, Request("joint", budget=0.7)), tmp_path / "basis")
+    basis = saved(build(adapters, dict(method="joint", budget=0.7)), tmp_path / "basis")
     changes = {n: torch.stack([dense(part) for part in basis.parts(n)]).sum(0) for n in basis.names}
     found = outputs(load_adapter(adapters.base, case, tmp_path / "basis"))
     assert close(found, merged(adapters, changes))
@@ -489,7 +495,7 @@ def test_weights_stored_transposed_are_compressed(tmp_path: Path) -> None:
 def test_saved_modules_and_biases_are_kept_whole_and_merged(words: dict[str, object], tmp_path: Path) -> None:
     case = Case("bert", {"target_modules": ["query", "value"], **words})
     adapters = random_adapters(tmp_path, case, TASKS[:3])
-    basis = saved(build(adapters, Request("joint", budget=0.9)), tmp_path / "basis")
+    basis = saved(build(adapters, dict(method="joint", budget=0.9)), tmp_path / "basis")
     originals = sum(stored_bytes(path) for path in adapters.tasks.values())
     assert stored_bytes(tmp_path / "basis") <= 0.9 * originals
     assert basis.info.task_error == pytest.approx(measured_errors(basis, adapters.vectors()), rel=1e-5, abs=SAME)
@@ -507,7 +513,7 @@ def test_saved_modules_and_biases_are_kept_whole_and_merged(words: dict[str, obj
 
 def test_one_adapter_is_a_basis_of_one(family: Adapters, tmp_path: Path) -> None:
     alone = replace(family, tasks={"math": family.tasks["math"]})
-    basis = saved(build(alone, Request(budget=0.5)), tmp_path / "basis")
+    basis = saved(build(alone, dict(budget=0.5)), tmp_path / "basis")
     assert basis.info.task_error == pytest.approx(measured_errors(basis, alone.vectors()), rel=1e-5)
 
 
@@ -515,30 +521,40 @@ def test_an_adapter_that_changes_nothing_has_no_error(family: Adapters, tmp_path
     factors = {"model.layers.0.self_attn.q_proj": (torch.zeros(16, 2), torch.ones(2, 16))}
     write_lora(tmp_path / "zero", factors, base_model_name_or_path="some/base")
     adapters = replace(family, tasks={**family.tasks, "zero": tmp_path / "zero"})
-    basis = saved(build(adapters, Request(budget=0.6)), tmp_path / "basis")
+    basis = saved(build(adapters, dict(budget=0.6)), tmp_path / "basis")
     assert basis.info.task_error[-1] == pytest.approx(0, abs=SAME)
     assert max(float(change.abs().max()) for change in basis.reconstruct("zero").values()) <= SAME
 
 
-def test_build_and_truncate_give_bases_of_adapters(family: Adapters) -> None:
+def test_build_gives_bases_of_adapters(family: Adapters) -> None:
     assert LoraBasis.build(family.vectors(), 2).info.adapters is not None
-    assert LoraBasis.truncate(family.vectors(), budget=0.5).info.method == "tsv"
+    assert LoraBasis.build(family.vectors(), method="tsv", budget=0.5).info.method == "tsv"
 
 
 # Refusals
 
 
 def test_a_request_that_cannot_be_is_refused(family: Adapters) -> None:
-    wrong = [
-        (Request("pca"), "pca of adapters"),
-        (Request("best"), "unknown method 'best'"),
-        (Request("joint", num_bases=2), "num_bases goes with ae"),
-        (Request("joint", rank=4), "give one of them"),
-        (Request("ae", rank=4, budget=0.5), "give one of them"),
-        (Request(budget=1.5), "between 0 and 1"),
-        (Request(budget=0.5, alpha=0.0), "a number other than 0"),
-        (Request("ae", num_bases=9), "there are only 4 tasks"),
-        (Request(budget=0.001), "the budget holds no component"),
+    wrong: list[tuple[dict[str, Any], str]] = [
+        (dict(method="pca"), "pca of adapters"),
+        (dict(method="best"), "unknown method 'best'"),
+        (dict(method="joint", num_bases=2), "num_bases goes with ae"),
+        (dict(method="joint", rank=4), "give one of them"),
+        (dict(method="ae", rank=4, budget=0.5), "give one of them"),
+        (dict(budget=1.5), "between 0 and 1"),
+        (dict(budget=0.5, alpha=0.0), "a number other than 0"),
+        (dict(method="ae", num_bases=9), "there are only 4 tasks"),
+        (dict(budget=0.001), "the budget holds no component"),
+        (dict(method="tsv", num_bases=2), "tsv keeps every task"),
+        (dict(method="pca_positive", num_bases=2, balanc=False), "balanc is no option of pca_positive"),
+        (dict(method="pca_positive", num_bases=2, balance=False), "balance is an option of method ae, not of pca"),
+        (dict(method="rand_select", num_bases=2, sed=1), "did you mean seed"),
+        (dict(method="cluster", innr="sum"), "did you mean inner"),
+        (dict(method="joint", foo=1), "foo is no option of joint"),
+        (dict(method="tsv", foo=1), "foo is no option of tsv"),
+        (dict(method="ae", num_bases=2, steps=0), "steps of ae"),
+        (dict(method="ae", num_bases=2, even_errors=True, balance=False), "balanced bases"),
+        (dict(budget=0.5, balance=False), "without a method"),
     ]
     for request, message in wrong:
         with pytest.raises(ParameterError, match=message):
@@ -547,20 +563,20 @@ def test_a_request_that_cannot_be_is_refused(family: Adapters) -> None:
 
 def test_a_budget_below_what_is_kept_as_it_is_is_refused(dora: Adapters) -> None:
     with pytest.raises(ParameterError, match="row scales, biases and saved modules"):
-        build(dora, Request(budget=0.05))
+        build(dora, dict(budget=0.05))
 
 
 def test_checkpoints_among_the_adapters_are_refused_by_the_adapters_methods(family: Adapters) -> None:
     vectors = Vectors.open(family.base, {**family.tasks, "full": family.base})
     with pytest.raises(ParameterError, match="adapters only"):
-        LoraBasis.of_adapters(vectors, Request("joint", budget=0.5))
+        LoraBasis.build(vectors, method="joint", budget=0.5)
 
 
 def test_an_unknown_task_and_a_missing_base_are_refused(family: Adapters, dora: Adapters) -> None:
     basis = build(family, REQUESTS["joint"])
     with pytest.raises(ParameterError, match='no task "poetry" in this basis; it has math, code, chat, law'):
         basis.adapter("poetry")
-    scaled = build(dora, Request("joint", budget=0.7))
+    scaled = build(dora, dict(method="joint", budget=0.7))
     with pytest.raises(ParameterError, match="give base="):
         scaled.adapter("math")
     with pytest.raises(ParameterError, match="give base="):
@@ -568,7 +584,7 @@ def test_an_unknown_task_and_a_missing_base_are_refused(family: Adapters, dora: 
 
 
 def test_another_base_is_refused(dora: Adapters, tmp_path: Path) -> None:
-    scaled = build(dora, Request("joint", budget=0.7))
+    scaled = build(dora, dict(method="joint", budget=0.7))
     other = make_base(tmp_path / "other", LLAMA, seed=1)
     with pytest.raises(MismatchError, match="not the model this basis was built on"):
         scaled.adapter("math", base=other)

@@ -54,7 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 def make(models: Models, method: str, dtype: torch.dtype | None = None, num_bases: int = 2) -> Basis:
     if method == "tsv":
-        return Basis.truncate(models.vectors(), dtype=dtype)
+        return Basis.build(models.vectors(), method="tsv", dtype=dtype)
     return Basis.build(models.vectors(), num_bases, method=method, dtype=dtype)
 
 
@@ -482,8 +482,21 @@ def test_a_basis_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones(models: Models) -> None:
-    with pytest.raises(ParameterError, match=r"unknown method 'svd'.*ae, pca, rand_select"):
+    with pytest.raises(ParameterError, match=r"unknown method 'svd'.*ae, cluster, pca, pca_positive, rand_select"):
         Basis.build(models.vectors(), 2, method="svd")
+    for options, message in (
+        ({"method": "tsv"}, "tsv keeps every task: num_bases goes with ae"),
+        ({"method": "joint"}, "joint is for adapters only"),
+        ({"budget": 0.5}, "rank and budget are of method tsv"),
+        ({"alpha": 0.5}, "alpha is for adapters only"),
+        ({"balanc": False}, "did you mean balance"),
+        ({"method": "rand_select", "solver": "adam"}, "solver is an option of method ae, not of rand_select"),
+        ({"method": "cluster", "inner": "ties", "densty": 0.5}, "did you mean density"),
+        ({"method": "cluster", "inner": "tie"}, "did you mean ties"),
+    ):
+        with pytest.raises(ParameterError, match=message):
+            Basis.build(models.vectors(), 2, **options)  # type: ignore[arg-type]
+    assert Basis.build(models.vectors()).info.num_bases == 2
     with pytest.raises(ParameterError, match="only 4 tasks"):
         Basis.build(models.vectors(), 5)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tvbases_hf.basis import Basis
-from tvbases_hf.basis.adapters.compress import Request
 from tvbases_hf.basis.adapters.verdict import root_mean_square, verdict
 from tvbases_hf.models.vectors import Vectors
 from zoo.adapter_families import mean_square, measured_errors, stored_bytes, truncated_errors
@@ -30,7 +29,7 @@ def many_seeds(tmp_path_factory: pytest.TempPathFactory) -> Vectors:
 def test_from_one_seed_sharing_has_a_lower_mean_error_than_truncation_at_the_same_bytes(
     budget: float, one_seed: Vectors, tmp_path: Path
 ) -> None:
-    basis = Basis.of_adapters(one_seed, Request("joint", budget=budget))
+    basis = Basis.build(one_seed, method="joint", budget=budget)
     basis.save_pretrained(tmp_path / "basis")
     errors = measured_errors(basis, one_seed)
     trivial = truncated_errors(one_seed, stored_bytes(tmp_path / "basis") / 4)
@@ -40,7 +39,7 @@ def test_from_one_seed_sharing_has_a_lower_mean_error_than_truncation_at_the_sam
 
 
 def test_from_one_seed_the_tool_says_that_the_a_matrices_are_shared(one_seed: Vectors) -> None:
-    basis = Basis.of_adapters(one_seed, Request(budget=0.5))
+    basis = Basis.build(one_seed, budget=0.5)
     assert basis.info.adapters is not None
     assert basis.info.adapters.overlap["input"] > 0.8
     said = " ".join(verdict(basis.info))
@@ -49,7 +48,7 @@ def test_from_one_seed_the_tool_says_that_the_a_matrices_are_shared(one_seed: Ve
 
 @pytest.mark.parametrize("budget", [0.75, 0.5])
 def test_from_different_seeds_the_tool_says_that_sharing_brings_little(budget: float, many_seeds: Vectors) -> None:
-    basis = Basis.of_adapters(many_seeds, Request(budget=budget))
+    basis = Basis.build(many_seeds, budget=budget)
     assert basis.info.adapters is not None
     shared = basis.info.adapters.overlap
     assert shared["input"] < 2 * shared["input_by_chance"]

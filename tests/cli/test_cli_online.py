@@ -1,4 +1,4 @@
-"""``tvbases compress --online``: task after task, each on disk when it is reported, also when the process is killed."""
+"""``tvbases online``: task after task, each on disk when it is reported, also when the process is killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands.command_line import refused, root, snapshot, tvbases
+from commands.command_line import misused, refused, root, snapshot, tvbases
 from commands.killer import SIGKILL, Ask
 from tvbases_hf import Basis
 from tvbases_hf.basis.online import OnlineBasis
@@ -21,7 +21,7 @@ pytest_plugins = ["zoo.hf_fixtures", "commands.killer"]
 
 
 def adding(place: Family, *more: object) -> list[object]:
-    return ["compress", "--online", root(place) / "online", *more]
+    return ["online", "--out", root(place) / "online", *more]
 
 
 def task(place: Family, index: int) -> tuple[str, Path]:
@@ -31,7 +31,7 @@ def task(place: Family, index: int) -> tuple[str, Path]:
 def test_tasks_are_added_by_one_command_or_by_several(llama: Family, tmp_path: Path) -> None:
     options = ["--base", llama.base, "--num-bases", 3, "--dtype", "float32"]
     named = [f"{name}={path}" for name, path in llama.tasks.items()]
-    together = ["compress", "--online", tmp_path / "together", *options]
+    together = ["online", "--out", tmp_path / "together", *options]
     done = tvbases(*together, *(part for task in named for part in ("--task", task)), "--json", tmp_path / "r.json")
     assert done.code == 0, done.err
     assert [f"{name} added: {count} task" in done.out for count, name in enumerate(llama.tasks, 1)] == [True] * 4
@@ -43,7 +43,7 @@ def test_tasks_are_added_by_one_command_or_by_several(llama: Family, tmp_path: P
 
     for index, item in enumerate(named):
         more = options if index == 0 else []
-        assert tvbases("compress", "--online", tmp_path / "one", *more, "--task", item, "-q").out == ""
+        assert tvbases("online", "--out", tmp_path / "one", *more, "--task", item, "-q").out == ""
     one, other = (tmp_path / name / "basis.safetensors" for name in ("together", "one"))
     assert one.read_bytes() == other.read_bytes()
 
@@ -51,14 +51,14 @@ def test_tasks_are_added_by_one_command_or_by_several(llama: Family, tmp_path: P
 def test_a_plain_path_is_a_task_named_after_it(llama: Family, tmp_path: Path) -> None:
     (first, path), (_, second) = task(llama, 0), task(llama, 1)
     start = ["--base", llama.base, "-m", 2, "--method", "rand_select", "--seed", 4]
-    assert tvbases("compress", "--online", tmp_path / "o", *start, "--task", f"{first}={path}").code == 0
-    assert tvbases("compress", "--online", tmp_path / "o", second).code == 0
+    assert tvbases("online", "--out", tmp_path / "o", *start, "--task", f"{first}={path}").code == 0
+    assert tvbases("online", "--out", tmp_path / "o", second).code == 0
     assert OnlineBasis.open(tmp_path / "o").tasks == (first, second.name)
 
 
 def test_a_running_merge_needs_no_number(llama: Family, tmp_path: Path) -> None:
     paths = [str(path) for path in llama.tasks.values()]
-    done = tvbases("compress", "--online", tmp_path / "o", "--base", llama.base, "--method", "opcm", *paths)
+    done = tvbases("online", "--out", tmp_path / "o", "--base", llama.base, "--method", "opcm", *paths)
     assert done.code == 0 and "4 tasks in 1 vector (opcm)" in done.out, done
 
 
@@ -67,42 +67,46 @@ def test_what_does_not_fit_is_refused(pair: Family) -> None:
     first = ["--base", pair.base, "--task", f"{name}={path}"]
     cases: list[tuple[list[object], str]] = [
         ([*first[:2], "-m", 2], "no task to add"),
-        (first[2:], "is new: give --base"),
+        (first[2:], "is new: give its base"),
         (first, "num_bases is the number of vectors to keep"),
         ([*first, "-m", 0.5], "whole number; got 0.5"),
-        ([*first, "-m", 2, "--method", "pca"], "unknown online method 'pca'"),
-        ([*first, "-m", 2, "--rank", "4"], "--rank does not go with --online"),
-        ([*first, "-m", 2, "--out", place / "x"], "--out does not go with --online"),
+        ([*first, "-m", 2, "--density", 0.2], "--density is of --method ties; add it, or leave --density out"),
+        ([*first, "-m", 2, "--steps", 0], "steps of online ae"),
+        ([*first, "--method", "ties", "--density", 2], "density of online ties"),
         ([*first, "-m", 2, str(path) + "-gone"], "no such file or directory"),
     ]
     for arguments, message in cases:
         assert message in refused(place, *adding(pair, *arguments)), arguments
+    for wrong in (["--method", "pca"], ["--rank", "4"]):
+        assert wrong[-1] in misused(place, *adding(pair, *first, "-m", 2, *wrong)) or "--rank" in wrong
+    dry = tvbases(*adding(pair, *first, "-m", 2, "--dry-run"))
+    assert dry.code == 0 and "nothing is written" in dry.out and not (place / "online").exists()
     assert tvbases(*adding(pair, *first, "-m", 2)).code == 0
     for arguments, message in (
         (first, f'a task named "{name}" is there already'),
-        (["--task", f"x={path}", "-m", 3], "was begun with --num-bases 2"),
-        (["--task", f"x={path}", "--no-balance"], "was begun with --balance True"),
-        (["--task", f"x={path}", "--method", "ta"], "was begun with --method ae"),
+        (["--task", f"x={path}", "-m", 3], "was begun with num_bases 2"),
+        (["--task", f"x={path}", "--no-balance"], "was begun with balance True"),
+        (["--task", f"x={path}", "--method", "ta"], "was begun with method ae"),
         (["--task", f"x={path}", "--base", path], "not the model this basis was built on"),
     ):
         assert message in refused(place, *adding(pair, *arguments)), arguments
-    message = refused(place, "compress", *first, "--out", place / "x", path)
-    assert "plain paths go with --online" in message
+    assert "unexpected extra argument" in misused(place, "compress", *first, "--out", place / "x", path)
+    assert "tvbases online --out x" in refused(place, "compress", "--online", "x", *first)
 
 
 def test_target_weights_are_what_tasks_weigh_in_the_sum(llama: Family, tmp_path: Path) -> None:
     names = list(llama.tasks)
     tasks = [part for name, path in llama.tasks.items() for part in ("--task", f"{name}={path}")]
     start = ["compress", "--base", llama.base, *tasks, "--num-bases", 2, "--out", tmp_path / "basis"]
-    assert tvbases(*start, "--target", f"{names[1]}=3", "--target", f"{names[2]}=0.5").code == 0
+    assert tvbases(*start, "--weight", f"{names[1]}=3", "--weight", f"{names[2]}=0.5").code == 0
     found = torch.tensor(Basis.from_pretrained(tmp_path / "basis").info.effective_weights)
     assert torch.allclose(found / found[0], torch.tensor([1.0, 3.0, 0.5, 1.0]), rtol=1e-5)
     for more, message in (
-        (["--target", "nobody=2"], 'target "nobody=2" is not NAME=NUMBER of one of the tasks'),
-        (["--target", f"{names[0]}=much"], "is not NAME=NUMBER"),
-        (["--target", f"{names[0]}=0"], "must be 4 positive numbers"),
-        (["--target", f"{names[0]}=2", "--method", "pca"], "--target is of --method ae"),
-        (["--target", f"{names[0]}=2", "--no-balance"], "they need balance=True"),
+        (["--weight", "nobody=2"], '--weight "nobody=2" is of none of the tasks'),
+        (["--weight", f"{names[0]}=much"], "is not NAME=NUMBER"),
+        (["--weight", f"{names[0]}=0"], "must be 4 positive numbers"),
+        (["--weight", f"{names[0]}=2", "--method", "pca"], "--weight is of --method ae"),
+        (["--weight", f"{names[0]}=2", "--no-balance"], "they need balance=True"),
     ):
         assert message in refused(tmp_path, *start, *more)
 
@@ -118,7 +122,7 @@ def test_a_kill_between_any_two_steps_loses_no_task_that_was_acknowledged(ask: A
 
     def add(index: int, **kill: object) -> dict[str, object]:
         more = ["--base", str(base), "--num-bases", "3"]
-        arguments = ["compress", "--online", str(work / "o"), *more, "--task", f"t{index}={paths[index]}", "--quiet"]
+        arguments = ["online", "--out", str(work / "o"), *more, "--task", f"t{index}={paths[index]}", "--quiet"]
         return ask(arguments=arguments, root=str(work), **kill)
 
     for index in range(3):

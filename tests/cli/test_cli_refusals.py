@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from commands.command_line import compress, inputs, refused, root, tvbases
+from commands.command_line import compress, inputs, misused, refused, root, tvbases
 from oracles.merge_oracle import merge_config, write_config
 from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.hf_models import Family, read_state, save_state
@@ -60,8 +60,8 @@ def test_an_unknown_choice_is_refused_with_the_known_ones_before_reading(
     option: str, known: str, pair: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a tensor was read"))
-    message = compress_refused(pair, option, "best")
-    assert f"{option}: 'best'" in message and known in message
+    message = misused(root(pair), *compress(pair, option, "best"))
+    assert f"'{option}'" in message and "'best'" in message and known in message
 
 
 Damage = Callable[[Family], Any]

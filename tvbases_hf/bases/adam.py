@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-
-from ..errors import ParameterError
 
 TEMPERATURE_FLOOR = 0.1
 ANNEAL_EVERY = 500
 TRAINING_SWEEPS = 10
 FINAL_SWEEPS = 2000
-
-
-def check_recipe(temperature: float, anneal: float | None, steps: int) -> None:
-    """ParameterError for settings with which nothing is learned."""
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ParameterError(f"temperature must be a positive number, got {temperature!r}")
-    if anneal is not None and not 0 < anneal <= 1:
-        raise ParameterError(f"anneal multiplies the temperature: above 0 and at most 1, got {anneal!r}")
-    if steps < 1:
-        raise ParameterError(f"steps must be at least 1, got {steps!r}")
 
 
 def adam_encoder(

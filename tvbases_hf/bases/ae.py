@@ -16,16 +16,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..algebra.linalg import condition_number, fix_signs, solve_psd, symmetric
 from ..errors import ParameterError
-from .adam import adam_encoder, check_recipe
+from .adam import adam_encoder
 from .even import even_mixtures
+from .registry import construction
 from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
 
+PAPER = "https://arxiv.org/abs/2502.01015"
 # Where the spectral bound is not attainable (Theorem 3.4) the best free encoder drops tasks altogether, and
 # cond(encoder) grows like one over the weight they keep. So every task keeps a share of the average weight, and an
 # encoder beyond FREE_CONDITION is moved towards equal weights as far as this share of the total squared norm allows.
@@ -35,56 +39,72 @@ FREE_SLACK = 5e-5
 # The loss of free row sums has local minima: besides equal weights, the search starts from this many other places.
 FREE_STARTS = 2
 ROTATIONS = 64
-SOLVERS = ("varpro", "adam")
 # A weighted sum of task vectors whose squared norm is below this share of theirs is rounding noise of the Gram matrix.
 CANCELLED_SUM = 1e-14
 # Stay this far inside the simplex, so that every entry is positive: a softmax encoder has no zeros.
 INTERIOR = 1 - 1e-9
 
 
+def _go_together(
+    *, solver: str, balance: bool, target_weights: Sequence[float] | None, even_errors: bool, **others: object
+) -> None:
+    if even_errors and not (balance and solver == "varpro"):
+        raise ParameterError("even errors are of balanced bases by varpro; leave balance and solver as they are")
+    if target_weights is not None and not balance:
+        raise ParameterError("target_weights are the row sums of balanced bases; they need balance=True")
+
+
+@construction("ae", "ae_bases", "Autoencoder task-vector bases", PAPER, rule=_go_together)
 @torch.inference_mode(False)  # the searches differentiate, whatever the caller's mode
 @torch.enable_grad()
 def ae_bases(
     gram: Tensor,
-    num_bases: float,
+    num_bases: float = 0.5,
     *,
-    solver: str = "varpro",
-    balance: bool = True,
-    target_weights: Sequence[float] | None = None,
-    normalize: bool = False,
-    even_errors: bool = False,
-    temperature: float = 5.0,
-    anneal: float | None = None,
-    steps: int = 4000,
-    seed: int = 0,
+    solver: Annotated[
+        Literal["varpro", "adam"], Field(description="varpro: the optimum; adam: the paper's recipe")
+    ] = "varpro",
+    balance: Annotated[
+        bool, Field(description="every task weighs the same in the sum of the bases; without: as in the paper")
+    ] = True,
+    target_weights: Annotated[
+        Sequence[float] | None, Field(description="what each task weighs in the sum of balanced bases, instead of 1")
+    ] = None,
+    normalize: Annotated[bool, Field(description="count each task's error relative to its own norm")] = False,
+    even_errors: Annotated[
+        bool, Field(description="reconstruct every task about as well, and give none up; of balanced bases")
+    ] = False,
+    temperature: Annotated[float, Field(gt=0, description="adam: of the softmax over the tasks")] = 5.0,
+    anneal: Annotated[
+        float | None, Field(gt=0, le=1, description="adam: the temperature is multiplied by it every 500 steps")
+    ] = None,
+    steps: Annotated[int, Field(ge=1, description="adam: how many")] = 4000,
+    seed: Annotated[int, Field(description="which of equally good bases; adam: which start")] = 0,
 ) -> BasisWeights:
-    """Encoder and decoder of M autoencoder bases from the T x T Gram matrix of the task vectors.
+    """M convex combinations of the tasks that reconstruct all of them best (autoencoder bases).
 
     Args:
         gram: [T, T] inner products of the task vectors.
         num_bases: M, or a fraction of T when below 1.
-        solver: ``varpro`` (the optimum by variable projection) or ``adam`` (the paper's recipe: gradient descent on a
-            softmax encoder and a linear decoder).
+        solver: ``varpro`` (the optimum by variable projection) or ``adam`` (gradient descent on a softmax encoder and a
+            linear decoder).
         balance: rows of the encoder sum to M/T, so that task arithmetic over the bases is task arithmetic over all
-            tasks. False: only columns are constrained, as in the paper.
+            tasks. False: only columns are constrained.
         target_weights: [T] positive weights for balanced rows to be proportional to, instead of uniform ones.
-        normalize: measure each task's error relative to its own norm, so that short task vectors are not given up.
+        normalize: short task vectors are then not given up.
         even_errors: choose the subspace that makes the sum of the *squares* of the tasks' relative squared errors
-            least, instead of their sum: every task loses about as much, none is given up. Of balanced bases; for
-            what is done to single tasks. Beyond the paper; whether a negation gains by it depends on the tasks.
-            ``loss`` is then relative, as with ``normalize``, and somewhat above ``bound``.
-        temperature, anneal, steps: of the ``adam`` solver (temperature multiplied by ``anneal`` every 500 steps, not
-            below 0.1); the optimum that ``varpro`` finds does not depend on them.
-        seed: picks among equally good bases (varpro) or the initial logits (adam).
+            least, instead of their sum. For what is done to single tasks. Beyond the paper; whether a negation gains by
+            it depends on the tasks. ``loss`` is then relative, as with ``normalize``, and somewhat above ``bound``.
+        temperature, anneal, steps: the temperature does not fall below 0.1. The optimum that ``varpro`` finds does not
+            depend on them.
 
     Raises:
-        ParameterError: M outside 1..T, an unknown solver, weights that are not positive, even errors of free bases.
+        ParameterError: M outside 1..T, options that do not go together, weights that are not positive.
     """
-    check_even_errors(even_errors, balance, solver)
     gram = check_gram(gram)
     num_tasks = len(gram)
     num_bases = resolve_num_bases(num_bases, num_tasks)
-    rows = _row_sums(target_weights, num_tasks, num_bases, balance)
+    rows = _row_sums(target_weights, num_tasks, num_bases)
     total = float(gram.trace())
     unit = gram / total if total > 0 else gram
     normalize = normalize or even_errors
@@ -92,12 +112,9 @@ def ae_bases(
     if solver == "varpro":
         encoder = _optimal_encoder(unit, scale, rows, num_bases, seed, balance, even_errors)
         decoder = least_squares_decoder(unit, encoder)
-    elif solver == "adam":
-        check_recipe(temperature, anneal, steps)
+    else:
         wanted = rows if balance else None
         encoder, decoder = adam_encoder(unit * num_tasks, num_bases, wanted, scale, temperature, anneal, steps, seed)
-    else:
-        raise ParameterError(f"unknown solver {solver!r}; choose {' or '.join(SOLVERS)}")
     spectral = _tail(_scaled(unit, scale), num_bases)
     bound = _row_sums_loss(unit, scale, rows, num_bases) if balance else spectral
     units = 1.0 if normalize else total
@@ -110,11 +127,6 @@ def ae_bases(
         spectral_bound=units * float(spectral),
         total=units * float((unit.diagonal() * scale).sum()),
     )
-
-
-def check_even_errors(even_errors: bool, balance: bool, solver: str) -> None:
-    if even_errors and not (balance and solver == "varpro"):
-        raise ParameterError("even errors are of balanced bases by varpro; leave balance and solver as they are")
 
 
 def fitted(method: str, gram: Tensor, encoder: Tensor) -> BasisWeights:
@@ -132,12 +144,10 @@ def least_squares_decoder(gram: Tensor, encoder: Tensor) -> Tensor:
     return solve_psd(encoder.T @ gram @ encoder, encoder.T @ gram, squares)
 
 
-def _row_sums(target: Sequence[float] | None, num_tasks: int, num_bases: int, balance: bool) -> Tensor:
+def _row_sums(target: Sequence[float] | None, num_tasks: int, num_bases: int) -> Tensor:
     if target is None:
         return torch.full((num_tasks,), num_bases / num_tasks, dtype=torch.float64)
     weights = torch.as_tensor(target, dtype=torch.float64)
-    if not balance:
-        raise ParameterError("target_weights are the row sums of balanced bases; they need balance=True")
     if weights.shape != (num_tasks,) or not torch.isfinite(weights).all() or (weights <= 0).any():
         raise ParameterError(f"target_weights must be {num_tasks} positive numbers, one per task; got {list(target)}")
     return weights * (num_bases / weights.sum())

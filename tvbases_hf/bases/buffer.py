@@ -119,27 +119,14 @@ def follow(buffer: Buffer, step: Step, method: str, joint: Tensor) -> Buffer:
     )
 
 
-def check_online(method: str, budget: object, options: Mapping[str, Any]) -> None:
-    """ParameterError for an unknown method or option, and a number of vectors that it cannot keep."""
-    if method not in METHODS:
-        raise ParameterError(f"unknown online method {method!r}; choose one of {', '.join(METHODS)}")
-    known = OPTIONS.get(method, ())
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ParameterError(f"{unknown[0]} is no option of online {method}: {', '.join(known) or 'none'}")
+def check_budget(method: str, budget: object) -> None:
+    """ParameterError for a number of vectors that a method cannot keep."""
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget != int(budget) or budget < 1:
         raise ParameterError(f"num_bases is the number of vectors to keep, a whole number; got {budget!r}")
     if method in RUNNING and budget != 1:
         raise ParameterError(f"online {method} keeps one vector, the merged one; leave num_bases out, or set it to 1")
     if method == "ae" and budget < 2:
         raise ParameterError("online ae needs num_bases of at least 2: one for the past and one for the newest task")
-
-
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "ae": ("balance", "solver", "normalize", "temperature", "anneal", "steps"),
-    "ties": ("density", "scaling"),
-    "opcm": ("share",),
-}
 
 
 def _dropped(gram: Tensor, seed: int) -> Tensor:

@@ -8,16 +8,18 @@ mean (or sum) of each cluster is a basis; a task is forgotten by its cluster's b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..errors import MissingExtraError, ParameterError
 from .ae import fitted
+from .registry import construction
 from .weights import BasisWeights, check_gram, resolve_num_bases
 
-INNER = ("mean", "sum")
+PAPER = "https://arxiv.org/abs/2502.01015v1"
 # Our choice: the paper asks for a negative threshold and says that natural tasks rarely reach it.
 SPLIT_BELOW = -0.3
 # Similarities of exactly zero make a graph of several parts, for which spectral embeddings are not unique.
@@ -41,9 +43,8 @@ class Clusters:
         """The cluster that holds a task: its basis is what negation takes away (clustering paper, Table 1)."""
         return next(index for index, group in enumerate(self.members) if task in group)
 
-    def encoder(self, inner: str = "mean") -> Tensor:
-        """[T, M] float64: the mean of each cluster's tasks, or their sum."""
-        _check_inner(inner)
+    def encoder(self, inner: Literal["mean", "sum"] = "mean") -> Tensor:
+        """[T, M] float64: the ``mean`` of each cluster's tasks, or their ``sum``."""
         weights = torch.zeros(self.num_tasks, len(self), dtype=torch.float64)
         for column, group in enumerate(self.members):
             weights[list(group), column] = 1 / len(group) if inner == "mean" else 1.0
@@ -57,13 +58,31 @@ class Clusters:
         return cls(tuple(tuple(torch.nonzero(column).flatten().tolist()) for column in encoder.T))
 
 
+def _count(num_bases: float | None, num_tasks: int) -> tuple[int, int]:
+    """Chosen by the eigenvalues there are two or more; splitting opposites can at most double a given number."""
+    if num_bases is None:
+        return min(2, num_tasks), num_tasks
+    given = resolve_num_bases(num_bases, num_tasks)
+    return given, min(2 * given, num_tasks)
+
+
+@construction(
+    "cluster",
+    "cluster_bases",
+    "Clusters of similar task vectors",
+    PAPER,
+    rule=lambda **options: scikit_learn(),
+    counts=_count,
+)
 def cluster_bases(
     gram: Tensor,
     num_bases: float | None = None,
     *,
-    inner: str = "mean",
-    split_below: float = SPLIT_BELOW,
-    seed: int = 0,
+    inner: Annotated[Literal["mean", "sum"], Field(description="what a cluster becomes")] = "mean",
+    split_below: Annotated[
+        float, Field(ge=-1, lt=0, description="a negative cosine: a cluster that holds one below it is split in two")
+    ] = SPLIT_BELOW,
+    seed: Annotated[int, Field(description="of the spectral clustering")] = 0,
 ) -> BasisWeights:
     """One basis per cluster of similar tasks, the mean or the sum of its task vectors.
 
@@ -71,14 +90,11 @@ def cluster_bases(
         gram: [T, T] inner products of the task vectors.
         num_bases: how many clusters, or a fraction of T when below 1; None where the eigenvalues jump. Splitting
             opposite tasks can add to them.
-        inner: ``mean`` or ``sum``. Other inner methods are not linear: see ``tvbases_hf.basis.clusters``.
-        split_below: a cluster with a cosine below this is split into its two directions.
-        seed: of the spectral clustering.
+        inner: others than these two are not linear: see ``tvbases_hf.basis.clusters``.
 
     ``bound`` is that of any M vectors: clustering has none of its own. Needs scikit-learn.
     """
     gram = check_gram(gram)
-    _check_inner(inner)
     clusters = find_clusters(gram, num_bases, split_below=split_below, seed=seed)
     encoder = clusters.encoder(inner)
     return fitted("cluster", gram, encoder)
@@ -88,7 +104,6 @@ def find_clusters(
     gram: Tensor, num_clusters: float | None = None, *, split_below: float = SPLIT_BELOW, seed: int = 0
 ) -> Clusters:
     """Lines 2 to 13 of Algorithm 1; arguments as in ``cluster_bases``."""
-    check_split(split_below)
     cosine = cosine_matrix(check_gram(gram))
     count = len(cosine)
     wanted = eigengap(cosine.abs()) if num_clusters is None else resolve_num_bases(num_clusters, count)
@@ -146,13 +161,3 @@ def scikit_learn() -> Any:
             f'cluster bases need scikit-learn ({error}); pip install "tvbases-hf[cluster]"'
         ) from error
     return sklearn.cluster
-
-
-def _check_inner(inner: str) -> None:
-    if inner not in INNER:
-        raise ParameterError(f"inner must be {' or '.join(INNER)}; got {inner!r}")
-
-
-def check_split(split_below: float) -> None:
-    if not -1 <= split_below < 0:
-        raise ParameterError(f"split_below is a negative cosine, at least -1; got {split_below}")

@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from ..algebra.linalg import fix_signs, symmetric
-from .ae import fitted
+from .ae import PAPER, fitted
+from .registry import construction
 from .weights import BasisWeights, check_gram, resolve_num_bases, squared_error
 
 
-def pca_bases(gram: Tensor, num_bases: float) -> BasisWeights:
-    """B = U_M S_M and decoder V_M^T of the centred task vectors; ``mean`` holds the weights 1/T of the mean vector.
+@construction("pca", "pca_bases", "PCA task-vector bases", PAPER, has_mean=True)
+def pca_bases(gram: Tensor, num_bases: float = 0.5) -> BasisWeights:
+    """The principal components of the task vectors, and their mean, which is stored as well.
 
-    All from the double-centred Gram matrix. The mean is one more stored vector, so M components plus the mean are
-    compared with M + 1 bases of another kind. ``bound`` is the least loss of a mean plus M components.
+    B = U_M S_M and decoder V_M^T of the centred task vectors, from the double-centred Gram matrix; ``mean`` holds the
+    weights 1/T of the mean vector. It is one more stored vector, so M components plus the mean are compared with M + 1
+    bases of another kind. ``bound`` is the least loss of a mean plus M components.
     """
     gram = check_gram(gram)
     num_tasks = len(gram)
@@ -34,12 +37,14 @@ def pca_bases(gram: Tensor, num_bases: float) -> BasisWeights:
     )
 
 
-def pca_positive(gram: Tensor, num_bases: float) -> BasisWeights:
-    """PCA>=0 (AE paper, Table 13): of each component v_m the softmax over its strictly positive entries, 0 elsewhere.
+@construction("pca_positive", "pca_positive", "PCA task-vector bases with positive shares", PAPER)
+def pca_positive(gram: Tensor, num_bases: float = 0.5) -> BasisWeights:
+    """Convex combinations of the tasks where the principal components are positive (PCA>=0).
 
-    Every basis is then a convex combination of tasks, as an autoencoder's is, so that methods which mix the tasks' data
-    by the encoder apply. No mean is stored; the decoder is the best for these bases. The sign of a component, which
-    has no meaning of its own, is the one that makes its entry of largest magnitude positive.
+    Of each component v_m the softmax over its strictly positive entries, 0 elsewhere (AE paper, Table 13). Methods
+    that mix the tasks' data by the encoder apply, as to an autoencoder's bases. No mean is stored; the decoder is the
+    best for these bases. The sign of a component, which has no meaning of its own, is the one that makes its entry of
+    largest magnitude positive.
     """
     gram = check_gram(gram)
     num_tasks = len(gram)

@@ -1,20 +1,23 @@
-"""Random baselines of the AE paper: a random choice of tasks (RandSelect) and a random subspace (RandProj)."""
+"""The random baseline of the AE paper: a choice of tasks (RandSelect)."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from .ae import fitted
+from .ae import PAPER, fitted
+from .registry import construction
 from .weights import BasisWeights, check_gram, resolve_num_bases
 
 
-def rand_select(gram: Tensor, num_bases: float, *, seed: int = 0) -> BasisWeights:
-    """M of the T task vectors, chosen uniformly, are the bases.
+@construction("rand_select", "rand_select", "Some of the task vectors, chosen at random", PAPER)
+def rand_select(
+    gram: Tensor, num_bases: float = 0.5, *, seed: Annotated[int, Field(description="which tasks are chosen")] = 0
+) -> BasisWeights:
+    """M of the T task vectors, chosen at random (RandSelect).
 
     A dropped task is reconstructed by least squares from the kept ones; it cannot be negated on its own.
     """
@@ -25,41 +28,3 @@ def rand_select(gram: Tensor, num_bases: float, *, seed: int = 0) -> BasisWeight
     kept = order[:num_bases].sort().values
     encoder = torch.eye(num_tasks, dtype=torch.float64)[:, kept]
     return fitted("rand_select", gram, encoder)
-
-
-@dataclass(frozen=True)
-class RandomProjection:
-    """Q [d, M] with orthonormal columns, never stored: a seeded Gaussian matrix Z, orthonormalised as Z @ mixing."""
-
-    seed: int
-    mixing: Tensor
-    """[M, M] float64, the inverse transposed Cholesky factor of Z^T Z."""
-    coefficients: Tensor
-    """[M, T] float64, C = Q^T T."""
-
-    def columns(self, name: str, size: int) -> Tensor:
-        """[size, M] the rows of Q that belong to the tensor ``name``, float64."""
-        return gaussian_rows(self.seed, name, size, len(self.mixing)) @ self.mixing
-
-    def reconstruct(self, name: str, size: int) -> Tensor:
-        """[T, size] the projected task vectors Q C, one row per task."""
-        return (self.columns(name, size) @ self.coefficients).T
-
-
-def rand_proj(tensors: Iterable[tuple[str, Tensor]], num_bases: int, *, seed: int = 0) -> RandomProjection:
-    """Project task vectors, given as (name, [T, size] columns), on a random M-dimensional subspace, one pass."""
-    inner: Tensor | float = 0.0
-    cross: Tensor | float = 0.0
-    for name, columns in tensors:
-        rows = gaussian_rows(seed, name, columns.shape[1], num_bases)
-        inner = inner + rows.T @ rows
-        cross = cross + rows.T @ columns.to(torch.float64).T
-    mixing = torch.linalg.inv(torch.linalg.cholesky(torch.as_tensor(inner))).T
-    return RandomProjection(seed, mixing, mixing.T @ torch.as_tensor(cross))
-
-
-def gaussian_rows(seed: int, name: str, size: int, num_bases: int) -> Tensor:
-    """[size, M] rows of the Gaussian matrix for one tensor; they depend on the seed and the name alone."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randn(size, num_bases, generator=generator, dtype=torch.float64)

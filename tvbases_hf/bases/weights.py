@@ -67,13 +67,13 @@ def squared_error(gram: Tensor, reconstruction: Tensor, scale: Tensor | None = N
     return float((per_task if scale is None else per_task * scale).sum().clamp_min(0))
 
 
-def resolve_num_bases(num_bases: float, num_tasks: int) -> int:
+def resolve_num_bases(num_bases: float | None, num_tasks: int) -> int:
     """M as an integer: a number below 1 is a fraction of the T tasks (at least one basis).
 
     Raises ParameterError unless 1 <= M <= T.
     """
     is_number = isinstance(num_bases, numbers.Real) and not isinstance(num_bases, bool)
-    if not is_number or not 0 < num_bases < float("inf"):
+    if not is_number or num_bases is None or not 0 < num_bases < float("inf"):
         raise ParameterError(
             f"num_bases must be a positive number, got {num_bases!r}; for example 2, or 0.5 for half of the tasks"
         )

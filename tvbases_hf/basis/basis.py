@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,32 +13,21 @@ from torch import Tensor
 from ..algebra.delta import Delta, dense, pieces
 from ..algebra.rank import RankRule
 from ..algebra.sums import total
-from ..bases import BasisWeights, ae_bases, cluster_bases, pca_bases, pca_positive, rand_select
-from ..bases.cluster import INNER
 from ..errors import CheckpointError, MismatchError, ParameterError
 from ..merging.changes import Edit
 from ..merging.write import write
-from ..models.gram import Gram, gram_matrix
+from ..models.gram import Gram
 from ..models.vectors import Vectors, basis_labels, check_over
 from ..storage.checkpoint import Checkpoint, TensorInfo, locate
 from ..storage.output import transaction, write_json
-from ..storage.run import once
-from .adapters.compress import Request, compress_adapters
-from .atoms import AtomSource, EncodedAtoms, StoredAtoms, TruncatedAtoms, stored_encoder
-from .info import CONFIG_FILE, BasisInfo, describe, is_basis_directory, model_card
-from .ranks import ranks_by_budget, ranks_by_rule, spectra
+from .atoms import AtomSource, StoredAtoms
+from .build import build
+from .info import CONFIG_FILE, BasisInfo, is_basis_directory, model_card
 from .reconstruction import Reconstruction
+from .request import Request
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-METHODS: dict[str, Callable[..., BasisWeights]] = {
-    "ae": ae_bases,
-    "pca": pca_bases,
-    "rand_select": rand_select,
-    "pca_positive": pca_positive,
-    "cluster": cluster_bases,
-}
 
 
 class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "model-merging"]):
@@ -49,7 +38,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
     """
 
     def __init__(self, info: BasisInfo, source: AtomSource) -> None:
-        """Use ``build``, ``truncate`` or ``from_pretrained``."""
+        """Use ``build`` or ``from_pretrained``."""
         self.info = info
         self._source = source
         self._hub_mixin_config = None  # everything is in basis_config.json; the mixin's own config.json would repeat it
@@ -60,85 +49,34 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         vectors: Vectors,
         num_bases: float | None = None,
         *,
-        method: str = "ae",
+        method: str | None = None,
+        budget: float | None = None,
+        rank: str | float | RankRule | None = None,
+        alpha: float = 1.0,
         dtype: torch.dtype | None = None,
         gram: Gram | None = None,
         **options: Any,
     ) -> Self:
-        """Choose M bases of the task vectors: one pass over the checkpoints for the Gram matrix, then T x T work.
+        """M bases of the task vectors, or the task vectors truncated; of adapters a LoraBasis.
+
+        One pass over the models for the Gram matrix, then T x T work; ``tsv`` and adapters take their singular values.
 
         Args:
             vectors: the task vectors; they must stay readable as long as the basis is.
-            num_bases: M, or a fraction of T when below 1; None only for ``cluster``, which then chooses.
-            method: ``ae``, ``pca``, ``pca_positive``, ``cluster`` or ``rand_select``.
-            dtype: what the vectors are stored in; None for each base tensor's own.
+            num_bases: M, or a fraction of T when below 1; None for half of them (``cluster`` chooses).
+            method: ``ae``, ``pca``, ``pca_positive``, ``cluster``, ``rand_select``, or ``tsv`` (every task truncated);
+                of adapters also ``joint`` (shared factors), but not ``pca``. None: see Request.
+            budget, rank, alpha: see Request; neither budget nor rank of ``tsv`` is 1/T of min(n, m), which stores T
+                tasks in about one's bytes.
+            dtype: what the vectors are stored in; None for each base tensor's own (adapters: theirs).
             gram: from ``gram_matrix(vectors)``, if it has been computed already.
-            options: of the method, for example ``balance=False``; see ``ae_bases``. ``inner`` of ``cluster`` may also
-                be a merging method that is not linear, followed by its options.
+            options: of the method, for example ``balance=False``; see ``ae_bases``. Adapters have ``normalize``, true
+                by default. ``inner`` of ``cluster`` may also be a merging method, followed by its options.
+
+        Raises ParameterError for an unknown method or option, a bad value, and what does not go together.
         """
-        if vectors.are_adapters:
-            request = Request(method, num_bases=num_bases, options=options)
-            return cls.of_adapters(vectors, request, dtype=dtype, gram=gram)
-        if method not in METHODS:
-            raise ParameterError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}, or tsv")
-        gram = gram or gram_matrix(vectors)
-        if method == "cluster" and options.get("inner", "mean") not in INNER:
-            from .clusters import cluster_atoms
-
-            return cls._of(*cluster_atoms(vectors, gram, num_bases, options, dtype))
-        weights = once(lambda: METHODS[method](gram.matrix, num_bases, **options))
-        info = describe(vectors, gram, weights, options)
-        return cls._of(info, EncodedAtoms(vectors, stored_encoder(weights), dtype, weights.mean is not None))
-
-    @classmethod
-    def truncate(
-        cls,
-        vectors: Vectors,
-        rank: str | float | RankRule | None = None,
-        *,
-        budget: float | None = None,
-        dtype: torch.dtype | None = None,
-        gram: Gram | None = None,
-    ) -> Self:
-        """Keep every task vector, its matrices cut to their leading singular components (TSV-Compress).
-
-        Args:
-            rank: a rank rule for every matrix; None for 1/T of min(n, m), which stores T tasks in about one's bytes.
-            budget: instead of ``rank``: the share of the task vectors' bytes to use, spent where it loses least.
-        """
-        if rank is not None and budget is not None:
-            raise ParameterError("give rank or budget, not both")
-        rule = None if rank is None else RankRule.parse(rank)
-        if vectors.are_adapters:
-            return cls.of_adapters(vectors, Request("tsv", budget=budget, rank=rank), dtype=dtype, gram=gram)
-        gram = gram or gram_matrix(vectors)
-        found = spectra(vectors)
-        ranks = (
-            ranks_by_rule(found, rule, len(vectors))
-            if budget is None
-            else ranks_by_budget(found, vectors, budget, dtype.itemsize if dtype else None)
-        )
-        identity = torch.eye(len(vectors), dtype=torch.float64)
-        lost, total = found.lost(ranks), float(gram.matrix.trace())
-        loss = float(lost.sum())
-        weights = BasisWeights("tsv", identity, identity, loss, loss, loss, total=total)
-        options = {"rank": str(rule) if rule else None, "budget": budget}
-        info = describe(vectors, gram, weights, options, ranks).with_errors(lost)
-        return cls._of(info, TruncatedAtoms(vectors, ranks, dtype))
-
-    @classmethod
-    def of_adapters(
-        cls,
-        vectors: Vectors,
-        request: Request,
-        *,
-        dtype: torch.dtype | None = None,
-        normalize: bool = True,
-        gram: Gram | None = None,
-    ) -> Self:
-        """A basis of adapters, which is itself a stock PEFT LoRA: the sum of its vectors. See ``compress_adapters``."""
-        info, source = compress_adapters(vectors, request, dtype=dtype, normalize=normalize, gram=gram)
-        return cls._of(info, source)
+        request = Request(method, num_bases, budget, rank, alpha, options)
+        return cls._of(*build(vectors, request, dtype=dtype, gram=gram))
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Vectors from clusters of vectors, by any merging method; and which vectors resemble a task that comes later.
+"""Vectors from clusters of vectors, by any merging method.
 
 Means and sums of clusters are ``cluster_bases``. Here the inner method may be anything that merges: TIES, top-k, TSV.
 """
@@ -13,22 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, blocks, dense, gram
+from ..algebra.delta import Delta, Dense, blocks, dense
 from ..bases import BasisWeights, Clusters, find_clusters
 from ..bases.weights import squared_error
-from ..errors import MismatchError, ParameterError
+from ..errors import ParameterError
 from ..merging.apply import merged
 from ..models.gram import Gram
 from ..models.vectors import Vectors
 from ..storage.checkpoint import TensorInfo
 from ..storage.parallel import written
-from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
 from .atoms import refit, write_parts
 from .info import ATOMS_STEM, BasisInfo, describe
-
-# Cosines of unrelated fine-tunes stay below this (clustering paper, Figure 4; unrelated tasks are near 0.05).
-SIMILAR = 0.1
 
 
 def clustered(vectors: Vectors, clusters: Clusters, inner: str = "mean", **options: Any) -> Vectors:
@@ -45,66 +41,6 @@ def clustered(vectors: Vectors, clusters: Clusters, inner: str = "mean", **optio
         encoder=vectors.encoder @ clusters.encoder(),
         read=lambda name: [change(name) for change in changes],
     )
-
-
-@dataclass(frozen=True)
-class Similar:
-    """The vectors that resemble a new task: their positions, most similar first, and all cosines [K].
-
-    ``is_new``: none does, so the task's own vector should join them (clustering paper, Table 1).
-    """
-
-    indices: tuple[int, ...]
-    cosines: tuple[float, ...]
-
-    @property
-    def is_new(self) -> bool:
-        return not self.indices
-
-
-def similar(vectors: Vectors, task: Vectors, threshold: float = SIMILAR) -> Similar:
-    """Which of the K vectors have a cosine of at least ``threshold`` with one more task vector; one pass over both.
-
-    Raises ParameterError unless ``task`` is one vector, MismatchError if it is over another base.
-    """
-    if len(task) != 1:
-        raise ParameterError(f"one task is compared with the vectors, not {len(task)}; give them one by one")
-    both = joined(vectors, task)
-    products = torch.zeros(len(both), len(both), dtype=torch.float64)
-    for name in track(both.names, "Similarity", lambda n: both.base.tensors[n].nbytes):
-        products += gram(both.deltas(name)).cpu()
-    norms = products.diagonal().sqrt()
-    cosines = torch.nan_to_num(products[-1, :-1] / norms[-1] / norms[:-1]).tolist()
-    order = sorted(range(len(vectors)), key=lambda index: -cosines[index])
-    return Similar(tuple(index for index in order if cosines[index] >= threshold), tuple(cosines))
-
-
-def joined(first: Vectors, second: Vectors) -> Vectors:
-    """The vectors of both, over one base; a weight that one of them does not change is unchanged there."""
-    if first.base.fingerprint() != second.base.fingerprint():
-        raise MismatchError(f'"{first.base.label}" and "{second.base.label}" are different bases; their vectors differ')
-    twice = [task for task in second.tasks if task in first.tasks]
-    if twice:
-        raise ParameterError(f'{len(twice)} tasks are in both (first: "{twice[0]}"); give each its own name')
-    names = set(first.names) | set(second.names)
-
-    def read(name: str) -> list[Delta]:
-        return [delta for part in (first, second) for delta in _deltas(part, name)]
-
-    return Vectors(
-        first.base,
-        (*first.tasks, *second.tasks),
-        (*first.labels, *second.labels),
-        tuple(name for name in first.base.tensors if name in names),
-        torch.block_diag(first.encoder, second.encoder),
-        read,
-    )
-
-
-def _deltas(vectors: Vectors, name: str) -> list[Delta]:
-    if name in vectors.names:
-        return vectors.deltas(name)
-    return [Dense(torch.zeros(vectors.base.tensors[name].shape))] * len(vectors)
 
 
 # A basis directory of merged vectors
@@ -155,7 +91,7 @@ class MergedAtoms:
         return replace(info.refitted(decoder, saved), loss=loss)
 
 
-def cluster_atoms(
+def cluster_vectors(
     tasks: Vectors,
     gram: Gram,
     num_bases: float | None,

@@ -17,14 +17,16 @@ from torch import Tensor
 
 from ..algebra.delta import Delta, blocks
 from ..algebra.sums import scale
-from ..bases.buffer import LINEAR, RUNNING, Buffer, Step, check_online, follow, next_step
-from ..errors import CheckpointError, OutputError, ParameterError
+from ..bases import CONSTRUCTIONS
+from ..bases.buffer import LINEAR, METHODS, RUNNING, Buffer, Step, check_budget, follow, next_step
+from ..errors import CheckpointError, OutputError, ParameterError, did_you_mean
 from ..merging.apply import merged
-from ..methods.continual import TIES_SCALING, check_share, continual_ties, orthogonal_sum
+from ..methods.continual import TIES_SCALING, continual_ties, orthogonal_sum
 from ..methods.elementwise import magmax
 from ..methods.sparse import TIES_DENSITY
-from ..methods.threshold import check_density, thresholds
+from ..methods.threshold import thresholds
 from ..models.vectors import Model, Vectors
+from ..options import Option, checked, options_of
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.output import check_output, transaction, write_json
 from ..storage.run import current, track
@@ -35,6 +37,14 @@ from .info import ATOMS_STEM, CONFIG_FILE, BasisInfo, is_basis_directory, model_
 from .online_inputs import Changes, changes_of
 
 KEY = "online"
+# By method, its options. The seed, and what the past weighs, an online basis sets itself.
+_OWN = ("target_weights", "even_errors", "seed")
+ONLINE: dict[str, dict[str, Option]] = {
+    **{name: {} for name in METHODS},
+    "ae": {name: option for name, option in CONSTRUCTIONS["ae"].options.items() if name not in _OWN},
+    "ties": options_of(continual_ties),
+    "opcm": options_of(orthogonal_sum),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -65,7 +75,7 @@ class OnlineBasis:
         cls,
         directory: str | Path,
         base: str | Path | Checkpoint,
-        num_bases: int | None = None,
+        num_bases: float | None = None,
         *,
         method: str = "ae",
         dtype: torch.dtype | None = None,
@@ -79,13 +89,16 @@ class OnlineBasis:
             method: ``ae`` (the paper's Algorithm 1), ``rand_select`` (drop one at random), or a running merge:
                 ``ta`` (sum), ``magmax``, ``ties``, ``opcm``.
             dtype: what vectors are stored in; None for each base tensor's own. Every addition rounds to it once.
-            options: ``ae``: those of ``ae_bases`` but for target_weights; ``ties``: density, scaling; ``opcm``: share.
+            options: of the method, see ONLINE.
 
         Raises OutputError if there is something in the directory already, ParameterError for bad options.
         """
         number = 1 if num_bases is None and method in RUNNING else num_bases
-        check_online(method, number, options)
-        _check_values(options)
+        if method not in ONLINE:
+            near = did_you_mean(method, ONLINE)
+            raise ParameterError(f"unknown online method {method!r}{near}; choose one of {', '.join(ONLINE)}")
+        options = checked(f"online {method}", ONLINE[method], options)
+        check_budget(method, number)
         check_output(directory, lambda _: False)
         assert number is not None
         settings = Settings(method, int(number), _dtype_name(dtype), seed, options)
@@ -172,12 +185,7 @@ class OnlineBasis:
         step = next_step(
             before, self.settings.method, self.settings.num_bases, self.settings.seed, self.settings.options
         )
-        rows, dtype = len(step.weights), DTYPES.get(self.settings.dtype or "")
-        tensors = {
-            name: TensorInfo((rows, *info.shape), dtype or info.dtype)
-            for name, info in self.base.tensors.items()
-            if info.dtype.is_floating_point
-        }
+        tensors = self._tensors(len(step.weights))
         with transaction(self.directory, is_basis_directory, sum(i.nbytes for i in tensors.values())) as work:
             joint = self._write(work, tensors, step, read)
             info = self._describe(follow(before, step, self.settings.method, joint), (*self.tasks, name))
@@ -186,6 +194,19 @@ class OnlineBasis:
             self._check_unchanged()
         self._basis = Basis.from_pretrained(self.directory)
         return self._basis.info
+
+    def stored_bytes(self, num_tasks: int) -> int:
+        """What the vectors take on disk once there are this many tasks."""
+        rows = min(num_tasks, self.settings.num_bases)
+        return sum(info.nbytes for info in self._tensors(rows).values())
+
+    def _tensors(self, rows: int) -> dict[str, TensorInfo]:
+        dtype = DTYPES.get(self.settings.dtype or "")
+        return {
+            name: TensorInfo((rows, *info.shape), dtype or info.dtype)
+            for name, info in self.base.tensors.items()
+            if info.dtype.is_floating_point
+        }
 
     def _write(self, work: Path, tensors: Mapping[str, TensorInfo], step: Step, read: Changes) -> Tensor:
         """Write the new vectors, one pass; the Gram matrix of the old ones, the new task's, and the new as stored."""
@@ -292,13 +313,6 @@ def _settings(info: BasisInfo, label: str) -> Settings:
         return Settings(**{name: info.options[KEY][name] for name in Settings.__dataclass_fields__})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f'"{label}": the state of the online basis is damaged: {error}') from error
-
-
-def _check_values(options: Mapping[str, Any]) -> None:
-    if "density" in options:
-        check_density(options["density"])
-    if "share" in options:
-        check_share(options["share"])
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from ..algebra.rank import RankRule
 from ..algebra.svd import singular_values
+from ..bases import BasisWeights
 from ..errors import ParameterError
 from ..methods.tsv import default_rank
+from ..models.gram import Gram
 from ..models.vectors import Vectors
 from ..storage.run import track
+from .atoms import TruncatedAtoms
+from .info import BasisInfo, describe
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,6 @@ def ranks_by_budget(
 
     Raises ParameterError when the budget does not even hold what is kept whole.
     """
-    if not 0 < budget <= 1:
-        raise ParameterError(f"budget is a share of the task vectors' size, between 0 and 1; got {budget}")
     base = vectors.base.tensors
     size = {name: itemsize or base[name].dtype.itemsize for name in vectors.names}
     whole = sum(base[n].numel * size[n] for n in vectors.names if n not in found.matrices) * len(vectors)
@@ -98,3 +100,26 @@ def _worth_factoring(found: Spectra, ranks: dict[str, list[int]]) -> dict[str, l
         if sum(chosen) * (rows + columns) < len(chosen) * rows * columns:
             kept[name] = chosen
     return kept
+
+
+def truncate(
+    vectors: Vectors,
+    gram: Gram,
+    rank: str | float | RankRule | None,
+    budget: float | None,
+    dtype: torch.dtype | None,
+) -> tuple[BasisInfo, TruncatedAtoms]:
+    """Every task vector, its matrices cut to their leading singular components; neither rank nor budget: to 1/T."""
+    rule, found = None if rank is None else RankRule.parse(rank), spectra(vectors)
+    ranks = (
+        ranks_by_rule(found, rule, len(vectors))
+        if budget is None
+        else ranks_by_budget(found, vectors, budget, dtype.itemsize if dtype else None)
+    )
+    identity = torch.eye(len(vectors), dtype=torch.float64)
+    lost = found.lost(ranks)
+    loss = float(lost.sum())
+    weights = BasisWeights("tsv", identity, identity, loss, loss, loss, total=float(gram.matrix.trace()))
+    options = {"rank": str(rule) if rule else None, "budget": budget}
+    info = describe(vectors, gram, weights, options, ranks).with_errors(lost)
+    return info, TruncatedAtoms(vectors, ranks, dtype)

@@ -160,18 +160,14 @@ def parse_numbers(option: str, items: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def parse_targets(items: Sequence[str], tasks: Iterable[str]) -> list[float] | None:
-    """``NAME=NUMBER`` arguments as one number per task, 1 where none is given; None without any."""
+def parse_weights(items: Sequence[str], tasks: Iterable[str]) -> list[float]:
+    """``NAME=NUMBER`` arguments as one number per task, 1 where none is given."""
     found = dict.fromkeys(tasks, 1.0)
-    for item in items:
-        name, _, number = item.partition("=")
-        try:
-            found[name] = float(number) if name in found else found[name]
-        except (KeyError, ValueError):
-            raise ParameterError(
-                f'--target "{item}" is not NAME=NUMBER of one of the tasks ({", ".join(found)})'
-            ) from None
-    return list(found.values()) if items else None
+    for name, value in parse_numbers("--weight", items).items():
+        if name not in found:
+            raise ParameterError(f'--weight "{name}={value:g}" is of none of the tasks ({", ".join(found)})')
+        found[name] = value
+    return list(found.values())
 
 
 def parse_dtype(name: str) -> Any:

@@ -100,15 +100,10 @@ def merged(
 
     Raises ParameterError for an unknown method or option, and a wrong number of weights.
     """
-    chosen = find_method(method)
-    for name in options:
-        if name not in chosen.options:
-            takes = ", ".join(chosen.options) or "none"
-            raise ParameterError(f"{name} is not an option of {method}{did_you_mean(name, chosen.options)}: {takes}")
+    chosen, options = find_method(method), check_options(method, options)
     shares = [1.0] * len(vectors) if weights is None else [float(weight) for weight in weights]
     if len(shares) != len(vectors):
         raise ParameterError(f"{len(shares)} weights for {len(vectors)} vectors; give one per vector")
-    _try(chosen, options)
     if chosen.trims:
         scope = options.pop("scope", "model")
         if scope == "model":
@@ -124,11 +119,17 @@ def merged(
     return change
 
 
-def _try(method: Method, options: Mapping[str, Any]) -> None:
-    """Whatever the method has against its options it says of one number too, before the long reading."""
+def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """ParameterError for an unknown method or option, and for what the method has against a value."""
+    method = find_method(name)
+    for option in options:
+        if option not in method.options:
+            takes = ", ".join(method.options) or "none"
+            raise ParameterError(f"{option} is not an option of {name}{did_you_mean(option, method.options)}: {takes}")
     if "scope" in options:
         check_scope(options["scope"])
     method.combine([Dense(torch.ones(1, 1))], [1.0], **{n: v for n, v in options.items() if n != "scope"})
+    return dict(options)
 
 
 def model_thresholds(vectors: Vectors, density: float) -> list[float]:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..algebra.delta import Delta, Dense, dense
 from ..algebra.sums import total
-from ..errors import ParameterError
 from .sparse import TIES_DENSITY, ties
 
 # Of the authors' published configuration: what TIES gives of the merged vector and the new one is added at this scale.
 TIES_SCALING = 0.5
 OPCM_SHARE = 0.5
+Density = Annotated[float, Field(gt=0, le=1, description="share of the entries that is kept")]
+Scaling = Annotated[float, Field(description="factor on what TIES gives")]
+Share = Annotated[float, Field(ge=0, lt=1, description="share of the sum of singular values that is protected")]
 
 
 def continual_ties(
     merged: Delta,
     new: Delta,
     *,
-    density: float = TIES_DENSITY,
-    scaling: float = TIES_SCALING,
+    density: Density = TIES_DENSITY,
+    scaling: Scaling = TIES_SCALING,
     limits: Sequence[float] | None = None,
 ) -> Delta:
     """merged + scaling * TIES(merged, new), signs elected by sum, no mean: as OPCM's authors compare with."""
@@ -31,7 +35,7 @@ def continual_ties(
     )
 
 
-def orthogonal_sum(merged: Delta, new: Delta, *, share: float = OPCM_SHARE) -> Delta:
+def orthogonal_sum(merged: Delta, new: Delta, *, share: Share = OPCM_SHARE) -> Delta:
     """merged + P(new), P leaving out what the merged change's singular directions already do (OPCM, equation 5).
 
     Of new in the singular bases of merged, U^T new V, the diagonal and the block of the leading components, which hold
@@ -47,11 +51,6 @@ def orthogonal_sum(merged: Delta, new: Delta, *, share: float = OPCM_SHARE) -> D
         core = left.T @ cleaned @ right.T
         cleaned = cleaned - left @ torch.where(_occupied(values, share), core, torch.zeros_like(core)) @ right
     return Dense(kept + cleaned)
-
-
-def check_share(share: float) -> None:
-    if not 0 <= share < 1:
-        raise ParameterError(f"share is that of the singular values' sum, at least 0 and below 1; got {share}")
 
 
 def _occupied(values: Tensor, share: float) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from tvbases_hf.algebra.sums import total
 from tvbases_hf.basis import Basis
-from tvbases_hf.basis.adapters.compress import Request, compress_adapters
 
 from .runner import Answer, Question, Study
 from .settings import Settings
@@ -31,12 +30,10 @@ def answer(workshop: Workshop, question: Question) -> Answer:
     if budget is None:
         changes, errors, used, chosen = vectors.deltas, [0.0] * len(vectors), size, "adapters"
     else:
-        request = Request(budget=budget, method=None if method == "chosen" else method)
-        info, atoms = compress_adapters(vectors, request)
-        basis = Basis(info, atoms)
+        basis = Basis.build(vectors, method=None if method == "chosen" else method, budget=budget)
         changes = lambda name: basis.reconstructions(name, vectors.base)  # noqa: E731
-        errors, chosen = info.task_error, info.method
-        used = sum(tensor.nbytes for tensor in atoms.tensors.values())
+        errors, chosen = basis.info.task_error, basis.info.method
+        used = sum(tensor.nbytes for tensor in basis.tensors.values())
     own = {
         task: workshop.changed(lambda name, i=i: changes(name)[i], tasks=[task], kind=kind)[task]
         for i, task in enumerate(vectors.tasks)

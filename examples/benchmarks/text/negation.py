@@ -15,10 +15,10 @@ from tvbases_hf.algebra.delta import Dense
 from tvbases_hf.algebra.sums import total
 from tvbases_hf.bases import ae_bases, pca_bases
 from tvbases_hf.bases.ae import fitted
-from tvbases_hf.bases.random import gaussian_rows
 from tvbases_hf.learning.inplace import Change
 
 from .kinds import random_span
+from .projection import rand_proj
 from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
@@ -103,19 +103,13 @@ def mixing(kind: str, gram: Tensor, num_bases: int, index: int) -> Tensor:
 
 def projected(workshop: Workshop, num_bases: int, index: int) -> tuple[Change, float]:
     """Q Q^T tau for M random orthonormal directions of the whole space: almost nothing of tau is in them."""
-    vectors = workshop.vectors()
-    tau = [vectors.deltas(name)[index] for name in vectors.names]
-    sizes = [vectors.base.tensors[name].numel for name in vectors.names]
-    rows = [gaussian_rows(0, name, size, num_bases) for name, size in zip(vectors.names, sizes, strict=True)]
-    flat = [delta.block(0, size).reshape(-1) for delta, size in zip(tau, sizes, strict=True)]
-    q = torch.linalg.qr(torch.cat(rows).to(torch.float64))[0]
-    coefficients = q.T @ torch.cat(flat).to(torch.float64)
-    sums = dict(zip(vectors.names, (q @ coefficients).split(sizes), strict=True))
-    norm = float(torch.cat(flat).to(torch.float64).square().sum())
-    shapes = {name: vectors.base.tensors[name].shape for name in vectors.names}
+    vectors, tensors = workshop.vectors(), workshop.vectors().base.tensors
+    tau = {name: vectors.deltas(name)[index].block(0, tensors[name].numel).reshape(1, -1) for name in vectors.names}
+    found = rand_proj(tau.items(), num_bases)
+    norm = sum(float(part.to(torch.float64).square().sum()) for part in tau.values())
     return (
-        lambda name: Dense(sums[name].float().reshape(shapes[name])),
-        1 - float(coefficients.square().sum()) / norm,
+        lambda name: Dense(found.reconstruct(name, tensors[name].numel).float().reshape(tensors[name].shape)),
+        1 - float(found.coefficients.square().sum()) / norm,
     )
 
 

@@ -126,7 +126,7 @@ METHODS: dict[str, tuple[tuple[str, dict[str, Any]], list[str]]] = {
     "unknown inner method": (bases(merge="tis"), ["merge: 'tis' is not a method that takes a base"]),
     "inner method of two models": (bases(merge="nearswap", num_bases=1, t=0.1), ["merge: nearswap", "mergekit-yaml"]),
     "parameter of another inner method": (bases(select_topk=0.5), ["select_topk is not a parameter of merge"]),
-    "unknown solver": (bases(solver="newton"), ["solver: 'newton' is unknown"]),
+    "unknown solver": (bases(solver="newton"), ["solver of ae must be varpro or adam; got 'newton'"]),
     "bad rank": (("tsv", {"rank": -3}), ["rank", "-3", "is not a rank rule"]),
     "bad threshold": (("devec_unique", {"threshold": 1.5}), ["threshold must lie in (0, 1]"]),
 }

@@ -14,7 +14,6 @@ from torch import Tensor
 from commands.command_line import snapshot
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.basis import Basis, LoraBasis
-from tvbases_hf.basis.adapters.compress import Request
 from tvbases_hf.errors import MismatchError, MissingExtraError, ParameterError
 from tvbases_hf.models.vectors import Vectors
 from zoo.adapter_families import LLAMA, TASKS, Adapters, random_adapter, random_adapters, related_adapters
@@ -26,10 +25,10 @@ SAME = 200 * EPS
 DORA = replace(LLAMA, config={**LLAMA.config, "use_dora": True})
 ROWS = torch.cat([IDS, IDS.flip(1)])
 REQUESTS = {
-    "joint": Request("joint", budget=0.6),
-    "ae": Request("ae", num_bases=2),
-    "tsv": Request("tsv", rank=2),
-    "alpha": Request("joint", budget=0.6, alpha=0.5),
+    "joint": dict(method="joint", budget=0.6),
+    "ae": dict(method="ae", num_bases=2),
+    "tsv": dict(method="tsv", rank=2),
+    "alpha": dict(method="joint", budget=0.6, alpha=0.5),
 }
 
 
@@ -45,7 +44,7 @@ def dora(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
 
 @pytest.fixture(scope="module")
 def joint(family: Adapters) -> LoraBasis:
-    return LoraBasis.of_adapters(family.vectors(), REQUESTS["joint"])
+    return LoraBasis.build(family.vectors(), **REQUESTS["joint"])
 
 
 def fresh(family: Adapters) -> Any:
@@ -90,7 +89,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = SAME) -> bool:
 
 @pytest.mark.parametrize("how", sorted(REQUESTS))
 def test_every_selection_is_the_separately_merged_model(how: str, family: Adapters) -> None:
-    basis = LoraBasis.of_adapters(family.vectors(), REQUESTS[how])
+    basis = LoraBasis.build(family.vectors(), **REQUESTS[how])
     model = basis.attach(fresh(family), "math")
     for task in ("math", "law", None, "code", "math"):
         basis.select(model, task)
@@ -98,7 +97,7 @@ def test_every_selection_is_the_separately_merged_model(how: str, family: Adapte
 
 
 def test_every_selection_of_doras_is_the_separately_merged_model(dora: Adapters) -> None:
-    basis = LoraBasis.of_adapters(dora.vectors(), Request("joint", budget=0.6))
+    basis = LoraBasis.build(dora.vectors(), method="joint", budget=0.6)
     model = basis.attach(fresh(dora))
     for task in (None, "math", "code"):
         basis.select(model, task)
@@ -141,7 +140,7 @@ def test_the_adapter_is_frozen_and_can_be_disabled(family: Adapters, joint: Lora
 
 @pytest.mark.parametrize("how", sorted(REQUESTS))
 def test_each_row_of_a_mixed_batch_is_its_own_tasks(how: str, family: Adapters) -> None:
-    basis = LoraBasis.of_adapters(family.vectors(), REQUESTS[how])
+    basis = LoraBasis.build(family.vectors(), **REQUESTS[how])
     model = basis.attach(fresh(family), "chat")
     tasks = ["math", "code", None, "math"]
     with basis.mixed(model, tasks):
@@ -152,7 +151,7 @@ def test_each_row_of_a_mixed_batch_is_its_own_tasks(how: str, family: Adapters) 
 
 
 def test_rows_of_doras_are_mixed(dora: Adapters) -> None:
-    basis = LoraBasis.of_adapters(dora.vectors(), Request("joint", budget=0.6))
+    basis = LoraBasis.build(dora.vectors(), method="joint", budget=0.6)
     model = basis.attach(fresh(dora))
     tasks = ["code", "math", None, "chat"]
     with basis.mixed(model, tasks):
@@ -203,7 +202,7 @@ def test_a_failure_inside_mixed_leaves_the_selection_as_it_was(family: Adapters,
 @pytest.mark.parametrize("kind", ["family", "dora"])
 def test_merge_and_unload_gives_the_selected_tasks_model(kind: str, safe: bool, request: pytest.FixtureRequest) -> None:
     adapters: Adapters = request.getfixturevalue(kind)
-    basis = LoraBasis.of_adapters(adapters.vectors(), Request("joint", budget=0.6))
+    basis = LoraBasis.build(adapters.vectors(), method="joint", budget=0.6)
     model = basis.attach(fresh(adapters).double(), "math")
     basis.select(model, "code")
     plain = model.merge_and_unload(safe_merge=safe)
@@ -216,7 +215,7 @@ def test_unmerging_restores_the_base_and_only_then_another_task_can_be_selected(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
     adapters: Adapters = request.getfixturevalue(kind)
-    basis = LoraBasis.of_adapters(adapters.vectors(), Request("joint", budget=0.6))
+    basis = LoraBasis.build(adapters.vectors(), method="joint", budget=0.6)
     model = basis.attach(fresh(adapters).double(), "math")
     model.merge_adapter()
     assert close(logits(model), logits(task_model(basis, adapters, "math")))
@@ -259,7 +258,7 @@ def test_a_basis_stands_next_to_another_adapter(family: Adapters, joint: LoraBas
 
 
 def test_two_bases_stand_on_one_model_each_with_its_own_selection(family: Adapters, joint: LoraBasis) -> None:
-    atoms = LoraBasis.of_adapters(family.vectors(), REQUESTS["ae"])
+    atoms = LoraBasis.build(family.vectors(), **REQUESTS["ae"])
     model = joint.attach(fresh(family), "math")
     model = atoms.attach(model, "code", adapter_name="atoms")
     assert close(logits(model), logits(task_model(atoms, family, "code")))
@@ -291,7 +290,7 @@ def test_a_base_in_half_precision_takes_a_basis(family: Adapters, joint: LoraBas
 def test_convolutions_and_embeddings_switch_tasks(tmp_path: Path) -> None:
     case = Case("vision", {"target_modules": ["wide", "point", "line", "cube", "table", "out"]})
     adapters = random_adapters(tmp_path, case, TASKS[:3])
-    basis = LoraBasis.of_adapters(adapters.vectors(), Request("joint", budget=0.8))
+    basis = LoraBasis.build(adapters.vectors(), method="joint", budget=0.8)
     model = basis.attach(fresh(adapters), "math").double()
     images, ids = IMAGES, IDS
 
@@ -313,7 +312,7 @@ def test_convolutions_and_embeddings_switch_tasks(tmp_path: Path) -> None:
 def test_layers_stored_transposed_switch_tasks(tmp_path: Path) -> None:
     case = Case("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"})
     adapters = random_adapters(tmp_path, case, TASKS[:3])
-    basis = LoraBasis.of_adapters(adapters.vectors(), Request("joint", budget=0.7))
+    basis = LoraBasis.build(adapters.vectors(), method="joint", budget=0.7)
     model = basis.attach(fresh(adapters))
     tasks = ["math", "chat", "code", None]
     with basis.mixed(model, tasks):
@@ -363,7 +362,7 @@ def test_a_basis_of_checkpoints_is_not_attached(family: Adapters) -> None:
 def test_saved_modules_cannot_be_switched(tmp_path: Path) -> None:
     case = Case("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]})
     adapters = random_adapters(tmp_path, case, TASKS[:2])
-    basis = LoraBasis.of_adapters(adapters.vectors(), Request("tsv", rank=2))
+    basis = LoraBasis.build(adapters.vectors(), method="tsv", rank=2)
     with pytest.raises(ParameterError, match=r"as a whole .*classifier.*use adapter\(task, base="):
         basis.attach(fresh(adapters))
 

@@ -3,100 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
 from ...algebra.rank import RankRule
-from ...bases import BasisWeights, ae_bases, cluster_bases, pca_positive, rand_select
-from ...bases.weights import resolve_num_bases
+from ...bases import CONSTRUCTIONS, BasisWeights, Construction
 from ...errors import ParameterError
-from ...models.gram import Gram, gram_matrix
+from ...models.gram import Gram
 from ...models.vectors import Vectors
 from ...version import library_version
 from ..info import AdapterInfo, BasisInfo
+from ..request import COMPARED, Request
 from .budget import Menu
 from .choice import Plan, Survey, choose, encoded_menus, survey, vector_shares
 from .encode import Encoded, encode
 from .lora_atoms import AdapterAtoms, assemble, stock_error
-from .pool import Pool, base_id
+from .pool import POOL_OPTIONS, Pool, base_id
 
-METHODS = ("ae", "joint", "tsv", "rand_select", "cluster", "pca_positive")
-# Compared where a budget is given and no method.
-COMPARED = ("tsv", "joint", "ae")
-# Whose vectors are sums of tasks, each cut to a rank.
-OF_ATOMS = ("ae", "rand_select", "cluster", "pca_positive")
-DEFAULT_BUDGET, DEFAULT_BASES = 0.5, 0.5
 # Shares of T that are tried as the number of atoms where only a budget is given.
 TRIED_BASES = (0.25, 0.5, 0.75)
 # Another method takes the place of truncation if its error is below this share of truncation's.
 BETTER = 0.98
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for. Without a method the best one within the budget is taken."""
-
-    method: str | None = None
-    budget: float | None = None
-    num_bases: float | None = None
-    rank: str | float | RankRule | None = None
-    alpha: float = 1.0
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def resolved(self, num_tasks: int) -> Request:
-        """With the defaults filled in. Raises ParameterError for what does not go together."""
-        method, budget, num_bases = self.method, self.budget, self.num_bases
-        if method is None and budget is None and (num_bases is not None or self.rank is not None):
-            method = "ae"
-        if method == "pca":
-            raise ParameterError(
-                "pca of adapters has no stock form: its vectors are not a sum of tasks; use ae or joint"
-            )
-        if method is not None and method not in METHODS:
-            raise ParameterError(f"unknown method {method!r} for adapters; choose one of {', '.join(METHODS)}")
-        if method in ("joint", "tsv") and num_bases is not None:
-            raise ParameterError(f"{method} keeps every task: num_bases goes with ae; give a budget instead")
-        if self.rank is not None and (budget is not None or method == "joint"):
-            raise ParameterError("rank and budget both decide the ranks; give one of them (joint takes a budget)")
-        if budget is not None and not 0 < budget <= 1:
-            raise ParameterError(f"budget is a share of the adapters' bytes, between 0 and 1; got {budget}")
-        if not self.alpha or not abs(self.alpha) < float("inf"):
-            raise ParameterError(f"alpha is the weight of the merged adapter, a number other than 0; got {self.alpha}")
-        if method in OF_ATOMS:
-            chosen = method == "cluster" or budget is not None  # by the similarities, or by what the budget holds
-            num_bases = DEFAULT_BASES if num_bases is None and not chosen else num_bases
-        elif budget is None and self.rank is None:
-            budget = DEFAULT_BUDGET
-        if num_bases is not None:
-            resolve_num_bases(num_bases, num_tasks)
-        return Request(method, budget, num_bases, self.rank, self.alpha, self.options)
-
-
 def compress_adapters(
-    vectors: Vectors,
-    request: Request,
-    *,
-    dtype: torch.dtype | None = None,
-    normalize: bool = True,
-    gram: Gram | None = None,
+    vectors: Vectors, gram: Gram, request: Request, dtype: torch.dtype | None = None
 ) -> tuple[BasisInfo, AdapterAtoms]:
     """Choose, encode and describe a basis of adapters.
 
     Args:
         vectors: T adapters over one base.
+        request: as resolved.
         dtype: what is stored; None for the adapters' own.
-        normalize: every task's error counts relative to its own norm; False: in absolute terms.
 
     Raises ParameterError for a request that cannot be met, such as a budget below what has to be kept.
     """
-    request = request.resolved(len(vectors))
-    gram = gram or gram_matrix(vectors)
-    pool = Pool.of(vectors, gram, dtype, normalize)
+    pool = Pool.of(vectors, gram, dtype, **{n: v for n, v in request.options.items() if n in POOL_OPTIONS})
     found = survey(pool)
-    plans = _plans(pool, found, request, normalize)
+    plans = _plans(pool, found, request)
     best, candidates = _best(pool, plans, request)
     encoded = encode(pool, best, request.alpha)
     atoms = assemble(
@@ -112,10 +58,10 @@ def compress_adapters(
     return info, atoms
 
 
-def _plans(pool: Pool, found: Survey, request: Request, normalize: bool) -> list[Plan]:
+def _plans(pool: Pool, found: Survey, request: Request) -> list[Plan]:
     """The plans to compare: the one that was asked for, or truncation, joint and atoms at the budget."""
     if request.budget is None:
-        weights = _identity(len(pool), "tsv") if request.method == "tsv" else _weights(pool, found, request, normalize)
+        weights = _identity(len(pool), "tsv") if request.method == "tsv" else _weights(pool, found, request)
         rule = RankRule.parse(pool.rank if request.rank is None else request.rank)
         return [Plan(weights, vector_shares(weights, pool.weights), {}, rule)]
     available = request.budget * pool.adapters_bytes - pool.fixed_bytes(request.alpha)
@@ -130,8 +76,8 @@ def _plans(pool: Pool, found: Survey, request: Request, normalize: bool) -> list
         plans.append(_truncated(pool, found, available))
     if "joint" in wanted:
         plans.append(_tasks_plan(pool, found, "joint", found.joint, available))
-    if set(OF_ATOMS) & set(wanted) and (len(pool) > 1 or request.method):
-        plans.append(_atoms_plan(pool, found, request, normalize, available))
+    if set(CONSTRUCTIONS) & set(wanted) and (len(pool) > 1 or request.method):
+        plans.append(_atoms_plan(pool, found, request, available))
     return plans
 
 
@@ -146,14 +92,14 @@ def _tasks_plan(pool: Pool, found: Survey, method: str, menus: Mapping[str, Menu
     return Plan(_identity(len(pool), method), pool.weights, choices, lost=lost)
 
 
-def _atoms_plan(pool: Pool, found: Survey, request: Request, normalize: bool, available: float) -> Plan:
+def _atoms_plan(pool: Pool, found: Survey, request: Request, available: float) -> Plan:
     """Atoms at the budget; without a number of them, the one that promises the least error."""
     count = len(pool)
     tried = sorted({max(1, round(share * count)) for share in TRIED_BASES} - {count}) or [1]
     numbers: Sequence[float | None] = [request.num_bases]
-    if request.num_bases is None and request.method != "cluster":  # which finds its own number
+    if request.num_bases is None and _construction(request).num_bases is not None:  # it finds no number of its own
         numbers = tried
-    options = [_weights(pool, found, request, normalize, number) for number in numbers]
+    options = [_weights(pool, found, replace(request, num_bases=number)) for number in numbers]
     plans = []
     for weights, menus in zip(options, encoded_menus(pool, options), strict=True):
         choices, gain = choose(menus, available)
@@ -164,21 +110,15 @@ def _atoms_plan(pool: Pool, found: Survey, request: Request, normalize: bool, av
     return min(plans, key=lambda plan: plan[0])[1]
 
 
-def _weights(
-    pool: Pool, found: Survey, request: Request, normalize: bool, num_bases: float | None = None
-) -> BasisWeights:
-    given, options = (request.num_bases if num_bases is None else num_bases), request.options
-    number = DEFAULT_BASES if given is None else given
-    match request.method:
-        case "rand_select":
-            return rand_select(found.gram, number, seed=options.get("seed", 0))
-        case "cluster":
-            own = {name: options[name] for name in ("inner", "split_below", "seed") if name in options}
-            return cluster_bases(found.gram, given, **own)
-        case "pca_positive":
-            return pca_positive(found.gram, number)
-        case _:
-            return ae_bases(found.gram, number, **{"normalize": normalize, **options})
+def _construction(request: Request) -> Construction:
+    return CONSTRUCTIONS[request.method or "ae"]
+
+
+def _weights(pool: Pool, found: Survey, request: Request) -> BasisWeights:
+    construction = _construction(request)
+    options = {"normalize": pool.normalize, **request.options}
+    own = {name: value for name, value in options.items() if name in construction.options}
+    return construction.solve(found.gram, request.num_bases, **own)
 
 
 def _identity(count: int, method: str) -> BasisWeights:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ...algebra.delta import Delta, Dense, LowRank, dense, low_parts
@@ -14,6 +16,7 @@ from ...models.adapter import Adapter
 from ...models.gram import Gram
 from ...models.lora_files import Template, adapter_tensors
 from ...models.vectors import Vectors
+from ...options import options_of
 from ...storage.checkpoint import TensorInfo
 from .cores import Cores
 from .lora_atoms import OWN, SCALE, row_factor
@@ -39,9 +42,17 @@ class Pool:
     rounding: Tensor
     square_norms: Tensor
     weights: Tensor
+    normalize: bool
 
     @classmethod
-    def of(cls, vectors: Vectors, gram: Gram, dtype: torch.dtype | None, normalize: bool) -> Pool:
+    def of(
+        cls,
+        vectors: Vectors,
+        gram: Gram,
+        dtype: torch.dtype | None,
+        *,
+        normalize: Annotated[bool, Field(description="count each task's error relative to its own norm")] = True,
+    ) -> Pool:
         """One pass over the adapters. Raises ParameterError for changes that a basis cannot hold."""
         adapters = adapters_of(vectors)
         template = Template.of(adapters, base_id(vectors))
@@ -67,7 +78,7 @@ class Pool:
         norms = gram.matrix.diagonal().clamp_min(0)
         relative = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(norms))
         weights = relative if normalize else torch.ones_like(norms)
-        return cls(vectors, template, dtype, tuple(names), beside, rounding, norms, weights)
+        return cls(vectors, template, dtype, tuple(names), beside, rounding, norms, weights, normalize)
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -124,6 +135,10 @@ class Pool:
         step = max(1, len(self.names) // SAMPLED_WEIGHTS)
         read = self.vectors.base.read
         return {name: read(name).reshape(-1)[:SAMPLED_NUMBERS].tolist() for name in self.names[::step]}
+
+
+# What all bases of adapters have, however they are made.
+POOL_OPTIONS = options_of(Pool.of)
 
 
 def adapters_of(vectors: Vectors) -> list[Adapter]:

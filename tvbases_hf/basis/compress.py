@@ -1,0 +1,82 @@
+"""From models on disk to a basis directory, in one call: what ``tvbases compress`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..algebra.rank import RankRule
+from ..bases import CONSTRUCTIONS
+from ..errors import ParameterError
+from ..models.gram import gram_matrix
+from ..models.vectors import Vectors
+from ..storage.output import check_output, preview
+from ..storage.run import current, find_device
+from .basis import Basis
+from .info import is_basis_directory
+from .report import compression
+from .request import Request
+
+
+def compress(
+    base: str | Path,
+    tasks: Mapping[str, str | Path],
+    out: str | Path,
+    num_bases: float | None = None,
+    *,
+    method: str | None = None,
+    budget: float | None = None,
+    rank: str | float | RankRule | None = None,
+    alpha: float = 1.0,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    dry_run: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a basis directory of T fine-tuned models, and report what it kept and what it cost.
+
+    Args:
+        base, tasks: paths or Hub ids; the tasks by name.
+        dry_run: check everything but the numbers, and report what would be written.
+        device: where full checkpoints are computed: cpu, cuda, cuda:1.
+
+    The others are those of ``Basis.build``. Raises TvbasesError for whatever cannot be, where possible before reading.
+    """
+    check_output(out, is_basis_directory)
+    vectors = Vectors.open(base, tasks, device=find_device(device))
+    asked = Request(method, num_bases, budget, rank, alpha, options)
+    request = asked.resolved(vectors.are_adapters, len(vectors))
+    _check_run(vectors, request)
+    if dry_run:
+        return preview(out, *_size(vectors, request, dtype)) | {"warnings": vectors.coverage.notes()}
+    gram = gram_matrix(vectors)
+    how: dict[str, Any] = {"method": method, "budget": budget, "rank": rank, "alpha": alpha, **options}
+    Basis.build(vectors, num_bases, dtype=dtype, gram=gram, **how).save_pretrained(out)
+    found = compression(Basis.from_pretrained(out), vectors, gram, Path(out))
+    return {**found, "warnings": [*vectors.coverage.notes(), *gram.warnings()]}
+
+
+def _check_run(vectors: Vectors, request: Request) -> None:
+    """Adapters and full checkpoints are not read in the same way."""
+    if vectors.are_adapters and vectors.device.type != "cpu":
+        raise ParameterError("a device is for full checkpoints; factors of adapters are small: leave it out")
+    streamed = request.method in CONSTRUCTIONS and not (vectors.are_adapters or request.merges_clusters)
+    if current().memory is not None and not streamed:
+        raise ParameterError(
+            "a limit of memory is kept by bases that are sums of full checkpoints; adapters, method tsv and clusters "
+            "that are merged by another method take whole tensors: leave it out"
+        )
+
+
+def _size(vectors: Vectors, request: Request, dtype: torch.dtype | None) -> tuple[int | None, int | None]:
+    """Tensors and bytes that will be written, as far as they do not depend on the numbers."""
+    construction = CONSTRUCTIONS.get(request.method or "")
+    if vectors.are_adapters or construction is None:
+        return None, None
+    fewest, most = construction.counts(request.num_bases, len(vectors))
+    base = vectors.base.tensors
+    one = sum(base[name].numel * (dtype or base[name].dtype).itemsize for name in vectors.names)
+    return len(vectors.names), one * (most + construction.has_mean) if fewest == most else None
