@@ -25,10 +25,11 @@ if TYPE_CHECKING:  # for type checkers, which cannot follow the table below; a t
     from .learning.negation import Negation as Negation, change_of as change_of, negate as negate
     from .learning.training import fine_tune as fine_tune
     from .learning.with_data import DATA_METHODS as DATA_METHODS
-    from .merging.apply import METHODS as METHODS, merged as merged
+    from .merging.apply import merged as merged
     from .merging.components import write_components as write_components
     from .merging.write import write as write
     from .methods.devec import Options as Options, decompose as decompose
+    from .methods.registry import METHODS as METHODS
     from .models.gram import gram_matrix as gram_matrix
     from .models.vectors import Vectors as Vectors
     from .styles.mixed_file import mix_style_files as mix_style_files
@@ -50,10 +51,11 @@ _NAMES = {
     "learning.negation": "Negation change_of negate",
     "learning.training": "fine_tune",
     "learning.with_data": "DATA_METHODS",
-    "merging.apply": "METHODS merged",
+    "merging.apply": "merged",
     "merging.components": "write_components",
     "merging.write": "write",
     "methods.devec": "Options decompose",
+    "methods.registry": "METHODS",
     "models.gram": "gram_matrix",
     "models.vectors": "Vectors",
     "styles.mixed_file": "mix_style_files",

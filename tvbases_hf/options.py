@@ -10,14 +10,15 @@ YAML and the tables of the guides.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -35,7 +36,7 @@ class Option:
     annotation: Any
     default: Any
 
-    @cached_property
+    @functools.cached_property
     def field(self) -> FieldInfo:
         return FieldInfo.from_annotation(self.annotation)
 
@@ -51,9 +52,11 @@ class Option:
     @property
     def kinds(self) -> tuple[Any, ...]:
         """The types it may have, without None."""
-        kind = self.kind
-        parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        return tuple(part for part in parts if part is not NoneType)
+        return tuple(kind for kind in _members(self.kind) if kind is not NoneType)
+
+    @property
+    def may_be_none(self) -> bool:
+        return NoneType in _members(self.kind)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -84,7 +87,7 @@ class Option:
         default = {} if self.default is inspect.Parameter.empty else {"default": self.default}
         return {**self._adapter.json_schema(), "description": self.help, **default}
 
-    @cached_property
+    @functools.cached_property
     def _adapter(self) -> TypeAdapter[Any]:
         return TypeAdapter(self.annotation)
 
@@ -96,13 +99,51 @@ class Option:
         return f"({self.help}) must be {kind}" + (f", {self.bounds}" if self.bounds else "")
 
 
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, each without what it is annotated with."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return tuple(member for part in get_args(kind) for member in _members(part))
+    return (kind,)
+
+
+class Declared(Protocol):
+    """What is declared by a function: a merging method, or a construction of bases."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Option]: ...
+
+
+def markdown_table(declared: Iterable[Declared], kind: str) -> str:
+    """A row for each: its name, what it does, and its options with default and what they may be."""
+    rows = [f"| {kind} | what it makes of the vectors | options |", "|---|---|---|"]
+    for one in declared:
+        options = ", ".join(_told(option) for option in one.options.values())
+        rows.append(f"| `{one.name}` | {one.summary.rstrip('.')} | {options}{' ' if options else ''}|")
+    return "\n".join(rows)
+
+
+def _told(option: Option) -> str:
+    if option.default is None:
+        return f"`{option.name}`"
+    value = option.default if isinstance(option.default, str) else json.dumps(option.default)
+    others = [f"`{word}`" for word in option.choices if word != option.default]
+    return f"`{option.name}: {value}`" + (f" (or {', '.join(others)})" if others else "")
+
+
+@functools.cache
 def options_of(function: Callable[..., Any]) -> dict[str, Option]:
-    """By name: the keyword-only parameters that have a description, in their order."""
+    """By name, in their order: the keyword-only parameters, or the fields of a dataclass, that have a description."""
     hints = typing.get_type_hints(function, include_extras=True)
     found = {
         name: Option(name, hints[name], parameter.default)
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
+        if parameter.kind is parameter.KEYWORD_ONLY or inspect.isclass(function)
     }
     return {name: option for name, option in found.items() if option.help}
 

@@ -42,7 +42,8 @@ from tvbases_hf.learning.inplace import Change, InPlace
 from tvbases_hf.learning.learned import held
 from tvbases_hf.learning.localize import Stitched
 from tvbases_hf.learning.with_data import DATA_METHODS
-from tvbases_hf.merging.apply import METHODS, merged
+from tvbases_hf.merging.apply import merged
+from tvbases_hf.methods.registry import METHODS
 from tvbases_hf.storage.output import readable_size, write_json
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0)

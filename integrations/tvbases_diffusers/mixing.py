@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
-from tvbases_hf.methods.devec import THRESHOLD, Options
+from tvbases_hf.methods.devec import THRESHOLD, Options, Pool, Side, Subspace
 from tvbases_hf.storage.run import track
 from tvbases_hf.styles.lora_source import Source
 from tvbases_hf.styles.mixed_file import bias, factors, write_mix
@@ -30,9 +30,9 @@ def mix_styles(
     *,
     scales: Mapping[str, float] | None = None,
     threshold: float = THRESHOLD,
-    subspace: str = "chain",
-    pool: str = "joint",
-    side: str = "column",
+    subspace: Subspace = "chain",
+    pool: Pool = "joint",
+    side: Side = "column",
     rank: str | float | None = None,
     shared_weight: float = 0.0,
     adapter_name: str = ADAPTER,

@@ -1,4 +1,4 @@
-"""Merge methods for mergekit: bases (``ae_bases`` and others), ``tsv``, ``tsv_compress``, ``devec_unique``."""
+"""Merge methods for mergekit: bases (``ae_bases`` and others), and the methods of tvbases_hf that it lacks."""
 
 from __future__ import annotations
 

@@ -102,20 +102,23 @@ def reported() -> Iterator[None]:
     """Show what our methods say; mergekit shows warnings only, and transformers none that a user could act on."""
     from transformers.utils import logging as transformers_logging
 
-    logger = logging.getLogger("tvbases_mergekit")
+    loggers = [logging.getLogger(name) for name in _OURS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    verbosity = transformers_logging.get_verbosity()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    level, propagate, verbosity = logger.level, logger.propagate, transformers_logging.get_verbosity()
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if current().quiet else logging.INFO)
-    logger.propagate = False
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING if current().quiet else logging.INFO)
+        logger.propagate = False
     transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
         transformers_logging.set_verbosity(verbosity)
 
 

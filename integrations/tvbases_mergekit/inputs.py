@@ -14,7 +14,7 @@ from tvbases_hf.models.adapter import Adapter, is_adapter
 from tvbases_hf.models.vectors import Model, Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint, locate
 
-from .changes import not_native
+from .kernels import not_native
 from .preflight import check_distinct
 
 

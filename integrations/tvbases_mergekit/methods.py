@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
-    GroupMergeMethod,
-    InputContract,
     MergeMethod,
     MergeMethodSpec,
     OptionalTensorPolicy,
@@ -23,50 +21,37 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from torch import Tensor
 
-from tvbases_hf.algebra.delta import BLOCK_NUMBERS
+from tvbases_hf.algebra.delta import BLOCK_NUMBERS, Dense, dense
+from tvbases_hf.algebra.sums import mix
 from tvbases_hf.bases import BasisWeights
 from tvbases_hf.errors import ParameterError, did_you_mean
 from tvbases_hf.methods.sums import normalized
 
 from .constructions import CONSTRUCTIONS, Construction, choose
-from .sources import GroupGram, gram_of
+from .registered import CONTRACT, LAMBDA, RegisteredMerge
+from .sources import Models, WholeMerge, models_of
 
 PAPER = "https://arxiv.org/abs/2502.01015"
 OVER = ("bases", "reconstructions")
 OWN = (
     ParameterSpec("merge", str, ParameterScope.SHARED, default="task_arithmetic"),
     ParameterSpec("over", str, ParameterScope.SHARED, default="bases"),
-    ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0),
+    LAMBDA,
     # Absent unless the user gives it, which switches to the weighted sum of the reconstructions.
     ParameterSpec("weight", Optional[float], ParameterScope.NON_BASE, default=None),  # noqa: UP045 (for pydantic on 3.10)
 )
 
 
 @dataclass(frozen=True, eq=False)
-class BasisMerge(GroupMergeMethod):
+class BasisMerge(WholeMerge):
     """theta_0 + lambda * inner(vectors): the vectors are the M bases, or the T reconstructed task vectors.
 
     ``inner`` is another registered method that takes a base; it sees the vectors as models. With ``weight`` given it
     is theta_0 + lambda * sum_i w_i tau_hat_i for the default inner method: negative weights forget.
     """
 
-    spec: MergeMethodSpec
     bases: Construction
     passed_on: frozenset[str]
-    planned: dict[str | None, tuple[Hashable, ...]] = field(default_factory=dict)
-
-    def validate_inputs(
-        self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
-    ) -> None:
-        """Check the inputs, and note which models a tensor was planned with: some may turn out to lack it."""
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
-        if group_name is None or ".slices[" in group_name:  # the first thing that mergekit asks in every merge
-            self.planned.clear()
-        self.planned.setdefault(group_name, tuple(key for key in input_ids if key != base_id))
-
-    def _bind_parameters(self, groups, parameters):
-        self.planned.clear()  # a direct call has no plan, and must not use that of an earlier merge
-        return super()._bind_parameters(groups, parameters)
 
     def check(self, parameters: Mapping[str, Any], num_tasks: int) -> None:
         """Raise ParameterError for the parameters of one tensor if its merge would fail or ignore some of them."""
@@ -75,7 +60,10 @@ class BasisMerge(GroupMergeMethod):
         weighted = _is_weighted(parameters["weight"].values())
         over_bases = choose("over", parameters["over"], OVER) == "bases" and not weighted
         inner = self.inner(parameters)
-        _check_inner(inner, [n for n in self.passed_on if _is_given(parameters[n])], weighted)
+        given = [name for name in self.passed_on if _is_given(parameters[name])]
+        _check_inner(inner, given, weighted)
+        if isinstance(inner, RegisteredMerge):
+            inner.check({name: _only_value(name, _values(parameters[name])) for name in given})
         for count in sorted({fewest, most} if over_bases else {num_tasks}):
             try:
                 inner.validate_inputs(["base", *range(count)], "base")
@@ -90,8 +78,8 @@ class BasisMerge(GroupMergeMethod):
             if group.non_base:
                 self.check(bound, len(self.planned.get(group.metadata.name) or group.non_base))
         # mergekit hands one tensor at a time from files, all at once from memory: the Gram matrix needs them all.
-        gram = gram_of(groups, self.planned)
-        parameters = [{**bound, "gram": gram} for bound in parameters]
+        models = models_of(groups, self.planned)
+        parameters = [{**bound, "models": models} for bound in parameters]
         return super()._execute(groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
@@ -99,8 +87,13 @@ class BasisMerge(GroupMergeMethod):
         base = group.base.tensor
         if not group.non_base:
             return base
-        gram: GroupGram = parameters.pop("gram")
-        inner, mixing, passed = self.prepare(gram, gram.columns(group), parameters)
+        models: Models = parameters.pop("models")
+        inner, mixing, passed = self.prepare(models, models.columns(group), parameters)
+        if isinstance(inner, RegisteredMerge):
+            vectors = mix([Dense(entry.tensor, base) for entry in group.non_base], mixing)
+            made = inner.change(group.metadata.name or "a tensor", base.shape, vectors, passed["weight"], passed)
+            change = dense(made, torch.promote_types(base.dtype, torch.float32)).reshape(base.shape)
+            return (base.to(change.dtype) + parameters["lambda"] * change).to(base.dtype)
         if is_plain_sum(inner):
             weights = mixing @ mixing.new_tensor(normalized(passed["weight"], passed.get("normalize", False)))
             return _weighted_sum(base, [entry.tensor for entry in group.non_base], weights, parameters["lambda"])
@@ -112,15 +105,20 @@ class BasisMerge(GroupMergeMethod):
         return _inner_method(parameters["merge"], self.spec.name)
 
     def prepare(
-        self, gram: GroupGram, columns: Sequence[int], parameters: Mapping[str, Any]
+        self, models: Models, columns: Sequence[int], parameters: Mapping[str, Any]
     ) -> tuple[MergeMethod, Tensor, dict[str, Any]]:
         """The inner method, [present tasks, vectors] float64 how its vectors are made, and its parameters."""
         options = {name: parameters[name] for name in self.bases.options}
-        weights = gram.solve(self.spec.name, self.bases.solve, parameters["num_bases"], options)
+        weights = models.solve(self.spec.name, self.bases.solve, parameters["num_bases"], options)
         inner = self.inner(parameters)
         mixing, task_weights = _mixing(weights, columns, parameters)
         ids, given = tuple(parameters["weight"]), {name: parameters[name] for name in self.passed_on}
-        return inner, mixing, _inner_parameters(inner, mixing, task_weights, ids, given)
+        passed = _inner_parameters(inner, mixing, task_weights, ids, given)
+        if isinstance(inner, RegisteredMerge) and (density := inner.density(passed)):
+            weighted = _is_weighted(parameters["weight"].values())
+            limits = models.limits(density, weights, "reconstructions" if weighted else parameters["over"])
+            passed["limits"] = [limits[column] for column in columns] if weighted else limits
+        return inner, mixing, passed
 
 
 def _mixing(weights: BasisWeights, columns: Sequence[int], parameters: Mapping[str, Any]) -> tuple[Tensor, list[float]]:
@@ -233,7 +231,7 @@ def _inner_parameters(
             continue
         spec = declared[name]
         if spec.scope == ParameterScope.SHARED:
-            passed[name] = _only_value(name, value.values()) if isinstance(value, Mapping) else value
+            passed[name] = _only_value(name, _values(value))
             continue
         given = [value[key] for key in ids]
         per_task = mixing.new_tensor([float(spec.default if v is None else v) for v in given])
@@ -261,7 +259,11 @@ def _check_inner(inner: MergeMethod, given: Sequence[str], weighted: bool) -> No
 
 
 def _is_given(value: Any) -> bool:
-    return any(v is not None for v in value.values()) if isinstance(value, Mapping) else value is not None
+    return any(v is not None for v in _values(value))
+
+
+def _values(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else [value]
 
 
 def _only_value(name: str, values: Iterable[Any]) -> Any:
@@ -282,14 +284,12 @@ def build_methods(others: Sequence[MergeMethod]) -> list[BasisMerge]:
             # Where two methods scope one name differently, per-model values serve both.
             if spec.name not in own and (spec.name not in passed or spec.scope == ParameterScope.NON_BASE):
                 passed[spec.name] = replace(spec, value_type=Optional[spec.value_type], default=None)  # noqa: UP045
-    contract = InputContract(base=BasePolicy.REQUIRED, min_inputs=1)
-
     return [
         BasisMerge(
             MergeMethodSpec(
                 name=bases.name,
                 parameters=(*OWN, *bases.parameters, *passed.values()),
-                contract=contract,
+                contract=CONTRACT,
                 pretty_name=bases.title,
                 reference_url=PAPER,
                 optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,

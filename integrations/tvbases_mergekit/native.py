@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,26 +21,21 @@ from tvbases_hf.algebra.delta import Delta, Dense
 from tvbases_hf.algebra.rank import RankRule
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Limits
-from tvbases_hf.merging.merge import Merge, Stream, is_merge
+from tvbases_hf.merging.merge import Merge, is_merge
 from tvbases_hf.merging.write import is_checkpoint_of_ours, write
-from tvbases_hf.methods.sums import base_share, linear
-from tvbases_hf.models.gram import gram_matrix
 from tvbases_hf.storage import run
 from tvbases_hf.storage.output import check_output, preview
 
-from .changes import LINEAR, Weight, check_native, merged, merged_bases, not_native, streamed_bases, streams
 from .command import reported
 from .configuration import find_method, one_line, read_config
 from .inputs import Inputs, open_inputs
+from .kernels import LINEAR, Linear, Weight, check_native, kernel_of, not_native
 from .methods import BasisMerge
 from .preflight import check_basis_parameters, check_structure
-from .sources import GroupGram
-from .streamed import Pieces, streamed, streamed_linear
-
-LOG = logging.getLogger("tvbases_mergekit")
+from .sources import Models
+from .streamed import Pieces
 
 Bound = Mapping[str, Any]
-Combine = Callable[[str, Sequence[Delta]], Delta]
 
 
 @dataclass(frozen=True)
@@ -111,68 +105,29 @@ def _preview(
 
 def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe: str, request: Request) -> Merge:
     """Every weight's parameters, resolved and checked, as one merging method."""
-    is_linear, tensors = method.spec.name == LINEAR, inputs.vectors.base.tensors
-    names = inputs.floating if is_linear else inputs.vectors.names
+    vectors = inputs.vectors
+    tensors, is_linear = vectors.base.tensors, method.spec.name == LINEAR
+    names = inputs.floating if is_linear else vectors.names
     bound = resolve(config, method, inputs, names)
     check_native(method, bound)
+    models = Models(vectors, inputs.models)
+    kernel = Linear(vectors.base, inputs.base) if is_linear else kernel_of(method, models)
+    if isinstance(kernel, Linear):
+        names = tuple(name for name in names if name in vectors.names or kernel.moves_base(bound[name]))
+    settings = bound if is_linear or isinstance(method, BasisMerge) else _in_order(method, bound)
     weights = {name: Weight(name, tensors[name].shape, request.seed) for name in names}
-    if is_linear:
-        combine, stream = _linear(inputs, bound), _linear_stream(inputs, bound)
-        names = tuple(n for n in names if n in inputs.vectors.names or _base_share(bound[n]))
-    elif isinstance(method, BasisMerge):
-        combine, stream = _over_bases(method, bound, _gram(inputs), weights)
-    else:
-        combine, stream = _by_weight(method, bound, weights)
-    stream = stream if is_linear or (names and streams(method, bound[names[0]])) else None
-    return Merge(inputs.vectors, combine, tuple(names), method.spec.name, recipe, stream, request.seed)
+    for name in names:
+        kernel.prepare(settings[name])
+    models.share()
 
-
-def _over_bases(
-    method: BasisMerge, bound: Mapping[str, Bound], gram: GroupGram, weights: Mapping[str, Weight]
-) -> tuple[Combine, Stream]:
-    for parameters in bound.values():
-        method.prepare(gram, range(len(gram.ids)), parameters)
-    gram.share()
-    return (
-        lambda name, deltas: merged_bases(method, deltas, bound[name], gram, weights[name]),
-        lambda name, deltas: streamed_bases(method, deltas, bound[name], gram, weights[name]),
-    )
-
-
-def _gram(inputs: Inputs) -> GroupGram:
-    found = gram_matrix(inputs.vectors)
-    for line in found.warnings():
-        LOG.warning("%s", line)
-    return GroupGram(found, inputs.models)
-
-
-def _linear(inputs: Inputs, bound: Mapping[str, Bound]) -> Combine:
     def combine(name: str, deltas: Sequence[Delta]) -> Delta:
-        weights, normalize = dict(bound[name]["weight"]), bound[name]["normalize"]
-        own = weights.pop(inputs.base, 0.0)
-        base = inputs.vectors.base.read(name) if _base_share(bound[name]) else None
-        return linear(deltas, list(weights.values()), base_weight=own, normalize=normalize, base=base)
+        return kernel.combine(deltas, settings[name], weights[name])
 
-    return combine
-
-
-def _linear_stream(inputs: Inputs, bound: Mapping[str, Bound]) -> Stream:
     def stream(name: str, deltas: Sequence[Dense]) -> Iterator[Tensor]:
-        weights, normalize = dict(bound[name]["weight"]), bound[name]["normalize"]
-        own = weights.pop(inputs.base, 0.0)
-        return streamed_linear(deltas, list(weights.values()), own, normalize, inputs.vectors.base.read(name))
+        return kernel.pieces(Pieces(deltas), settings[name], weights[name])
 
-    return stream
-
-
-def _by_weight(
-    method: MergeMethod, bound: Mapping[str, Bound], weights: Mapping[str, Weight]
-) -> tuple[Combine, Stream]:
-    settings = _in_order(method, bound)
-    return (
-        lambda name, deltas: merged(method, deltas, settings[name], weights[name]),
-        lambda name, deltas: streamed(method, Pieces(deltas), settings[name], weights[name].own_seed),
-    )
+    streams = bool(names) and kernel.streams(settings[names[0]])
+    return Merge(vectors, combine, tuple(names), method.spec.name, recipe, stream if streams else None, request.seed)
 
 
 def _in_order(method: MergeMethod, bound: Mapping[str, Bound]) -> dict[str, Bound]:
@@ -248,10 +203,6 @@ def _dtype(config: MergeConfiguration) -> torch.dtype | None:
     if dtype is not None and not dtype.is_floating_point:
         raise ParameterError(f"weights cannot be stored as {config.out_dtype or config.dtype}; choose a float dtype")
     return dtype
-
-
-def _base_share(bound: Bound) -> float:
-    return base_share(list(bound["weight"].values()), bound["normalize"])
 
 
 def _check_adapter(planned: Merge, inputs: Inputs) -> None:

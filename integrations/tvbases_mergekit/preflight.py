@@ -21,8 +21,8 @@ from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint, locate
 
 from .configuration import DTYPE_BYTES, find_method, input_lists, one_line, output_slices
-from .layerwise import LayerwiseMerge
 from .methods import BasisMerge
+from .registered import RegisteredMerge
 
 
 def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -> int:
@@ -39,7 +39,7 @@ def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -
     check_distinct({ref: (model.path, ref.lora) for ref, model in opened.items()}, out)
     _check_fit(config, method, {ref: model for ref, model in opened.items() if ref.lora is None}, options)
     tasks = _plan(config, options)
-    if isinstance(method, LayerwiseMerge):
+    if isinstance(method, RegisteredMerge):
         for task in tasks:
             method.check(_bound(task))
     if isinstance(method, BasisMerge):

@@ -17,11 +17,11 @@ def register() -> None:
         raise MissingExtraError(
             f'mergekit 0.1.5 or later is needed ({error}); pip install "tvbases-hf[mergekit]"'
         ) from error
-    from .layerwise import LAYERWISE
     from .methods import build_methods
+    from .registered import missing_methods
 
     known = {method.spec.name for method in registry.registered_methods()}
-    others = (*registry.registered_methods(), *(method for method in LAYERWISE if method.spec.name not in known))
-    for method in (*LAYERWISE, *build_methods(others)):
+    missing = missing_methods(known)
+    for method in (*missing, *build_methods((*registry.registered_methods(), *missing))):
         if method.spec.name not in known:
             registry.register(method)

@@ -1,4 +1,7 @@
-"""Where the Gram matrix of a merge comes from: the checkpoints behind a YAML file, or the tensors handed over."""
+"""The models of a merge as a whole: the checkpoints behind a YAML file, or the tensors handed over.
+
+mergekit hands a method one tensor at a time; Gram matrices and thresholds of whole models need them all.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge_methods.base import TensorEntry, TensorGroup
+from mergekit.merge_methods.base import GroupMergeMethod, MergeMethodSpec, TensorEntry, TensorGroup
 from torch import Tensor
 
 from tvbases_hf.bases import BasisWeights
+from tvbases_hf.merging.apply import model_thresholds
 from tvbases_hf.models.gram import Gram, gram_matrix
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
@@ -25,13 +29,24 @@ LOG = logging.getLogger("tvbases_mergekit")
 
 
 @dataclass(eq=False)
-class GroupGram:
-    """The Gram matrix of one merge, and the encoders and decoders that were solved from it."""
+class Models:
+    """The models of one merge, their Gram matrix, what was solved from it, and thresholds: each found once."""
 
-    gram: Gram
+    vectors: Vectors
     ids: tuple[Hashable, ...]
+    _gram: Gram | None = None
+    _limits: dict[Hashable, list[float]] = field(default_factory=dict)
     _solved: dict[Hashable, BasisWeights] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def gram(self) -> Gram:
+        with self._lock, torch.device("cpu"):  # mergekit's --multi-gpu makes a GPU the default device of its threads
+            if self._gram is None:
+                self._gram = gram_matrix(self.vectors)
+                for line in self._gram.warnings():
+                    LOG.warning("%s", line)
+            return self._gram
 
     def columns(self, group: TensorGroup) -> list[int]:
         """Rows of the encoder for the models of this group; a model that lacks the tensor has no change there."""
@@ -46,15 +61,26 @@ class GroupGram:
     ) -> BasisWeights:
         """Encoder and decoder, once per set of options (parameters may differ between tensors)."""
         key = (name, num_bases, tuple(sorted(options.items())))
-        with self._lock, torch.device("cpu"):  # mergekit's --multi-gpu makes a GPU the default device of its threads
+        with self._lock, torch.device("cpu"):
             if key not in self._solved:
                 self._solved[key] = weights = method(self.gram.matrix, num_bases, options)
                 LOG.info("%s", _summary(name, self.gram.tasks, weights))
             return self._solved[key]
 
+    def limits(self, density: float, weights: BasisWeights | None = None, over: str = "bases") -> list[float]:
+        """By model, basis or reconstruction: the magnitude of the smallest of its ``density`` largest entries."""
+        mixing = () if weights is None else (weights.encoder if over == "bases" else weights.reconstruction).tolist()
+        key = (density, str(mixing))
+        with self._lock, torch.device("cpu"):
+            if key not in self._limits:
+                vectors = self.vectors if weights is None else self.vectors.mixed(weights, over)
+                self._limits[key] = model_thresholds(vectors, density)
+            return self._limits[key]
+
     def share(self) -> None:
         """Of several processes all use what the first has solved: other processors round otherwise."""
         self._solved.update(current().team.same(self._solved))
+        self._limits.update(current().team.same(self._limits))
 
 
 def _summary(name: str, tasks: Sequence[str], weights: BasisWeights) -> str:
@@ -68,15 +94,35 @@ def _summary(name: str, tasks: Sequence[str], weights: BasisWeights) -> str:
     )
 
 
-_CACHE: dict[Hashable, GroupGram] = {}
+_CACHE: dict[Hashable, Models] = {}
 _LOCK = threading.Lock()
 
 
-def gram_of(groups: Sequence[TensorGroup], planned: Mapping[str | None, tuple[Hashable, ...]]) -> GroupGram | None:
-    """The Gram matrix of the merge that these groups belong to; None if there is nothing but a base.
+@dataclass(frozen=True, eq=False)
+class WholeMerge(GroupMergeMethod):
+    """A method that notes which models a tensor was planned with: some may turn out to lack it."""
 
-    From files, the first call of a merge reads all models once while other threads wait, with readers of its own
-    (mergekit's loaders hold one shard each, and would thrash); the result is kept for the merge's other tensors.
+    spec: MergeMethodSpec
+    planned: dict[str | None, tuple[Hashable, ...]] = field(default_factory=dict, kw_only=True)
+
+    def validate_inputs(
+        self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
+    ) -> None:
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if group_name is None or ".slices[" in group_name:  # the first thing that mergekit asks in every merge
+            self.planned.clear()
+        self.planned.setdefault(group_name, tuple(key for key in input_ids if key != base_id))
+
+    def _bind_parameters(self, groups, parameters):
+        self.planned.clear()  # a direct call has no plan, and must not use that of an earlier merge
+        return super()._bind_parameters(groups, parameters)
+
+
+def models_of(groups: Sequence[TensorGroup], planned: Mapping[str | None, tuple[Hashable, ...]]) -> Models | None:
+    """The models of the merge that these groups belong to; None if there is nothing but a base.
+
+    From files, what is asked of a merge for the first time reads all models once while other threads wait, with readers
+    of its own (mergekit's loaders hold one shard each, and would thrash); it is kept for the merge's other tensors.
     From memory, all groups of the merge are given at once. ``planned`` tells the models of each tensor, those that
     lack it included.
     """
@@ -90,7 +136,7 @@ def gram_of(groups: Sequence[TensorGroup], planned: Mapping[str | None, tuple[Ha
         return _from_memory(merged)
 
 
-def _from_files(base_entry: TensorEntry | None, models: tuple[Hashable, ...]) -> GroupGram:
+def _from_files(base_entry: TensorEntry | None, models: tuple[Hashable, ...]) -> Models:
     assert base_entry is not None
     base = base_entry.id
     paths = {reference: _path(reference) for reference in (base, *models)}
@@ -102,10 +148,9 @@ def _from_files(base_entry: TensorEntry | None, models: tuple[Hashable, ...]) ->
             vectors = Vectors.of_models(
                 Checkpoint.open(paths[base], label=str(base)), checkpoints, skip_mismatched=True
             )
-            gram = gram_matrix(vectors)
-            for line in (*vectors.coverage.notes(), *gram.warnings()):
+            for line in vectors.coverage.notes():
                 LOG.warning("%s", line)
-            _CACHE[key] = GroupGram(gram, models)
+            _CACHE[key] = Models(vectors, models)
         return _CACHE[key]
 
 
@@ -120,7 +165,7 @@ def _identity(path: Path) -> Hashable:
     return (str(path.resolve()), tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
-def _from_memory(groups: Sequence[TensorGroup]) -> GroupGram:
+def _from_memory(groups: Sequence[TensorGroup]) -> Models:
     ids = tuple(dict.fromkeys(entry.id for group in groups for entry in group.non_base))
     base: dict[str, Tensor] = {}
     models: dict[Hashable, dict[str, Tensor]] = {key: {} for key in ids}
@@ -131,5 +176,4 @@ def _from_memory(groups: Sequence[TensorGroup]) -> GroupGram:
         for entry in group.non_base:
             models[entry.id][name] = entry.tensor
     checkpoints = {str(key): Checkpoint.from_state_dict(state, str(key)) for key, state in models.items()}
-    vectors = Vectors.of_models(Checkpoint.from_state_dict(base, "base"), checkpoints)
-    return GroupGram(gram_matrix(vectors), ids)
+    return Models(Vectors.of_models(Checkpoint.from_state_dict(base, "base"), checkpoints), ids)

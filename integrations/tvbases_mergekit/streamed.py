@@ -19,10 +19,9 @@ from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from tvbases_hf.algebra.delta import Dense, block_numbers, work_dtype
-from tvbases_hf.methods.sums import NO_SUM, linear_shares, normalized
-from tvbases_hf.methods.threshold import Cut, cuts
-
-from .methods import is_plain_sum
+from tvbases_hf.methods.sparse import elected
+from tvbases_hf.methods.sums import NO_SUM
+from tvbases_hf.methods.threshold import cuts, largest
 
 # mergekit's: a mask that leaves less than this is not made up for.
 SMALLEST_NORM = 1e-7
@@ -70,10 +69,8 @@ def can_stream(method: MergeMethod) -> bool:
     return isinstance(method, GeneralizedTaskArithmeticMerge) and method.sparsification_method in STREAMED
 
 
-def streamed(
-    method: MergeMethod, vectors: Pieces, settings: Mapping[str, Any], seed: int, alpha: float = 1.0
-) -> Iterator[Tensor]:
-    """alpha times what a method that can_stream adds to the base, in pieces of the work's dtype.
+def streamed(method: MergeMethod, vectors: Pieces, settings: Mapping[str, Any], seed: int) -> Iterator[Tensor]:
+    """What a method that can_stream adds to the base, in pieces of the work's dtype.
 
     Args:
         settings: every parameter of the method: one value, or one per vector.
@@ -81,11 +78,6 @@ def streamed(
     """
     assert isinstance(method, GeneralizedTaskArithmeticMerge)
     weights = torch.tensor(settings["weight"], dtype=vectors.dtype, device=vectors.device)
-    alpha *= settings["lambda"]
-    if is_plain_sum(method):
-        shares = torch.tensor(normalized(settings["weight"], settings["normalize"]), dtype=torch.float64)
-        yield from _weighted(vectors, shares, alpha)
-        return
     trimmed = _trimmed(method, vectors, settings, seed)
     for part in trimmed():
         part = part * weights[:, None]
@@ -96,20 +88,14 @@ def streamed(
             total, divisor = (part * mask).sum(0), (weights[:, None] * mask).sum(0)
         if settings["normalize"]:
             total = total / torch.where(_is_zero(method, divisor), torch.ones_like(divisor), divisor)
-        yield alpha * total
+        yield settings["lambda"] * total
 
 
-def streamed_linear(
-    deltas: Sequence[Dense], weights: Sequence[float], base_weight: float, normalize: bool, base: Tensor
-) -> Iterator[Tensor]:
-    """The weighted mean of models as what it adds to the base; see tvbases_hf.merging.linear."""
-    shares, rest = linear_shares(weights, base_weight, normalize)
-    whole = Dense(base.to(deltas[0].device))
-    yield from _weighted(Pieces([*deltas, whole]), torch.tensor([*shares, rest], dtype=torch.float64), 1.0)
+def weighted(vectors: Pieces, shares: Tensor, alpha: float) -> Iterator[Tensor]:
+    """alpha * sum_i shares_i vector_i in the work's dtype.
 
-
-def _weighted(vectors: Pieces, shares: Tensor, alpha: float) -> Iterator[Tensor]:
-    """A sum of sums is a sum: the vectors are not made. Models without a share are not read."""
+    A sum of sums is a sum: the vectors are not made. Models without a share are not read.
+    """
     weights = shares if vectors.mixing is None else vectors.mixing @ shares
     kept = [index for index, weight in enumerate(weights.tolist()) if weight != 0]
     if not kept:
@@ -130,29 +116,14 @@ def _trimmed(
         case None:
             kept = vectors.blocks
         case SparsificationMethod.magnitude:
-            kept = functools.partial(_largest, vectors, cuts(vectors.blocks, densities))
+            found = cuts(vectors.blocks, densities)
+            kept = lambda: largest(vectors.blocks(), found)  # noqa: E731
         case _:
             kept = functools.partial(_drawn, vectors, densities, seed)
     if not settings["rescale"] or method.sparsification_method is None:
         return kept
     factors = _restored_length(vectors, kept)
     return lambda: (part * factors[:, None] for part in kept())
-
-
-def _largest(vectors: Pieces, found: Sequence[Cut]) -> Iterator[Tensor]:
-    left = [cut.equal for cut in found]
-    for part in vectors.blocks():
-        for row, cut in enumerate(found):
-            magnitudes = part[row].float().abs()
-            keep = magnitudes >= cut.limit if left[row] > 0 else magnitudes > cut.limit
-            if left[row] > 0:
-                equal = magnitudes == cut.limit
-                count = int(equal.sum())
-                if count > left[row]:  # the last of them that are kept are in this piece
-                    keep[equal.nonzero()[left[row] :, 0]] = False
-                left[row] -= count
-            part[row] *= keep
-        yield part
 
 
 def _drawn(vectors: Pieces, densities: Sequence[float], seed: int) -> Iterator[Tensor]:
@@ -178,7 +149,7 @@ def _restored_length(vectors: Pieces, kept: Callable[[], Iterator[Tensor]]) -> T
 def _agreeing(part: Tensor, how: ConsensusMethod) -> Tensor:
     """[K, k] whether an entry has the sign that the sum (or the most) of the vectors have there, + if they cancel."""
     total = part.sum(0) if how == ConsensusMethod.sum else part.sign().sum(0)
-    return part.sign() == torch.where(total >= 0, 1.0, -1.0)
+    return part.sign() == elected(total, 1.0)
 
 
 def _is_zero(method: GeneralizedTaskArithmeticMerge, divisor: Tensor) -> Tensor:

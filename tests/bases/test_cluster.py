@@ -23,7 +23,8 @@ from tvbases_hf.bases.cluster import cosine_matrix, eigengap
 from tvbases_hf.bases.weights import squared_error
 from tvbases_hf.basis.clusters import clustered
 from tvbases_hf.errors import MissingExtraError, ParameterError
-from tvbases_hf.merging.apply import METHODS, merged
+from tvbases_hf.merging.apply import merged
+from tvbases_hf.methods.registry import METHODS
 from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.hf_models import Family
 

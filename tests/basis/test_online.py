@@ -17,8 +17,8 @@ from tvbases_hf.algebra.delta import dense
 from tvbases_hf.bases.buffer import METHODS
 from tvbases_hf.basis.online import ONLINE, OnlineBasis
 from tvbases_hf.errors import CheckpointError, MismatchError, OutputError, ParameterError
-from tvbases_hf.merging.apply import METHODS as MERGING
 from tvbases_hf.merging.apply import merged
+from tvbases_hf.methods.registry import METHODS as MERGING
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.run import Alone, Run, using
 from zoo.adapter_families import LLAMA, random_adapter

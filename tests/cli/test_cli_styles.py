@@ -91,7 +91,7 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "a scale in words": (lambda p: ["--scale", "a=strong"], "is not NAME=NUMBER"),
     "a scale twice": (lambda p: ["--scale", "a=1", "--scale", "a=2"], 'two scales for "a"'),
     "a scale for nobody": (lambda p: ["--scale", "aa=1"], "did you mean a?"),
-    "a threshold": (lambda p: ["--threshold", "2"], "threshold must lie in"),
+    "a threshold": (lambda p: ["--threshold", "2"], "above 0 and at most 1; got 2"),
     "a rank": (lambda p: ["--rank", "some"], "not a rank rule"),
     "a grid without a pipeline": (lambda p: ["--grid", p / "grid.png"], "go together"),
     "a directory as output": (lambda p: ["--out", p / "a"], "is a directory"),

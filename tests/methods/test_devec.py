@@ -23,10 +23,10 @@ from tvbases_hf.errors import ParameterError
 from tvbases_hf.methods import devec as shared_module
 from tvbases_hf.methods.devec import (
     MIN_SIDE,
-    POOLS,
-    SIDES,
-    SUBSPACES,
     Options,
+    Pool,
+    Side,
+    Subspace,
     chance_limit,
     chance_share,
     column_space,
@@ -37,7 +37,9 @@ from tvbases_hf.methods.devec import (
     square_norm,
     weighted_mean,
 )
+from tvbases_hf.options import options_of
 
+SUBSPACES, POOLS, SIDES = (options_of(Options)[name].choices for name in ("subspace", "pool", "side"))
 BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "bench_shared.py"
 N, M, R = 60, 45, 8
 ROUNDING = 30 * EPS
@@ -135,7 +137,7 @@ def test_the_small_matrix_has_the_eigenvalues_and_eigenvectors_of_the_mean() -> 
 
 
 @pytest.mark.parametrize("subspace", SUBSPACES)
-def test_two_tasks_have_the_squared_cosines_of_their_principal_angles(subspace: str) -> None:
+def test_two_tasks_have_the_squared_cosines_of_their_principal_angles(subspace: Subspace) -> None:
     a, b = near(4, 2)
     expected = cosines(a, b).square()
     degrees = spectrum([a, b], subspace)[0].sort(descending=True).values[:R]
@@ -192,7 +194,9 @@ def test_the_shared_subspace_is_invariant_under_the_chain(count: int, threshold:
 @pytest.mark.parametrize("subspace", ["chain", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_planted_directions_are_recovered_exactly_without_noise(count: int, dtype: torch.dtype, subspace: str) -> None:
+def test_planted_directions_are_recovered_exactly_without_noise(
+    count: int, dtype: torch.dtype, subspace: Subspace
+) -> None:
     """The toy experiment of figure 8a: 100 directions, eigenvalue 1 a hundredfold."""
     common = orthonormal(0, 400, 100)
     spaces = []
@@ -210,7 +214,7 @@ def test_planted_directions_are_recovered_exactly_without_noise(count: int, dtyp
 
 @pytest.mark.parametrize("subspace", SUBSPACES)
 @pytest.mark.parametrize("noise", [0.0, 0.005, 0.01, 0.02, 0.03])
-def test_planted_directions_are_recovered_up_to_the_angle_of_the_noise(noise: float, subspace: str) -> None:
+def test_planted_directions_are_recovered_up_to_the_angle_of_the_noise(noise: float, subspace: Subspace) -> None:
     """Figure 8b: noise of size sigma tilts a unit column by about atan(sigma sqrt(n)), here up to 27 degrees."""
     rows, common = 300, orthonormal(6, 300, 10)
     spaces = []
@@ -241,7 +245,7 @@ def test_nothing_is_shared_by_independent_low_rank_changes() -> None:
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("subspace", SUBSPACES)
-def test_shared_and_unique_add_up_to_the_change(subspace: str, pool: str, side: str, form: str) -> None:
+def test_shared_and_unique_add_up_to_the_change(subspace: Subspace, pool: Pool, side: Side, form: str) -> None:
     count = 2 if subspace == "angles" else 3
     if side == "column":
         _, factors = planted(10, count)
@@ -287,7 +291,7 @@ def test_joint_components_equal_the_dense_formulas(count: int, form: str) -> Non
 
 @pytest.mark.parametrize("form", ["dense", "low-rank"])
 @pytest.mark.parametrize("subspace", SUBSPACES)
-def test_unique_components_are_orthogonal_to_the_shared_subspace(subspace: str, form: str) -> None:
+def test_unique_components_are_orthogonal_to_the_shared_subspace(subspace: Subspace, form: str) -> None:
     deltas, options = in_form(planted(12, 2, noise=0.05)[1], form)
     split = decompose(deltas, Options(0.5, subspace, rank=options.rank))
     common = shared_subspace([column_space(delta, options.rank) for delta in deltas], 0.5, subspace)
@@ -366,7 +370,7 @@ def test_directions_shared_exactly_do_not_depend_on_the_order() -> None:
 
 @pytest.mark.parametrize("subspace", ["chain", "angles"])
 @pytest.mark.parametrize("threshold", [0.3, 0.85])
-def test_iterative_removal_leaves_nothing_shared_above_the_threshold(threshold: float, subspace: str) -> None:
+def test_iterative_removal_leaves_nothing_shared_above_the_threshold(threshold: float, subspace: Subspace) -> None:
     """With every member of the pool: removing a later one's share only shrinks the target's space."""
     target = orthonormal(18, N, 10)
     deltas = [LowRank(target.float(), gaussian(19, 10, M).float())]
@@ -429,7 +433,7 @@ def test_pairs_hold_the_weighted_shared_change_of_each_pair() -> None:
 
 @pytest.mark.parametrize("shape", [(MIN_SIDE - 1, 40), (40, MIN_SIDE - 1), (30,), (4, 20, 20), (1,)])
 @pytest.mark.parametrize("pool", POOLS)
-def test_small_matrices_and_other_tensors_are_unique(shape: tuple[int, ...], pool: str) -> None:
+def test_small_matrices_and_other_tensors_are_unique(shape: tuple[int, ...], pool: Pool) -> None:
     deltas = [Dense(torch.ones(shape)) for _ in range(3)]
     split = decompose(deltas, Options(pool=pool))
     assert all(unique is delta for unique, delta in zip(split.unique, deltas, strict=True))
@@ -447,7 +451,7 @@ def test_one_task_is_unique() -> None:
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("form", ["dense", "low-rank"])
-def test_a_zero_change_shares_nothing(pool: str, form: str) -> None:
+def test_a_zero_change_shares_nothing(pool: Pool, form: str) -> None:
     _, factors = planted(27, 2)
     deltas, options = in_form([*factors, LowRank(torch.zeros(N, 8), torch.zeros(8, M))], form)
     split = decompose(deltas, Options(pool=pool, rank=options.rank))
@@ -472,7 +476,7 @@ def test_copies_share_everything(form: str) -> None:
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("subspace", ["chain", "mean"])
-def test_low_rank_changes_are_decomposed_without_a_matrix_of_full_size(subspace: str, pool: str) -> None:
+def test_low_rank_changes_are_decomposed_without_a_matrix_of_full_size(subspace: Subspace, pool: Pool) -> None:
     rows, columns = 1200, 900
     _, deltas = planted(29, 3, rows=rows, columns=columns)
     with Largest() as seen:
@@ -544,7 +548,7 @@ def test_random_subspaces_have_the_top_squared_cosine_of_the_limit(share: float)
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("subspace", ["chain", "mean"])
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.45, 0.6])
-def test_chance_share_agrees_with_a_simulation_at_full_size(share: float, subspace: str, count: int) -> None:
+def test_chance_share_agrees_with_a_simulation_at_full_size(share: float, subspace: Subspace, count: int) -> None:
     rows, rank = 600, round(600 * share)
     spaces = [orthonormal(46 + i, rows, rank) for i in range(count)]
     simulated = shared_subspace(spaces, 0.85, subspace).shape[1] / rank
@@ -565,13 +569,13 @@ def test_nothing_is_shared_by_chance_below_the_limit_and_something_above() -> No
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.01, float("nan")])
 def test_a_threshold_outside_0_to_1_is_refused(threshold: float) -> None:
-    with pytest.raises(ParameterError, match=r"^threshold must lie in \(0, 1\], got .*; the paper uses 0.85$"):
+    with pytest.raises(ParameterError, match=r"^threshold of .*; the paper: 0\.85.*, above 0 and at most 1; got "):
         Options(threshold=threshold)
 
 
 @pytest.mark.parametrize(("name", "known"), [("subspace", SUBSPACES), ("pool", POOLS), ("side", SIDES)])
 def test_an_unknown_choice_is_refused_with_the_known_ones(name: str, known: tuple[str, ...]) -> None:
-    with pytest.raises(ParameterError, match=f"^unknown {name} 'foo'; choose one of {', '.join(known)}$"):
+    with pytest.raises(ParameterError, match=f"^{name} of a decomposition must be {' or '.join(known)}; got 'foo'$"):
         replace(Options(), **{name: "foo"})
     for value in known:
         assert getattr(replace(Options(), **{name: value}), name) == value
@@ -585,7 +589,7 @@ def test_a_bad_rank_is_refused_before_any_work(rank: str | float) -> None:
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("whole", [(0, 1), (0,), (1,)])
-def test_full_rank_changes_are_refused_instead_of_shared_altogether(whole: tuple[int, ...], pool: str) -> None:
+def test_full_rank_changes_are_refused_instead_of_shared_altogether(whole: tuple[int, ...], pool: Pool) -> None:
     deltas: list[Delta] = list(planted(50, 2, rows=20)[1])
     for index in whole:
         deltas[index] = Dense(gaussian(51 + index, 20, M).float())
@@ -639,7 +643,7 @@ def test_the_benchmark_finds_both_routes_equal_and_draws_the_toy_experiment(tmp_
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("pool", POOLS)
-def test_components_stay_on_the_device_of_the_changes(pool: str) -> None:
+def test_components_stay_on_the_device_of_the_changes(pool: Pool) -> None:
     _, factors = planted(54, 3)
     moved = [LowRank(delta.left.cuda(), delta.right.cuda()) for delta in factors]
     for deltas in (moved, [Dense(dense(delta, torch.float32)) for delta in moved]):

@@ -18,7 +18,8 @@ from tvbases_hf import Vectors, ae_bases, gram_matrix
 from tvbases_hf.algebra.delta import Dense, LowRank, dense
 from tvbases_hf.bases import BasisWeights
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.merging.apply import METHODS, find_method, merged, model_thresholds
+from tvbases_hf.merging.apply import merged, model_thresholds
+from tvbases_hf.methods.registry import METHODS, find_method
 from tvbases_hf.methods.threshold import kept_entries, tensor_thresholds
 from tvbases_hf.storage.checkpoint import Checkpoint
 
@@ -245,13 +246,13 @@ def test_adding_balanced_bases_is_adding_all_task_vectors(num_bases: int, target
     ("method", "options", "message"),
     [
         ("tie", {}, r"unknown merging method 'tie' \(did you mean ties\?\)"),
-        ("ties", {"densty": 0.1}, r"densty is not an option of ties \(did you mean density\?\)"),
-        ("mean", {"density": 0.1}, r"density is not an option of mean: none"),
+        ("ties", {"densty": 0.1}, r"densty is no option of ties \(did you mean density\?\)"),
+        ("mean", {"density": 0.1}, r"density is no option of mean; it has none"),
         ("ties", {"density": 0.0}, "above 0 and at most 1; got 0.0"),
         ("ties", {"density": 1.5, "scope": "tensor"}, "above 0 and at most 1; got 1.5"),
-        ("top_k", {"scope": "layer"}, "scope must be model or tensor; got 'layer'"),
-        ("top_k", {"overlap": "none"}, "overlap must be all or shared; got 'none'"),
-        ("ties", {"consensus": "count"}, "consensus must be mean or sum; got 'count'"),
+        ("top_k", {"scope": "layer"}, "scope of top_k must be model or tensor; got 'layer'"),
+        ("top_k", {"overlap": "none"}, "overlap of top_k must be all or shared; got 'none'"),
+        ("ties", {"consensus": "count"}, "consensus of ties must be mean or sum; got 'count'"),
         ("mean", {"weights": [1.0]}, "1 weights for 4 vectors"),
     ],
 )
@@ -261,6 +262,6 @@ def test_bad_options_are_refused_by_name(method: str, options: dict[str, Any], m
 
 
 def test_options_are_told_with_their_defaults() -> None:
-    assert find_method("ties").options == {"density": 0.2, "consensus": "mean", "scope": "model"}
-    assert find_method("top_k").options == {"density": 0.05, "overlap": "all", "scope": "model"}
-    assert find_method("tsv").options == {"rank": None, "low_rank": True, "orthogonalize": True}
+    assert find_method("ties").defaults == {"density": 0.2, "consensus": "mean", "scope": "model"}
+    assert find_method("top_k").defaults == {"density": 0.05, "overlap": "all", "scope": "model"}
+    assert find_method("tsv").defaults == {"rank": None, "low_rank": True, "orthogonalize": True}

@@ -13,7 +13,8 @@ from commands.command_line import refused, snapshot, tvbases
 from tvbases_hf import Basis, Vectors
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.merging.apply import METHODS, merged
+from tvbases_hf.merging.apply import merged
+from tvbases_hf.methods.registry import METHODS
 from tvbases_hf.storage.run import Alone, Run, find_device, using
 from zoo.adapter_zoo import Zoo, config_of, make_zoo, run_native
 from zoo.fake_device import ELSEWHERE, fake_device

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.methods.devec import Options
+from tvbases_hf.methods.devec import Options, Pool, Side
 from tvbases_hf.styles.diffusers_files import read_lora_file
 from tvbases_hf.styles.mixed_file import read_recipe, write_mix
 from tvbases_hf.styles.mixing import Recipe, Styles, parse_scales
@@ -90,7 +90,7 @@ def test_a_style_that_is_all_shared_is_named_and_the_others_stay(tmp_path: Path)
 
 @pytest.mark.parametrize("side", ["column", "row"])
 @pytest.mark.parametrize("pool", ["joint", "iterative"])
-def test_unique_and_shared_components_add_up_to_the_plain_sum(side: str, pool: str, tmp_path: Path) -> None:
+def test_unique_and_shared_components_add_up_to_the_plain_sum(side: Side, pool: Pool, tmp_path: Path) -> None:
     states = flux_styles(3) if side == "column" else {n: _turned(s) for n, s in flux_styles(3).items()}
     options = Options(side=side, pool=pool)
     parts = {kind: mix(tmp_path, states, Recipe(kind, options))[0] for kind in ("unique", "shared", "full")}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from ..errors import ParameterError
@@ -81,6 +83,15 @@ class RankRule:
         else:
             wanted = self.of_shape(rows, columns)
         return max(1, min(wanted, nonzero))
+
+
+def _is_rule(value: str | float) -> str | float:
+    RankRule.parse(value)
+    return value
+
+
+# How an option that is a rank rule is declared.
+Rank = Annotated[float | str, AfterValidator(_is_rule)]
 
 
 def _complaint(text: object) -> str:

@@ -15,7 +15,7 @@ from ..algebra.rank import RankRule
 from ..bases import CONSTRUCTIONS
 from ..bases.weights import resolve_num_bases
 from ..errors import ParameterError, did_you_mean
-from ..merging.apply import METHODS, check_options
+from ..methods.registry import METHODS, find_method
 from ..options import Option, checked
 from .adapters.pool import POOL_OPTIONS
 
@@ -129,7 +129,7 @@ class Request:
             own = {name: value for name, value in self.options.items() if name in _CLUSTERING}
             rest = {name: value for name, value in self.options.items() if name not in (*own, "inner")}
             inner = self.options["inner"]
-            given = {**CONSTRUCTIONS["cluster"].checked(own), "inner": inner, **check_options(inner, rest)}
+            given = {**CONSTRUCTIONS["cluster"].checked(own), "inner": inner, **find_method(inner).checked(rest)}
             return {name: given[name] for name in self.options}
         methods = methods_of(adapters)
         known = POOL_OPTIONS if self.method is None else methods[self.method]

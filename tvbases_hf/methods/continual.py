@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ..algebra.delta import Delta, Dense, dense
 from ..algebra.sums import total
-from .sparse import TIES_DENSITY, ties
+from .sparse import TIES_DENSITY, Density, ties
 
 # Of the authors' published configuration: what TIES gives of the merged vector and the new one is added at this scale.
 TIES_SCALING = 0.5
 OPCM_SHARE = 0.5
-Density = Annotated[float, Field(gt=0, le=1, description="share of the entries that is kept")]
 Scaling = Annotated[float, Field(description="factor on what TIES gives")]
 Share = Annotated[float, Field(ge=0, lt=1, description="share of the sum of singular values that is protected")]
 

@@ -6,22 +6,29 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from .. import defaults
 from ..algebra.delta import Delta, Dense, LowRank, dense, premultiplied, square_norm, zeros
 from ..algebra.linalg import orthonormal_columns
-from ..algebra.rank import RankRule
+from ..algebra.rank import Rank, RankRule
 from ..algebra.sums import side_by_side, total
 from ..algebra.svd import factored_range, svd
 from ..errors import ParameterError
+from ..options import checked, options_of
 
-SUBSPACES = ("chain", "mean", "angles")
-POOLS = ("joint", "iterative", "pairs")
-SIDES = ("column", "row")
-THRESHOLD = 0.85
-DEFAULT_RANK = "energy:0.95"
+Threshold = Annotated[float, Field(gt=0, le=1, description="degree of sharing that counts as shared; the paper: 0.85")]
+Subspace = Annotated[defaults.Subspace, Field(description="how shared directions are found")]
+Pool = Annotated[defaults.Pool, Field(description="which tasks are compared")]
+Side = Annotated[defaults.Side, Field(description="the space that is compared")]
+DenseRank = Annotated[Rank, Field(description="rank rule of dense changes")]
+FactoredRank = Annotated[Rank | None, Field(description="rank rule of low-rank changes; left out: their own rank")]
+THRESHOLD = defaults.THRESHOLD
+DEFAULT_RANK = defaults.RANK
 # A matrix whose smaller side is below this has no low-rank structure to speak of: its change counts as unique.
 MIN_SIDE = 16
 CHANCE_TRIALS = 8
@@ -34,31 +41,17 @@ class WholeSpaceError(ParameterError):
 
 @dataclass(frozen=True)
 class Options:
-    """How to decompose; see the paper's section 3 and the module's functions. Raises ParameterError on bad values.
+    """How to decompose; see the paper's section 3 and the module's functions. Raises ParameterError on bad values."""
 
-    ``rank`` is the rank rule of dense changes, ``factored_rank`` that of low-rank ones (None: their numerical rank).
-    """
-
-    threshold: float = THRESHOLD
-    subspace: str = "chain"
-    pool: str = "joint"
-    side: str = "column"
-    rank: str | float = DEFAULT_RANK
-    factored_rank: str | float | None = None
+    threshold: Threshold = THRESHOLD
+    subspace: Subspace = "chain"
+    pool: Pool = "joint"
+    side: Side = "column"
+    rank: DenseRank = DEFAULT_RANK
+    factored_rank: FactoredRank = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise ParameterError(f"threshold must lie in (0, 1], got {self.threshold}; the paper uses 0.85")
-        for name, value, known in (
-            ("subspace", self.subspace, SUBSPACES),
-            ("pool", self.pool, POOLS),
-            ("side", self.side, SIDES),
-        ):
-            if value not in known:
-                raise ParameterError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
-        RankRule.parse(self.rank)
-        if self.factored_rank is not None:
-            RankRule.parse(self.factored_rank)
+        checked("a decomposition", options_of(Options), vars(self))
 
 
 @dataclass(frozen=True)

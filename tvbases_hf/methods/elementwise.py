@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..algebra import sums
 from ..algebra.delta import Delta, Dense
+from .registry import method
 
 
 def by_entry(deltas: Sequence[Delta], weights: Sequence[float], merge: Callable[[Tensor, Tensor], Tensor]) -> Dense:
@@ -17,8 +18,12 @@ def by_entry(deltas: Sequence[Delta], weights: Sequence[float], merge: Callable[
     return sums.by_entry(deltas, lambda values: merge(values, column))
 
 
+@method("magmax", title="MagMax", source="https://arxiv.org/abs/2407.06322")
 def magmax(deltas: Sequence[Delta], weights: Sequence[float]) -> Dense:
-    """Every entry from the vector where it is largest in magnitude, the first of equals (MagMax, equation 4)."""
+    """Every entry from the vector where it is largest.
+
+    In magnitude, the first of equals (MagMax, equation 4).
+    """
 
     def largest(values: Tensor, column: Tensor) -> Tensor:
         values = values * column

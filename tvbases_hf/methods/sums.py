@@ -9,6 +9,7 @@ from torch import Tensor
 from ..algebra.delta import Delta, Dense
 from ..algebra.sums import total
 from ..errors import ParameterError
+from .registry import method
 
 # mergekit's: weights that sum to less than this are not divided by their sum.
 NO_SUM = 1e-8
@@ -16,11 +17,25 @@ NO_SUM = 1e-8
 UNIT_SUM = 1e-9
 
 
+@method("task_arithmetic", title="Task Arithmetic", source="https://arxiv.org/abs/2212.04089", sum_only=True)
 def task_arithmetic(
     deltas: Sequence[Delta], weights: Sequence[float], *, normalize: bool = False, alpha: float = 1.0
 ) -> Delta:
-    """alpha * sum_i w_i delta_i, the weights divided by their sum when ``normalize`` (unless they cancel)."""
+    """The sum of the vectors.
+
+    alpha * sum_i w_i delta_i, the weights divided by their sum when ``normalize`` (unless they cancel). Exact up to one
+    rounding, in the smallest form that holds it: low-rank changes stay low-rank.
+    """
     return total(deltas, [alpha * weight for weight in normalized(weights, normalize)])
+
+
+@method("mean", title="Mean", source="https://arxiv.org/abs/2203.05482", sum_only=True)
+def mean(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
+    """The mean of the vectors.
+
+    sum_i w_i delta_i / sum_i w_i (model soups); low-rank changes stay low-rank.
+    """
+    return task_arithmetic(deltas, weights, normalize=True)
 
 
 def normalized(weights: Sequence[float], normalize: bool = True) -> list[float]:

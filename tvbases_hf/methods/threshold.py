@@ -8,28 +8,16 @@ second counts the lower 16 bits among the entries with these upper ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..algebra.delta import Delta, blocks
-from ..errors import ParameterError
 
 HALF = 16
 BINS = 1 << HALF
-SCOPES = ("model", "tensor")
-
-
-def check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise ParameterError(f"density is the share of entries to keep, above 0 and at most 1; got {density}")
-
-
-def check_scope(scope: str) -> None:
-    if scope not in SCOPES:
-        raise ParameterError(f"scope must be {' or '.join(SCOPES)}; got {scope!r}")
 
 
 def kept_entries(size: int, density: float) -> int:
@@ -71,7 +59,6 @@ def thresholds(passes: Callable[[], Iterable[Sequence[Delta]]], density: float) 
 
     ``passes()`` goes through all weights once, giving the K changes of each; it is called twice.
     """
-    check_density(density)
     return [cut.limit for cut in cuts(lambda: (part for deltas in passes() for part in blocks(deltas)), density)]
 
 
@@ -81,9 +68,26 @@ def tensor_thresholds(deltas: Sequence[Delta], density: float) -> list[float]:
 
 
 def trimmed(values: Tensor, limits: Sequence[float]) -> Tensor:
-    """[K, k] ``values`` with the entries below each vector's threshold set to zero."""
+    """[K, k] ``values`` with the entries below each vector's threshold set to zero; those equal to it are all kept."""
     floor = torch.tensor(list(limits), dtype=torch.float32, device=values.device)[:, None]
     return torch.where(values.to(torch.float32).abs() >= floor, values, torch.zeros_like(values))
+
+
+def largest(parts: Iterable[Tensor], found: Sequence[Cut]) -> Iterator[Tensor]:
+    """The pieces [K, k] with exactly what the cuts keep, of equals those that come first; changed in place."""
+    left = [cut.equal for cut in found]
+    for part in parts:
+        for row, cut in enumerate(found):
+            magnitudes = part[row].float().abs()
+            keep = magnitudes >= cut.limit if left[row] > 0 else magnitudes > cut.limit
+            if left[row] > 0:
+                equal = magnitudes == cut.limit
+                count = int(equal.sum())
+                if count > left[row]:  # the last of them that are kept are in this piece
+                    keep[equal.nonzero()[left[row] :, 0]] = False
+                left[row] -= count
+            part[row] *= keep
+        yield part
 
 
 def _count(parts: Iterable[Tensor], high: Tensor | None) -> Tensor:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..algebra.delta import Delta, Dense, LowRank, dense
 from ..algebra.linalg import polar_factor
-from ..algebra.rank import RankRule
+from ..algebra.rank import Rank, RankRule
+from ..algebra.sums import total
 from ..algebra.svd import SVD, svd
+from .registry import method
+
+PAPER = "https://arxiv.org/abs/2412.00081"
+TaskRank = Annotated[Rank | None, Field(description="components kept of every vector; left out: 1/T of min(n, m)")]
+LowRankStep = Annotated[bool, Field(description="keep the leading components only")]
+Orthogonalize = Annotated[bool, Field(description="decorrelate the components of different vectors")]
 
 
 def default_rank(num_tasks: int) -> RankRule:
@@ -18,15 +27,16 @@ def default_rank(num_tasks: int) -> RankRule:
     return RankRule("fraction", 1 / num_tasks)
 
 
+@method("tsv", title="TSV-Merge", source=PAPER, of_matrices=True)
 def tsv_merge(
     deltas: Sequence[Delta],
     weights: Sequence[float] | None = None,
     *,
-    rank: str | float | RankRule | None = None,
-    low_rank: bool = True,
-    orthogonalize: bool = True,
+    rank: TaskRank = None,
+    low_rank: LowRankStep = True,
+    orthogonalize: Orthogonalize = True,
 ) -> Delta:
-    """The merged change of one weight (Algorithm 1): sum of the tasks' leading components, decorrelated.
+    """The leading singular components of the vectors, decorrelated and added (Algorithm 1).
 
     Args:
         deltas: T changes of one weight. Anything but a matrix takes their mean, as in the paper.
@@ -42,9 +52,19 @@ def tsv_merge(
     weights = [1.0] * len(deltas) if weights is None else list(weights)
     if len(deltas[0].shape) != 2:
         return _mean(deltas, weights)
-    rule = (default_rank(len(deltas)) if rank is None else RankRule.parse(rank)) if low_rank else None
+    rule = _rule(rank, len(deltas)) if low_rank else None
     parts = [svd(delta, rule) for delta in deltas]
     return assemble(parts, weights, orthogonalize=orthogonalize)
+
+
+@method("tsv_compress", title="TSV-Compress", source=PAPER, of_matrices=True)
+def tsv_compress(deltas: Sequence[Delta], weights: Sequence[float], *, rank: TaskRank = None) -> Delta:
+    """The sum of the vectors, each cut to its leading singular components.
+
+    sum_i w_i trunc(delta_i): a matrix is the best approximation of its rank, other shapes are kept whole.
+    """
+    rule = _rule(rank, len(deltas))
+    return total([truncate(delta, rule) for delta in deltas], weights)
 
 
 def assemble(parts: Sequence[SVD], weights: Sequence[float], *, orthogonalize: bool = True) -> LowRank:
@@ -69,6 +89,10 @@ def interference(parts: Sequence[SVD]) -> float:
 def truncate(delta: Delta, rank: str | float | RankRule) -> Delta:
     """The best approximation of a matrix with the components that ``rank`` keeps; other shapes are kept whole."""
     return delta if len(delta.shape) != 2 else svd(delta, rank).low_rank()
+
+
+def _rule(rank: str | float | RankRule | None, num_tasks: int) -> RankRule:
+    return default_rank(num_tasks) if rank is None else RankRule.parse(rank)
 
 
 def _mean(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:

@@ -15,7 +15,8 @@ from typing import Any
 from tvbases_hf.learning.learned import held
 from tvbases_hf.learning.localize import Stitched
 from tvbases_hf.learning.with_data import DATA_METHODS
-from tvbases_hf.merging.apply import METHODS, merged
+from tvbases_hf.merging.apply import merged
+from tvbases_hf.methods.registry import METHODS
 from tvbases_hf.models.vectors import Vectors
 
 from .kinds import ALL, KINDS, bytes_of, kept, vectors_of

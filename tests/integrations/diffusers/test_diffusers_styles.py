@@ -398,7 +398,7 @@ BAD_WORDS: dict[str, tuple[dict[str, Any], str]] = {
     "component": ({"component": "common"}, "unknown component 'common'"),
     "threshold": ({"threshold": 1.5}, "threshold must lie"),
     "pool": ({"pool": "pairs"}, "leaves every style whole"),
-    "unknown pool": ({"pool": "all"}, "unknown pool"),
+    "unknown pool": ({"pool": "all"}, "pool of a decomposition must be joint or iterative or pairs"),
     "rank": ({"rank": "many"}, "is not a rank rule"),
     "shared weight": ({"shared_weight": float("nan")}, "finite"),
     "shared weight of full": ({"component": "full", "shared_weight": 1.0}, "goes with the unique component"),

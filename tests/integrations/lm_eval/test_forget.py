@@ -272,7 +272,7 @@ def test_a_target_without_a_score_is_no_success() -> None:
             "is not numbers with commas",
         ),
         (["--forget", "toxic", "--alpha", 1, "--adapter"], "a task here is a full checkpoint"),
-        (["--forget", "toxic", "--alpha", 1, "--threshold", 2], "threshold must lie in (0, 1]"),
+        (["--forget", "toxic", "--alpha", 1, "--threshold", 2], "above 0 and at most 1; got 2"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(

@@ -16,7 +16,7 @@ from tvbases_hf.algebra.delta import Dense
 from tvbases_hf.models.grouping import group_of
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.run import Run, using
-from tvbases_mergekit import native
+from tvbases_mergekit.kernels import Whole
 from zoo import peft_models
 from zoo.adapter_zoo import (
     Zoo,
@@ -257,7 +257,7 @@ def test_no_model_is_ever_built(
 def test_a_thread_merges_a_checkpoint_one_weight_at_a_time(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merged, results = native.merged, []
+    merged, results = Whole.combine, []
 
     def watched(*arguments: Any) -> Any:
         assert all(result() is None for result in results)  # the weight before is gone when the next is made
@@ -266,7 +266,7 @@ def test_a_thread_merges_a_checkpoint_one_weight_at_a_time(
         results.append(weakref.ref(found.tuned))
         return found
 
-    monkeypatch.setattr(native, "merged", watched)
+    monkeypatch.setattr(Whole, "combine", watched)
     with using(Run(workers=1)):
         run_native(config_of(zoo, "ties", WEIGHTS, density=0.5), tmp_path / "out")
     assert len(results) == 18  # three layers of six modules

@@ -128,7 +128,7 @@ METHODS: dict[str, tuple[tuple[str, dict[str, Any]], list[str]]] = {
     "parameter of another inner method": (bases(select_topk=0.5), ["select_topk is not a parameter of merge"]),
     "unknown solver": (bases(solver="newton"), ["solver of ae must be varpro or adam; got 'newton'"]),
     "bad rank": (("tsv", {"rank": -3}), ["rank", "-3", "is not a rank rule"]),
-    "bad threshold": (("devec_unique", {"threshold": 1.5}), ["threshold must lie in (0, 1]"]),
+    "bad threshold": (("devec_unique", {"threshold": 1.5}), ["threshold", "above 0 and at most 1; got 1.5"]),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from mergekit.common import ModelReference
 from mergekit.merge_methods import registry
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,9 +20,11 @@ from tvbases_hf.errors import CheckpointError
 from tvbases_hf.merging.merge import Merge
 from tvbases_hf.merging.write import write
 from tvbases_hf.models.vectors import Vectors
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.run import Run, using
+from tvbases_mergekit.kernels import Linear, Weight, kernel_of
 from tvbases_mergekit.methods import merge_vectors
-from tvbases_mergekit.streamed import Pieces, can_stream, streamed, streamed_linear
+from tvbases_mergekit.streamed import Pieces
 
 SHAPE = (37, 29)
 WEIGHTS = [0.5, 1.0, -0.25]
@@ -57,9 +60,13 @@ def whole(name: str, given: dict[str, Any], dtype: torch.dtype = torch.bfloat16)
         return merge_vectors(registry.get(name), vectors[0], vectors, given)
 
 
+def streamed(name: str, vectors: Pieces, given: dict[str, Any], seed: int = 0) -> Iterator[Tensor]:
+    return kernel_of(registry.get(name)).pieces(vectors, given, Weight("weight", SHAPE, seed))
+
+
 def in_pieces(name: str, given: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     base, tuned = models(dtype)
-    found = list(streamed(registry.get(name), Pieces([Dense(model, base) for model in tuned]), given, seed))
+    found = list(streamed(name, Pieces([Dense(model, base) for model in tuned]), given, seed))
     assert len(found) > 3
     return torch.cat(found).reshape(SHAPE)
 
@@ -83,7 +90,7 @@ def test_of_equal_entries_those_are_kept_that_come_first() -> None:
     tuned = torch.tensor([3.0, 1.0, -1.0, 1.0, 2.0, -1.0])
     vectors = Pieces([Dense(tuned)])
     given = settings(weight=[1.0], density=[4 / 6])
-    (found,) = streamed(registry.get("ties"), vectors, given, 0)
+    (found,) = streamed("ties", vectors, given)
     assert found.tolist() == [3.0, 1.0, -1.0, 0.0, 2.0, 0.0]
 
 
@@ -97,12 +104,12 @@ def test_drawn_entries_have_the_density_and_with_rescale_the_length_of_all(name:
     base, tuned = models()
     one = Pieces([Dense(tuned[0], base)])
     alone = {"weight": [1.0], "density": [0.3]}
-    plain = torch.cat(list(streamed(registry.get(name), one, settings(**alone), 7)))
+    plain = torch.cat(list(streamed(name, one, settings(**alone), 7)))
     tau = (tuned[0].float() - base.float()).reshape(-1)
     kept = plain != 0
     assert torch.equal(plain[kept], tau[kept])
     assert abs(float(kept.float().mean()) - 0.3) < 5 * (0.3 * 0.7 / kept.numel()) ** 0.5
-    scaled = torch.cat(list(streamed(registry.get(name), one, settings(**alone, rescale=True), 7)))
+    scaled = torch.cat(list(streamed(name, one, settings(**alone, rescale=True), 7)))
     assert torch.equal(scaled != 0, kept)
     assert torch.isclose(scaled.abs().sum(), tau.abs().sum(), rtol=1e-5)
 
@@ -114,7 +121,7 @@ def test_draws_follow_the_seed_and_differ_between_the_vectors() -> None:
     base, tuned = models()
     twice = Pieces([Dense(tuned[0], base), Dense(tuned[0], base)])
     opposed = settings(weight=[1.0, -1.0], density=[0.5, 0.5])
-    assert torch.cat(list(streamed(registry.get("dare_linear"), twice, opposed, 3))).abs().max() > 0
+    assert torch.cat(list(streamed("dare_linear", twice, opposed, 3))).abs().max() > 0
 
 
 @pytest.mark.parametrize("name", ["task_arithmetic", "ties"])
@@ -123,11 +130,11 @@ def test_mixed_vectors_are_the_products_with_the_mixing(name: str) -> None:
     mixing = torch.rand(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     taus = torch.stack([model - base for model in tuned])
     made = [torch.tensordot(column.float(), taus, dims=1) for column in mixing.T]
-    given = settings(weight=[1.0, 0.5], density=[0.4, 0.4])
+    given = settings(weight=[1.0, 0.5], density=[0.4, 0.4]) | {"lambda": 0.5}
     expected = merge_vectors(registry.get(name), made[0], made, given)
     vectors = Pieces([Dense(model, base) for model in tuned], mixing)
-    found = torch.cat(list(streamed(registry.get(name), vectors, given, 0, alpha=0.5))).reshape(SHAPE)
-    assert (found - 0.5 * expected).abs().max() <= 8 * EPS * expected.abs().max()
+    found = torch.cat(list(streamed(name, vectors, given))).reshape(SHAPE)
+    assert (found - expected).abs().max() <= 8 * EPS * expected.abs().max()
 
 
 @pytest.mark.parametrize(("normalize", "own"), [(True, 0.0), (True, 0.5), (False, 0.5)])
@@ -136,13 +143,16 @@ def test_a_weighted_mean_of_models_is_that_of_their_numbers(normalize: bool, own
     weights = [0.5, 1.0, 0.25]
     mean = sum(w * m.double() for w, m in zip(weights, tuned, strict=True)) + own * base.double()
     expected = mean / (sum(weights) + own if normalize else 1.0)
-    deltas = [Dense(model, base) for model in tuned]
-    found = base + torch.cat(list(streamed_linear(deltas, weights, own, normalize, base))).reshape(SHAPE)
+    vectors = Pieces([Dense(model, base) for model in tuned])
+    kernel = Linear(Checkpoint.from_state_dict({"weight": base}), ModelReference.model_validate("base"))
+    given = {"weight": dict(zip(["base", "a", "b", "c"], [own, *weights], strict=True)), "normalize": normalize}
+    given["weight"] = {ModelReference.model_validate(name): value for name, value in given["weight"].items()}
+    found = base + torch.cat(list(kernel.pieces(vectors, given, Weight("weight", SHAPE)))).reshape(SHAPE)
     assert (found - expected).abs().max() <= 16 * EPS * expected.abs().max()
 
 
 def test_which_methods_are_done_in_pieces() -> None:
-    assert [can_stream(registry.get(name)) for name in ("ties", "dare_ties", "breadcrumbs", "slerp")] == [
+    assert [kernel_of(registry.get(name)).streams({}) for name in ("ties", "dare_ties", "breadcrumbs", "slerp")] == [
         True,
         True,
         False,
@@ -158,7 +168,7 @@ def written(tmp_path: Path, workers: int, tuned: list[Tensor] | None = None) -> 
     vectors = Vectors.open(tmp_path / "base", {label: tmp_path / label for label in "abc"})
 
     def stream(name: str, deltas: Any) -> Iterator[Tensor]:
-        return streamed(registry.get("ties"), Pieces(deltas), settings(density=[0.5] * 3), 0)
+        return streamed("ties", Pieces(deltas), settings(density=[0.5] * 3))
 
     merge = Merge(vectors, lambda name, deltas: deltas[0], vectors.names, "ties", "", stream)
     out = tmp_path / f"out{workers}"

@@ -1,0 +1,112 @@
+"""The merging methods of tvbases_hf as mergekit's: whatever its registry knows and mergekit does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from types import NoneType
+from typing import Any, Literal, get_origin
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    InputContract,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from torch import Tensor
+
+from tvbases_hf.algebra.delta import Delta, Dense, dense
+from tvbases_hf.methods.registry import METHODS, Method
+from tvbases_hf.options import Option
+
+from .sources import WholeMerge, models_of
+
+LAMBDA = ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0, description="factor on the merged change")
+WEIGHT = ParameterSpec("weight", float, ParameterScope.NON_BASE, default=1.0, description="of a model; may be negative")
+CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_inputs=1)
+
+
+def parameter(option: Option, name: str | None = None) -> ParameterSpec:
+    """An option as mergekit declares it; what it may be beyond its type is checked by the option itself."""
+    kinds: list[Any] = [str if get_origin(kind) is Literal else kind for kind in option.kinds]
+    kind = reduce(or_, [*kinds, NoneType] if option.may_be_none else kinds)
+    return ParameterSpec(
+        name or option.name, kind, ParameterScope.SHARED, default=option.default, description=option.help
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class RegisteredMerge(WholeMerge):
+    """theta_0 + lambda * method(deltas, weights): the change of one weight, from the models' changes of it."""
+
+    method: Method
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Raise ParameterError for parameters with which the merge would fail."""
+        self.method.checked(self._own(parameters))
+
+    def density(self, parameters: Mapping[str, Any]) -> float | None:
+        """The share of entries to keep where the thresholds are those of the whole model."""
+        return self.method.of_whole_model(self._own(parameters))
+
+    def change(
+        self,
+        name: str,
+        shape: Sequence[int],
+        deltas: Sequence[Delta],
+        weights: Sequence[float],
+        parameters: Mapping[str, Any],
+    ) -> Delta:
+        """What the method makes of the changes; ``parameters`` as given, and ``limits`` where they are the model's."""
+        options = self.method.checked(self._own(parameters))
+        if "limits" in parameters:
+            options["limits"] = parameters["limits"]
+        return self.method.change(name, shape, deltas, weights, options)
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        assert group.base is not None  # the contract requires it
+        base = group.base.tensor
+        if not group.non_base:
+            return base
+        deltas = [Dense(entry.tensor, base) for entry in group.non_base]
+        weights = [float(parameters["weight"][entry.id]) for entry in group.non_base]
+        change = self.change(group.metadata.name or "a tensor", base.shape, deltas, weights, parameters)
+        work = torch.promote_types(base.dtype, torch.float32)
+        return (base.to(work) + parameters["lambda"] * dense(change, work).reshape(base.shape)).to(base.dtype)
+
+    def _execute(self, groups, parameters, options, *, input_dtypes, out_dtype=None):
+        densities = [self.density(bound) for bound in parameters]
+        if any(density is not None for density in densities):
+            models = models_of(groups, self.planned)
+            parameters = [
+                bound if density is None or models is None or not group.non_base
+                else {**bound, "limits": [models.limits(density)[column] for column in models.columns(group)]}
+                for group, bound, density in zip(groups, parameters, densities, strict=True)
+            ]  # fmt: skip
+        return super()._execute(groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype)
+
+    def _own(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: parameters[name] for name in self.method.options if name in parameters}
+
+
+def registered_merge(method: Method) -> RegisteredMerge:
+    spec = MergeMethodSpec(
+        name=method.name,
+        parameters=(LAMBDA, WEIGHT, *map(parameter, method.options.values())),
+        contract=CONTRACT,
+        pretty_name=method.title,
+        reference_url=method.source,
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+    )
+    return RegisteredMerge(spec, method)
+
+
+def missing_methods(known: set[str]) -> list[RegisteredMerge]:
+    """Our methods but for those whose name mergekit knows, as of an own method."""
+    return [registered_merge(method) for method in METHODS.values() if method.name not in known]

@@ -1,0 +1,200 @@
+"""The methods of tvbases_hf in YAML: the same options, defaults and results as in Python, by either command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import ParameterScope
+from torch import Tensor
+
+from commands.command_line import refused, tvbases
+from oracles.merge_oracle import (
+    assert_within,
+    distance,
+    family_vectors,
+    merge_config,
+    run_stock,
+    write_config,
+)
+from tvbases_hf import Vectors, ae_bases, gram_matrix
+from tvbases_hf.algebra.delta import dense
+from tvbases_hf.merging.apply import merged
+from tvbases_hf.methods.registry import METHODS
+from tvbases_mergekit import register
+from tvbases_mergekit.methods import BasisMerge
+from tvbases_mergekit.native import merge
+from tvbases_mergekit.registered import RegisteredMerge
+from tvbases_mergekit.schema import yaml_schema
+from zoo.hf_models import Family, read_state
+
+pytest_plugins = ["zoo.hf_fixtures"]
+# mergekit has methods of these names, which stay its own.
+MERGEKITS = {"task_arithmetic", "ties"}
+OWN = sorted(set(METHODS) - MERGEKITS)
+EPS = torch.finfo(torch.float32).eps
+OPTIONS: dict[str, dict[str, Any]] = {
+    "top_k": {"density": 0.3, "overlap": "shared"},
+    "devec_unique": {"rank": 0.25, "threshold": 0.1},
+    "tsv_compress": {"rank": 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    register()
+
+
+def ours(name: str) -> RegisteredMerge:
+    found = registry.get(name)
+    assert isinstance(found, RegisteredMerge)
+    return found
+
+
+def opened(family: Family) -> Vectors:
+    return Vectors.open(family.base, family.tasks)
+
+
+def native(config: dict[str, Any], out: Path) -> dict[str, Tensor]:
+    merge(write_config(out.parent / f"{out.name}.yml", config), out)
+    return read_state(out)
+
+
+def in_python(vectors: Vectors, name: str, alpha: float, weights: list[float] | None = None) -> dict[str, Tensor]:
+    change = merged(vectors, name, weights, alpha=alpha, **OPTIONS.get(name, {}))
+    return {n: vectors.base.read(n).double() + dense(change(n)) for n in vectors.names}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        assert (found[name].double() - tensor).norm() <= 4 * EPS * tensor.norm(), name
+
+
+# Declared once
+
+
+def test_python_and_yaml_know_the_same_methods() -> None:
+    known = {method.spec.name for method in registry.registered_methods()}
+    assert set(METHODS) <= known
+    assert {m.spec.name for m in registry.registered_methods() if isinstance(m, RegisteredMerge)} == set(OWN)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_python_and_yaml_know_the_same_options_and_defaults(name: str) -> None:
+    spec, declared = ours(name).spec, METHODS[name]
+    parameters = {p.name: p for p in spec.parameters if p.name not in ("lambda", "weight")}
+    assert {key: p.default for key, p in parameters.items()} == declared.defaults
+    assert all(p.description == declared.options[key].help for key, p in parameters.items())
+    assert all(p.scope == ParameterScope.SHARED for p in parameters.values())
+    assert (spec.pretty_name, spec.reference_url) == (declared.title, declared.source)
+
+
+def test_every_own_method_is_an_inner_method_of_the_bases() -> None:
+    for method in registry.registered_methods():
+        if isinstance(method, BasisMerge):
+            for name in OWN:
+                assert method.inner({"merge": name}) is registry.get(name)
+
+
+# The same by every way
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_python_and_both_commands_give_the_same_merge(name: str, llama: Family, tmp_path: Path) -> None:
+    weights = [1.0, -0.5, 2.0, 1.0]
+    options = OPTIONS.get(name, {})
+    config = merge_config(llama, name, lambda_=0.6, **options)
+    for model, weight in zip(config["models"], weights, strict=True):
+        model["parameters"] = {"weight": weight}
+    expected = in_python(opened(llama), name, 0.6, weights)
+    assert_same(run_stock(config, tmp_path / "stock"), expected)
+    assert_same(native(config, tmp_path / "native"), expected)
+
+
+@pytest.mark.parametrize("over", ["bases", "reconstructions"])
+@pytest.mark.parametrize("name", OWN)
+def test_over_bases_too(name: str, over: str, llama: Family, tmp_path: Path) -> None:
+    options = OPTIONS.get(name, {})
+    config = merge_config(llama, "ae_bases", num_bases=2, merge=name, over=over, lambda_=0.6, **options)
+    tasks = opened(llama)
+    bases = tasks.mixed(ae_bases(gram_matrix(tasks).matrix, 2), over)
+    expected = in_python(bases, name, 0.6)
+    assert_same(run_stock(config, tmp_path / "stock"), expected)
+    assert_same(native(config, tmp_path / "native"), expected)
+
+
+def test_the_largest_entries_are_the_models_unless_they_are_to_be_each_tensors(llama: Family, tmp_path: Path) -> None:
+    states = [
+        run_stock(merge_config(llama, "top_k", density=0.1, scope=scope), tmp_path / scope)
+        for scope in ("model", "tensor")
+    ]
+    assert distance(*states) > 1e-4
+    base = read_state(llama.base)
+    kept = [{n: float((state[n] != base[n]).float().mean()) for n in base} for state in states]
+    assert max(kept[0].values()) > 2 * min(kept[0].values())  # where the large entries are
+
+
+# The last bits of sums
+
+
+def test_what_the_last_bits_of_task_arithmetic_are(llama: Family, tmp_path: Path) -> None:
+    """Python: exact, rounded once. `tvbases merge` and mergekit: float32 sums, each in its own order, then rounded."""
+    config = merge_config(llama, "task_arithmetic", lambda_=0.3, weight=1.0)
+    config["dtype"] = "float32"
+    vectors = family_vectors(llama)
+    exact = in_python(opened(llama), "task_arithmetic", 0.3)
+    mixing = torch.full((len(llama.tasks), 1), 0.3, dtype=torch.float64)
+    for found in (native(config, tmp_path / "native"), run_stock(config, tmp_path / "stock")):
+        assert_within(found, exact, vectors.rounding(mixing))
+
+
+# Schema
+
+
+def test_the_schema_holds_every_method_with_its_parameters() -> None:
+    schema = yaml_schema()
+    names = [method.spec.name for method in registry.registered_methods()]
+    assert schema["properties"]["merge_method"]["enum"] == sorted(names)
+    rules = {rule["if"]["properties"]["merge_method"]["const"]: rule["then"] for rule in schema["allOf"]}
+    for method in registry.registered_methods():
+        whole = rules[method.spec.name]["properties"]["parameters"]
+        assert list(whole["properties"]) == [spec.name for spec in method.spec.parameters]
+        assert whole["additionalProperties"] is False
+    top_k = rules["top_k"]["properties"]["parameters"]["properties"]
+    assert top_k["density"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    assert top_k["density"]["default"] == METHODS["top_k"].options["density"].default
+    assert top_k["overlap"]["anyOf"][0]["enum"] == list(get_args(METHODS["top_k"].options["overlap"].kind))
+    of_model = rules["top_k"]["properties"]["models"]["items"]["properties"]["parameters"]
+    assert list(of_model["properties"]) == ["weight"]
+
+
+def test_the_command_prints_the_schema_or_writes_it(tmp_path: Path) -> None:
+    printed = tvbases("schema")
+    assert printed.code == 0 and json.loads(printed.out) == json.loads(json.dumps(yaml_schema()))
+    written = tvbases("schema", "--json", tmp_path / "schema.json")
+    assert written.code == 0 and json.loads((tmp_path / "schema.json").read_text()) == json.loads(printed.out)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("command", ["merge", "mergekit-yaml"])
+@pytest.mark.parametrize(
+    ("method", "parameters", "message"),
+    [
+        ("top_k", {"density": 0}, "density of top_k (share of entries that is kept) must be a number, above 0"),
+        ("top_k", {"overlap": "al"}, "must be all or shared (did you mean all?)"),
+        ("magmax", {"density": 0.5}, "magmax has no parameter 'density'"),
+        ("ae_bases", {"merge": "top_k", "density": 2}, "density of top_k (share of entries that is kept)"),
+        ("ae_bases", {"merge": "magmax", "scope": "model"}, "scope is not a parameter of merge: magmax"),
+    ],
+)
+def test_bad_parameters_are_refused_in_one_line(
+    method: str, parameters: dict[str, Any], message: str, command: str, llama: Family, tmp_path: Path
+) -> None:
+    file = write_config(tmp_path / "merge.yml", merge_config(llama, method, **parameters))
+    assert message in refused(tmp_path, command, file, tmp_path / "out")

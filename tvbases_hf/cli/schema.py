@@ -1,0 +1,19 @@
+"""``tvbases schema``."""
+
+from __future__ import annotations
+
+import json as json_format
+
+from .app import app
+from .options import Json, write_report
+
+
+@app.command(epilog="Example: tvbases schema --json merge.schema.json")
+def schema(json: Json = None) -> None:
+    """The JSON schema of a merge's YAML, for editors: every method with its parameters, bounds and defaults."""
+    from tvbases_mergekit.schema import yaml_schema
+
+    found = yaml_schema()
+    if json is None:
+        print(json_format.dumps(found, indent=2))
+    write_report(json, found)

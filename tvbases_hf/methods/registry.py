@@ -1,0 +1,149 @@
+"""Merging methods, each declared once: a typed function from the K changes of one weight to one change.
+
+    @method("top_k", title="Top-k", source="https://arxiv.org/abs/...")
+    def top_k(deltas, weights, *, density: Annotated[float, Field(gt=0, le=1, description="...")] = 0.05) -> Delta:
+        '''The mean of the largest entries of the vectors.'''
+
+Whatever file of this package holds such a function is found at the first look-up: no list names the methods. What the
+signature says is what Python, ``tvbases``, mergekit's YAML, its JSON schema and the guides' table know of the method.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+import torch
+from pydantic import Field
+
+from ..algebra.delta import Delta, reshaped
+from ..errors import ParameterError, did_you_mean
+from ..options import Option, checked, options_of
+
+SCOPE = Option(
+    "scope",
+    Annotated[Literal["model", "tensor"], Field(description="whose largest entries are kept")],
+    "model",
+)
+P = ParamSpec("P")
+D = TypeVar("D", bound=Delta)
+
+
+@dataclass(frozen=True)
+class Method:
+    """``combine(deltas, weights, **options)`` merges the K changes of one weight into one.
+
+    ``of_matrices``: it treats matrices otherwise than other shapes. ``sum_only``: given the weights, the result depends
+    on the vectors through their weighted sum alone, so that it is the same over balanced bases, up to the scale.
+    """
+
+    name: str
+    title: str
+    source: str
+    combine: Callable[..., Delta]
+    of_matrices: bool = False
+    sum_only: bool = False
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.combine) or "").partition("\n")[0]
+
+    @cached_property
+    def trims(self) -> bool:
+        """Whether it keeps the largest entries, of one weight or of the whole model: it takes their ``limits``."""
+        return "limits" in inspect.signature(self.combine).parameters
+
+    @cached_property
+    def options(self) -> dict[str, Option]:
+        """What may be set."""
+        return options_of(self.combine) | ({SCOPE.name: SCOPE} if self.trims else {})
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {name: option.default for name, option in self.options.items()}
+
+    def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as they are used; ParameterError for one that the method does not have, or a bad value."""
+        return checked(self.name, self.options, given)
+
+    def of_whole_model(self, options: Mapping[str, Any]) -> float | None:
+        """The share of entries to keep, where the thresholds are those of the whole model; else None."""
+        complete = self.defaults | dict(options)
+        return complete["density"] if self.trims and complete[SCOPE.name] == "model" else None
+
+    def change(
+        self,
+        name: str,
+        shape: Sequence[int],
+        deltas: Sequence[Delta],
+        weights: Sequence[float],
+        options: Mapping[str, Any],
+    ) -> Delta:
+        """The merged change of the weight ``name``, [*shape] in the model; ``options`` as checked, and ``limits``."""
+        if self.of_matrices and len(shape) != 2:  # the factors of a convolution look like a matrix
+            deltas = [reshaped(delta, shape, torch.float32) for delta in deltas]
+        own = {key: value for key, value in options.items() if not (self.trims and key == SCOPE.name)}
+        try:
+            return self.combine(deltas, weights, **own)
+        except ParameterError as error:
+            raise type(error)(f"{self.name}, {name}: {error}") from error
+
+
+class Methods(Mapping[str, Method]):
+    """All methods by name, in alphabetical order."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Method] = {}
+        self._complete = False
+
+    def add(self, method: Method) -> None:
+        if method.name in self._found:
+            raise ValueError(f"two merging methods are called {method.name}")
+        self._found[method.name] = method
+
+    def __getitem__(self, name: str) -> Method:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._all()))
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def _all(self) -> dict[str, Method]:
+        if not self._complete:
+            package = importlib.import_module(__package__ or "")
+            for module in pkgutil.iter_modules(package.__path__, f"{__package__}."):
+                importlib.import_module(module.name)
+            self._complete = True
+        return self._found
+
+
+METHODS = Methods()
+
+
+def method(
+    name: str, *, title: str, source: str = "", of_matrices: bool = False, sum_only: bool = False
+) -> Callable[[Callable[P, D]], Callable[P, D]]:
+    """Declare a function to be the merging method ``name``; ``title`` and ``source`` (an address) are for readers."""
+
+    def declare(function: Callable[P, D]) -> Callable[P, D]:
+        METHODS.add(Method(name, title, source, function, of_matrices, sum_only))
+        return function
+
+    return declare
+
+
+def find_method(name: str) -> Method:
+    """ParameterError with the nearest known name."""
+    if name not in METHODS:
+        raise ParameterError(
+            f"unknown merging method {name!r}{did_you_mean(name, METHODS)}; known: {', '.join(METHODS)}"
+        )
+    return METHODS[name]
