@@ -8,7 +8,7 @@ BIN       := .venv/bin
 STAMP     := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench bench-text clean
+.PHONY: help venv demo test lint format tables bench bench-text clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +36,9 @@ lint: $(STAMP)  ## check style and types
 format: $(STAMP)  ## repair what can be repaired automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tables: $(STAMP)  ## write the tables of methods into the README from what they declare
+	TVBASES_WRITE_TABLES=1 $(BIN)/python -m pytest -q tests/methods/test_tables.py
 
 bench: $(STAMP)  ## run every benchmark in turn, but for the one on text
 	@set -e; for script in $(filter-out %/bench_text.py,$(wildcard examples/benchmarks/bench_*.py)); do \
