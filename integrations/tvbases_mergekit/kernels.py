@@ -3,7 +3,8 @@
 ``combine`` gives the merged change of one weight; ``pieces`` the same of full checkpoints, with a piece of every model
 in memory, where the kernel ``streams``. What to expect of the last bits: a sum of adapters, and whatever tvbases_hf
 does itself, is exact up to one rounding, as in Python. What mergekit defines (task arithmetic, TIES, DARE of full
-models) is computed in the models' dtype, float32 at least, as mergekit does, and rounded once more when it is stored.
+models) is computed in float32 at least and rounded again when it is stored; as mergekit does with ``dtype: float32``,
+while without it mergekit computes in the models' own dtype, in bfloat16 too.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import runpy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -37,9 +38,10 @@ from tvbases_hf.methods.devec import (
     square_norm,
     weighted_mean,
 )
-from tvbases_hf.options import options_of
 
-SUBSPACES, POOLS, SIDES = (options_of(Options)[name].choices for name in ("subspace", "pool", "side"))
+SUBSPACES: tuple[Subspace, ...] = get_args(get_args(Subspace)[0])  # as annotated
+POOLS: tuple[Pool, ...] = get_args(get_args(Pool)[0])  # as annotated
+SIDES: tuple[Side, ...] = get_args(get_args(Side)[0])  # as annotated
 BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "bench_shared.py"
 N, M, R = 60, 45, 8
 ROUNDING = 30 * EPS
