@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import torch
 from mergekit.merge_methods import registry
@@ -19,23 +19,31 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from pydantic import Field
 from torch import Tensor
 
 from tvbases_hf.algebra.delta import BLOCK_NUMBERS, Dense, dense
 from tvbases_hf.algebra.sums import mix
-from tvbases_hf.bases import BasisWeights
+from tvbases_hf.bases import CONSTRUCTIONS, BasisWeights
+from tvbases_hf.bases.registry import Construction
 from tvbases_hf.errors import ParameterError, did_you_mean
 from tvbases_hf.methods.sums import normalized
+from tvbases_hf.options import Option
 
-from .constructions import CONSTRUCTIONS, Construction, choose
-from .registered import CONTRACT, LAMBDA, RegisteredMerge
+from .constructions import chosen, parameters_of
+from .registered import CONTRACT, LAMBDA, RegisteredMerge, parameter
 from .sources import Models, WholeMerge, models_of
 
-PAPER = "https://arxiv.org/abs/2502.01015"
-OVER = ("bases", "reconstructions")
+OVER = Option(
+    "over",
+    Annotated[Literal["bases", "reconstructions"], Field(description="which vectors are merged")],
+    "bases",
+)
 OWN = (
-    ParameterSpec("merge", str, ParameterScope.SHARED, default="task_arithmetic"),
-    ParameterSpec("over", str, ParameterScope.SHARED, default="bases"),
+    ParameterSpec(
+        "merge", str, ParameterScope.SHARED, default="task_arithmetic", description="the method that merges the vectors"
+    ),
+    parameter(OVER),
     LAMBDA,
     # Absent unless the user gives it, which switches to the weighted sum of the reconstructions.
     ParameterSpec("weight", Optional[float], ParameterScope.NON_BASE, default=None),  # noqa: UP045 (for pydantic on 3.10)
@@ -56,9 +64,9 @@ class BasisMerge(WholeMerge):
     def check(self, parameters: Mapping[str, Any], num_tasks: int) -> None:
         """Raise ParameterError for the parameters of one tensor if its merge would fail or ignore some of them."""
         fewest, most = self.bases.counts(parameters["num_bases"], num_tasks)
-        self.bases.check(parameters)
+        chosen(self.bases, parameters)
         weighted = _is_weighted(parameters["weight"].values())
-        over_bases = choose("over", parameters["over"], OVER) == "bases" and not weighted
+        over_bases = OVER.check(parameters["over"], self.spec.name) == "bases" and not weighted
         inner = self.inner(parameters)
         given = [name for name in self.passed_on if _is_given(parameters[name])]
         _check_inner(inner, given, weighted)
@@ -108,8 +116,7 @@ class BasisMerge(WholeMerge):
         self, models: Models, columns: Sequence[int], parameters: Mapping[str, Any]
     ) -> tuple[MergeMethod, Tensor, dict[str, Any]]:
         """The inner method, [present tasks, vectors] float64 how its vectors are made, and its parameters."""
-        options = {name: parameters[name] for name in self.bases.options}
-        weights = models.solve(self.spec.name, self.bases.solve, parameters["num_bases"], options)
+        weights = models.solve(self.bases, parameters["num_bases"], chosen(self.bases, parameters))
         inner = self.inner(parameters)
         mixing, task_weights = _mixing(weights, columns, parameters)
         ids, given = tuple(parameters["weight"]), {name: parameters[name] for name in self.passed_on}
@@ -275,7 +282,7 @@ def _only_value(name: str, values: Iterable[Any]) -> Any:
 
 def build_methods(others: Sequence[MergeMethod]) -> list[BasisMerge]:
     """Our methods, declaring the parameters of every base-taking method in ``others``: undeclared ones are ignored."""
-    own = {spec.name for spec in (*OWN, *(spec for bases in CONSTRUCTIONS for spec in bases.parameters))}
+    own = {spec.name for spec in (*OWN, *(spec for bases in CONSTRUCTIONS.values() for spec in parameters_of(bases)))}
     passed: dict[str, ParameterSpec] = {}
     for method in others:
         if not _takes_base(method) or isinstance(method, BasisMerge):
@@ -287,15 +294,15 @@ def build_methods(others: Sequence[MergeMethod]) -> list[BasisMerge]:
     return [
         BasisMerge(
             MergeMethodSpec(
-                name=bases.name,
-                parameters=(*OWN, *bases.parameters, *passed.values()),
+                name=bases.yaml,
+                parameters=(*OWN, *parameters_of(bases), *passed.values()),
                 contract=CONTRACT,
                 pretty_name=bases.title,
-                reference_url=PAPER,
+                reference_url=bases.paper,
                 optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
             ),
             bases,
             frozenset(passed),
         )
-        for bases in CONSTRUCTIONS
+        for bases in CONSTRUCTIONS.values()
     ]

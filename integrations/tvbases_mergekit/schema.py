@@ -14,6 +14,8 @@ from tvbases_hf.options import Option
 
 from . import register
 from .configuration import DTYPE_BYTES
+from .constructions import yaml_options
+from .methods import OVER, BasisMerge
 from .registered import RegisteredMerge
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -55,6 +57,8 @@ def options_of(method: MergeMethod) -> dict[str, Option]:
     """By parameter: what our own methods say of it beyond its type."""
     if isinstance(method, RegisteredMerge):
         return dict(method.method.options)
+    if isinstance(method, BasisMerge):
+        return {**yaml_options(method.bases), OVER.name: OVER}
     return {}
 
 

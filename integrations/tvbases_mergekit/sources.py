@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mergekit.merge_methods.base import GroupMergeMethod, MergeMethodSpec, Tenso
 from torch import Tensor
 
 from tvbases_hf.bases import BasisWeights
+from tvbases_hf.bases.registry import Construction
 from tvbases_hf.merging.apply import model_thresholds
 from tvbases_hf.models.gram import Gram, gram_matrix
 from tvbases_hf.models.vectors import Vectors
@@ -52,19 +53,13 @@ class Models:
         """Rows of the encoder for the models of this group; a model that lacks the tensor has no change there."""
         return [self.ids.index(entry.id) for entry in group.non_base]
 
-    def solve(
-        self,
-        name: str,
-        method: Callable[[Tensor, Any, Mapping[str, Any]], BasisWeights],
-        num_bases: float | None,
-        options: Mapping[str, Any],
-    ) -> BasisWeights:
+    def solve(self, bases: Construction, num_bases: float | None, options: Mapping[str, Any]) -> BasisWeights:
         """Encoder and decoder, once per set of options (parameters may differ between tensors)."""
-        key = (name, num_bases, tuple(sorted(options.items())))
+        key = (bases.name, num_bases, tuple(sorted(options.items())))
         with self._lock, torch.device("cpu"):
             if key not in self._solved:
-                self._solved[key] = weights = method(self.gram.matrix, num_bases, options)
-                LOG.info("%s", _summary(name, self.gram.tasks, weights))
+                self._solved[key] = weights = bases.solve(self.gram.matrix, num_bases, **options)
+                LOG.info("%s", _summary(bases.yaml, self.gram.tasks, weights))
             return self._solved[key]
 
     def limits(self, density: float, weights: BasisWeights | None = None, over: str = "bases") -> list[float]:

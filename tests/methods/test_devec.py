@@ -39,9 +39,9 @@ from tvbases_hf.methods.devec import (
     weighted_mean,
 )
 
-SUBSPACES: tuple[Subspace, ...] = get_args(get_args(Subspace)[0])  # as annotated
-POOLS: tuple[Pool, ...] = get_args(get_args(Pool)[0])  # as annotated
-SIDES: tuple[Side, ...] = get_args(get_args(Side)[0])  # as annotated
+SUBSPACES: tuple[Subspace, ...] = get_args(get_args(Subspace)[0])
+POOLS: tuple[Pool, ...] = get_args(get_args(Pool)[0])
+SIDES: tuple[Side, ...] = get_args(get_args(Side)[0])
 BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "bench_shared.py"
 N, M, R = 60, 45, 8
 ROUNDING = 30 * EPS

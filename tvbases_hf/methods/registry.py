@@ -59,7 +59,7 @@ class Method:
         """Whether it keeps the largest entries, of one weight or of the whole model: it takes their ``limits``."""
         return "limits" in inspect.signature(self.combine).parameters
 
-    @cached_property
+    @property
     def options(self) -> dict[str, Option]:
         """What may be set."""
         return options_of(self.combine) | ({SCOPE.name: SCOPE} if self.trims else {})

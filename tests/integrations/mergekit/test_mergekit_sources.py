@@ -30,9 +30,10 @@ from oracles.merge_oracle import (
     run_stock,
     write_config,
 )
-from tvbases_hf.bases import ae_bases
+from tvbases_hf.bases import CONSTRUCTIONS, ae_bases
+from tvbases_hf.bases.registry import Construction
 from tvbases_hf.errors import MissingExtraError, ParameterError
-from tvbases_mergekit import constructions, methods, sources
+from tvbases_mergekit import methods, sources
 from zoo.hf_models import Family, State, fine_tunes, make_family, read_state, save_state
 
 pytest_plugins = ["zoo.hf_fixtures"]
@@ -171,9 +172,9 @@ class Counted:
 def test_threads_that_start_together_share_one_gram_matrix_and_one_encoder(
     llama: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gram, solver = Counted(sources.gram_matrix), Counted(constructions.ae_bases)
+    gram, solver = Counted(sources.gram_matrix), Counted(CONSTRUCTIONS["ae"].solve)
     monkeypatch.setattr(sources, "gram_matrix", gram)
-    monkeypatch.setattr(constructions, "ae_bases", solver)
+    monkeypatch.setattr(Construction, "solve", lambda self, *given, **options: solver(*given, **options))
     method, groups = registry.get("ae_bases"), file_groups(llama)
     start = threading.Barrier(len(groups))
 
@@ -191,9 +192,9 @@ def test_threads_that_start_together_share_one_gram_matrix_and_one_encoder(
 
 
 def test_other_options_solve_again_on_the_same_gram_matrix(llama: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    gram, solver = Counted(sources.gram_matrix), Counted(constructions.ae_bases)
+    gram, solver = Counted(sources.gram_matrix), Counted(CONSTRUCTIONS["ae"].solve)
     monkeypatch.setattr(sources, "gram_matrix", gram)
-    monkeypatch.setattr(constructions, "ae_bases", solver)
+    monkeypatch.setattr(Construction, "solve", lambda self, *given, **options: solver(*given, **options))
     (group, *_) = file_groups(llama)
     method = registry.get("ae_bases")
     for num_bases in (1, 2, 2, 3):

@@ -21,9 +21,11 @@ from oracles.merge_oracle import (
 )
 from tvbases_hf import Vectors, ae_bases, gram_matrix
 from tvbases_hf.algebra.delta import dense
+from tvbases_hf.bases import CONSTRUCTIONS
 from tvbases_hf.merging.apply import merged
 from tvbases_hf.methods.registry import METHODS
 from tvbases_mergekit import register
+from tvbases_mergekit.constructions import RENAMED
 from tvbases_mergekit.methods import BasisMerge
 from tvbases_mergekit.native import merge
 from tvbases_mergekit.registered import RegisteredMerge
@@ -96,6 +98,38 @@ def test_every_own_method_is_an_inner_method_of_the_bases() -> None:
         if isinstance(method, BasisMerge):
             for name in OWN:
                 assert method.inner({"merge": name}) is registry.get(name)
+
+
+def test_python_and_yaml_know_the_same_constructions_options_and_defaults() -> None:
+    """But for the weights by task, which a YAML cannot hold in one parameter."""
+    for construction in CONSTRUCTIONS.values():
+        method = registry.get(construction.yaml)
+        assert isinstance(method, BasisMerge)
+        declared = {spec.name: spec.default for spec in method.spec.parameters}
+        options = {o.name: o.default for o in construction.options.values() if o.name != "target_weights"}
+        options["num_bases"] = construction.num_bases
+        assert options == {name: declared[RENAMED.get(name, name)] for name in options}
+        assert (method.spec.pretty_name, method.spec.reference_url) == (construction.title, construction.paper)
+
+
+@pytest.mark.parametrize(("name", "options"), [("pca_positive", {}), ("rand_select", {"seed": 3})])
+def test_other_bases_can_be_asked_for_in_yaml(
+    name: str, options: dict[str, Any], llama: Family, tmp_path: Path
+) -> None:
+    config = merge_config(llama, name, num_bases=2, lambda_=0.6, **options)
+    tasks = opened(llama)
+    bases = tasks.mixed(CONSTRUCTIONS[name].solve(gram_matrix(tasks).matrix, 2, **options))
+    expected = in_python(bases, "task_arithmetic", 0.6)
+    assert_same(run_stock(config, tmp_path / "stock"), expected)
+    assert_same(native(config, tmp_path / "native"), expected)
+
+
+def test_the_papers_recipe_takes_its_steps_and_its_annealing(llama: Family, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"solver": "adam", "balance": False, "steps": 30, "anneal": 0.5, "temperature": 2.0}
+    config = merge_config(llama, "ae_bases", num_bases=2, lambda_=0.6, **options)
+    tasks = opened(llama)
+    bases = tasks.mixed(ae_bases(gram_matrix(tasks).matrix, 2, **options))
+    assert_same(native(config, tmp_path / "native"), in_python(bases, "task_arithmetic", 0.6))
 
 
 # The same by every way
@@ -200,6 +234,8 @@ def test_the_command_prints_the_schema_or_writes_it(tmp_path: Path) -> None:
         ("top_k", {"overlap": "al"}, "must be all or shared (did you mean all?)"),
         ("magmax", {"density": 0.5}, "magmax has no parameter 'density'"),
         ("ae_bases", {"merge": "top_k", "density": 2}, "density of top_k (share of entries that is kept)"),
+        ("ae_bases", {"steps": 0}, "steps of ae (adam: how many) must be a whole number, at least 1"),
+        ("pca_positive", {"temperature": 1.0}, "pca_positive has no parameter 'temperature'"),
         ("ae_bases", {"merge": "magmax", "scope": "model"}, "scope is not a parameter of merge: magmax"),
     ],
 )
