@@ -47,7 +47,7 @@ def places(config: MergeConfiguration, base: ModelReference, names: Iterable[str
         nowhere = Nowhere(0.0)
         nowhere.reason = (
             f"{name} lies in no layer (as {len(loose)} of {len(every)} tensors of {base}), so a gradient gives it no "
-            f"value; give the gradient to the layers: [{{filter: {(lists or ['NAME'])[0]}, value: [...]}}, {{value: ...}}]"
+            f"value; give it to the layers: [{{filter: {(lists or ['NAME'])[0]}, value: [...]}}, {{value: ...}}]"
         )
         return name, nowhere
 

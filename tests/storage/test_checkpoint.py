@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from tvbases_hf.errors import CheckpointError
-from tvbases_hf.storage.checkpoint import Checkpoint, locate
+from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_hf.storage.files import locate
 from zoo.models import CONFIG, SHAPES, random_checkpoint, random_state, save_checkpoint
 
 LAYOUTS = [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 3)]

@@ -18,7 +18,8 @@ from ..merging.changes import Edit
 from ..merging.write import write
 from ..models.gram import Gram
 from ..models.vectors import Vectors, basis_labels, check_over
-from ..storage.checkpoint import Checkpoint, TensorInfo, locate
+from ..storage.checkpoint import Checkpoint, TensorInfo
+from ..storage.files import locate
 from ..storage.output import transaction, write_json
 from .atoms import AtomSource, StoredAtoms
 from .build import build

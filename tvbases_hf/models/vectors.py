@@ -19,7 +19,8 @@ from ..algebra.sums import mix
 from ..bases import BasisWeights
 from ..errors import ParameterError
 from ..storage import run
-from ..storage.checkpoint import Checkpoint, locate
+from ..storage.checkpoint import Checkpoint
+from ..storage.files import locate
 from .adapter import Adapter, is_adapter
 from .fit import Coverage, check_fit
 
