@@ -22,7 +22,7 @@ from ..storage import run
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import locate
 from .adapter import Adapter, is_adapter
-from .fit import Coverage, check_fit
+from .fit import Coverage, check_fit, same_outputs
 
 Model = Checkpoint | Adapter
 OVER = ("bases", "reconstructions")
@@ -80,6 +80,7 @@ class Vectors:
             ParameterError: no task.
             MismatchError: another architecture, tensors of other shapes, or quantised ones.
         """
+        base, models = same_outputs(base, models)
         coverage = check_fit(base, models, skip_mismatched)
         place = torch.device(device)
         return cls(

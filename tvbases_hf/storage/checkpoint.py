@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .files import locate, weight_files
+from .tied import copies, followers
 
 # The safetensors format's names for dtypes.
 DTYPES: dict[str, torch.dtype] = {
@@ -73,9 +75,10 @@ class Checkpoint:
         self.label = label
         self.path = path
         self.config = dict(config or {})
-        tied = _tied_outputs(self.config, tensors)
-        self.tensors = {name: info for name, info in tensors.items() if name not in tied}
         self._read = read
+        tied = copies(self.config, _shapes(tensors), read)
+        self.tensors = {name: info for name, info in tensors.items() if name not in tied}
+        self._followers: dict[str, str] = {}
 
     @classmethod
     def open(cls, source: str | Path, *, revision: str | None = None, label: str | None = None) -> Checkpoint:
@@ -116,7 +119,17 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU. Do not write to it."""
-        return self._read(name)
+        return self._read(self._followers.get(name, name))
+
+    def with_outputs(self, wanted: Mapping[str, TensorInfo]) -> Checkpoint:
+        """The same model with the output matrices among ``wanted`` that it lacks because they are its embedding."""
+        found = followers(self.config, _shapes(self.tensors), _shapes(wanted))
+        if not found:
+            return self
+        untied = copy.copy(self)
+        untied.tensors = {**self.tensors, **{name: self.tensors[embedding] for name, embedding in found.items()}}
+        untied._followers = {**self._followers, **found}
+        return untied
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +138,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Digest of names, shapes, dtypes and the first numbers of every tensor: tells bases apart cheaply."""
         digest = hashlib.sha256()
-        for name in sorted(self.tensors):
+        for name in sorted(self.tensors.keys() - self._followers.keys()):
             info = self.tensors[name]
             digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
             head = self.read(name).reshape(-1)[:FINGERPRINT_ELEMENTS].contiguous()
@@ -211,6 +224,10 @@ def _open_pickle(file: Path, label: str) -> _FileReader:
     return _FileReader(infos, lambda name: tensors[name].detach(), frozenset(tied))
 
 
+def _shapes(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in tensors.items()}
+
+
 def _state_of(pickled: Any) -> Mapping[str, Any]:
     """The weights among what a training run has put into one file."""
     if not isinstance(pickled, Mapping) or any(isinstance(value, Tensor) for value in pickled.values()):
@@ -239,11 +256,3 @@ def _read_config(directory: Path, label: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f'"{label}": config.json holds {type(config).__name__} instead of a model configuration')
     return config
-
-
-def _tied_outputs(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> set[str]:
-    """Stored copies of the input embedding that the model ties to it: loading ignores them, and so do we."""
-    if config.get("tie_word_embeddings") is not True or "lm_head.weight" not in tensors:
-        return set()
-    embeddings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "shared.weight", "word_embeddings.weight")
-    return {"lm_head.weight"} if any(name.endswith(embeddings) for name in tensors) else set()
