@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.step3p7.modeling_step3p7 import Step3p7VisionModel
 
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": 31,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -21,7 +21,7 @@ TEXT = {
     "max_position_embeddings": 32,
 }
 GROUPED = {**TEXT, "num_key_value_heads": 1}
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -40,7 +40,8 @@ def _made(name: str, **options: Any) -> Callable[[], Any]:
 
 
 def _step() -> Any:
-    return Step3p7VisionModel(Step3p7VisionModel.config_class(**VISION))
+    kind: Any = Step3p7VisionModel
+    return kind(kind.config_class(**VISION))
 
 
 RENAMED: Mapping[str, Callable[[], Any]] = {

@@ -46,9 +46,11 @@ def embedding_of(shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) 
 def copies(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> set[str]:
     """Stored output matrices that loading makes one with the embedding, since they equal it."""
     found = set()
+    if not config or config.get(FLAG) is False:
+        return found
     for name in filter(is_output, shapes):
         embedding = embedding_of(shapes[name], shapes)
-        if embedding is None or embedding == name or config.get(FLAG) is False:
+        if embedding is None:
             continue
         if torch.equal(read(name), read(embedding)) and ties(config):
             found.add(name)
