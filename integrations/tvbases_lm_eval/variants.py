@@ -20,7 +20,7 @@ from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.models.adapter import is_adapter
 from tvbases_hf.models.lora_config import read_config
-from tvbases_hf.storage.checkpoint import WEIGHT_FILES, locate
+from tvbases_hf.storage.files import WEIGHT_FILES, locate
 
 BEFORE = "before"
 AUTO = "auto"

@@ -12,7 +12,8 @@ from mergekit.config import MergeConfiguration
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.models.adapter import Adapter, is_adapter
 from tvbases_hf.models.vectors import Model, Vectors
-from tvbases_hf.storage.checkpoint import Checkpoint, locate
+from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_hf.storage.files import locate
 
 from .kernels import not_native
 from .preflight import check_distinct

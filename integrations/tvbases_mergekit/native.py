@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.architecture import get_architecture_info
-from mergekit.architecture.base import ConfiguredModuleArchitecture
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import InputModelDefinition, MergeConfiguration
+from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod, ParameterScope
-from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameters
 from torch import Tensor
 
@@ -31,6 +28,7 @@ from .configuration import find_method, one_line, read_config
 from .inputs import Inputs, open_inputs
 from .kernels import LINEAR, Linear, Weight, check_native, kernel_of, not_native
 from .methods import BasisMerge
+from .places import places
 from .preflight import check_basis_parameters, check_structure
 from .sources import Models
 from .streamed import Pieces
@@ -146,7 +144,7 @@ def resolve(
 
     Raises ParameterError where a parameter that the method needs has no value.
     """
-    spec, known = method.spec, _positions(config, inputs)
+    spec, place = method.spec, places(config, inputs.base, inputs.vectors.base.tensors)
     own = {item.model: item.parameters for item in config.models or []}
     has_base = any(parameter.scope == ParameterScope.INPUT for parameter in spec.parameters) and inputs.base_is_model
     models = (*inputs.models, *([inputs.base] if has_base else []))
@@ -156,7 +154,7 @@ def resolve(
 
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        called, t = known.get(name, (name, 0.0))
+        called, t = place(name)
         try:
             shared, per_model = resolve_parameters(
                 spec, tensor_name=called, inputs=dict.fromkeys(models, called), sources=sources, t=t
@@ -167,29 +165,6 @@ def resolve(
         for parameter in spec.input_parameters:
             found[name][parameter.name] = {model: per_model[model][parameter.name] for model in models}
     return found
-
-
-def _positions(config: MergeConfiguration, inputs: Inputs) -> dict[str, tuple[str, float]]:
-    """By stored name: what mergekit calls a tensor, and where its layer lies: 0 for the first, 1 for the last."""
-    plain = [InputModelDefinition(model=reference) for reference in (inputs.base, *inputs.checkpoints)]
-    whole = MergeConfiguration(merge_method=config.merge_method, models=plain, base_model=inputs.base)
-    try:
-        architecture = get_architecture_info(whole, MergeOptions())
-        model = inputs.base.config()
-        found: dict[str, tuple[str, float]] = {}
-        for definition in architecture.modules.values():
-            module = ConfiguredModuleArchitecture(
-                info=definition.architecture, config=model, weight_prefix=definition.weight_prefix
-            )
-            last = module.num_layers() - 1
-            layers = [(index / last if last else 1.0, module.layer_weights(index)) for index in range(last + 1)]
-            for t, weights in [(0.0, [*module.pre_weights(), *module.post_weights()]), *layers]:
-                for weight in weights:
-                    names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
-                    found |= {name: (weight.name, t) for name in names if name not in found}
-        return found
-    except Exception as error:  # whatever mergekit or transformers say to this model
-        raise ParameterError(f'"{inputs.base}": mergekit cannot tell its layers: {one_line(error)}') from error
 
 
 def _check_supported(config: MergeConfiguration) -> None:

@@ -18,7 +18,8 @@ from mergekit.plan import MergePlanner
 
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, TvbasesError
 from tvbases_hf.models.vectors import Vectors
-from tvbases_hf.storage.checkpoint import Checkpoint, locate
+from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_hf.storage.files import locate
 
 from .configuration import DTYPE_BYTES, find_method, input_lists, one_line, output_slices
 from .methods import BasisMerge

@@ -15,6 +15,7 @@ from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Errors, Limits
 from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.lora_files import Template, adapter_tensors
+from tvbases_hf.models.positions import groups_of
 
 from .loaded import DenseAdapter, task_vectors
 
@@ -55,7 +56,10 @@ def add_weighted_adapter(
                 f'"{source.label}": {source.config["peft_type"]} adapter; only LoRA and DoRA are added'
             )
     template = Template.of(sources, sources[0].base_id)
-    limits, errors = Limits(None if rank is None else RankRule("absolute", rank)), Errors()
+    limits, errors = (
+        Limits(None if rank is None else RankRule("absolute", rank)),
+        Errors(groups_of(vectors.base.tensors)),
+    )
     changes: dict[str, Delta] = {}
     for name in vectors.names:
         inputs = vectors.deltas(name)

@@ -18,7 +18,8 @@ from ..merging.changes import Edit
 from ..merging.write import write
 from ..models.gram import Gram
 from ..models.vectors import Vectors, basis_labels, check_over
-from ..storage.checkpoint import Checkpoint, TensorInfo, locate
+from ..storage.checkpoint import Checkpoint, TensorInfo
+from ..storage.files import locate
 from ..storage.output import transaction, write_json
 from .atoms import AtomSource, StoredAtoms
 from .build import build
@@ -130,6 +131,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         check_over(over)
         model = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
         self.check_base(model)
+        model = self._with_outputs(model)
         num_tasks, num_bases = self.encoder.shape
         covered = set(self.names)
         names = tuple(name for name in model.tensors if name in covered)
@@ -244,7 +246,12 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
             return None
         model = Checkpoint.open(base)
         self.check_base(model)
-        return model
+        return self._with_outputs(model)
+
+    def _with_outputs(self, model: Checkpoint) -> Checkpoint:
+        """The base with the output matrix that a task has of its own, where in the base it is the embedding."""
+        absent = [name for name in self.names if name not in model.tensors]
+        return model.with_outputs({name: TensorInfo(self.parts(name)[0].shape, torch.float32) for name in absent})
 
     def check_base(self, model: Checkpoint) -> None:
         """MismatchError unless ``model`` is the one that this basis was built on."""

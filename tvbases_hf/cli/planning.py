@@ -16,7 +16,8 @@ from ..bases import ae_bases
 from ..bases.weights import resolve_num_bases
 from ..defaults import NUM_BASES, Job
 from ..errors import CheckpointError, ParameterError
-from ..storage.checkpoint import DTYPES, HUB_ID, Checkpoint, TensorInfo
+from ..storage.checkpoint import DTYPES, Checkpoint, TensorInfo
+from ..storage.files import HUB_ID
 from ..storage.parallel import default_workers
 from ..storage.run import current, shares
 from ..storage.tensor_files import file_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..algebra.delta import Delta, LowRank, dense
 from ..algebra.sums import total
 from ..errors import ParameterError
-from ..models.grouping import group_of
+from ..models.positions import groups_of
 from ..models.vectors import Vectors
 from ..storage.run import bar
 from .data import TaskData
@@ -51,12 +51,16 @@ class Learned:
         return total(self.vectors.deltas(name), self.values[:, self.blocks[name]].tolist())
 
 
-def blocks_of(names: Sequence[str], per: str) -> dict[str, int]:
-    """{weight: number of its block}: one block for ``task``, one per transformer block for ``layer`` (the rest is
-    another), one per ``weight``. ParameterError for another word."""
+def blocks_of(names: Sequence[str], per: str, every: Iterable[str] = ()) -> dict[str, int]:
+    """{weight: number of its block}: one block for ``task``, one per transformer block of each tower for ``layer`` (the
+    rest is another), one per ``weight``. ``every`` weight of the model tells its towers; by default ``names`` are all.
+
+    Raises ParameterError for another word.
+    """
     if per not in PER:
         raise ParameterError(f"per must be one of {', '.join(PER)}; got {per!r}")
-    keys = {name: "all" if per == "task" else group_of(name) if per == "layer" else name for name in names}
+    groups = groups_of(every or names) if per == "layer" else {}
+    keys = {name: groups.get(name, name) if per != "task" else "all" for name in names}
     numbers = {key: i for i, key in enumerate(dict.fromkeys(keys.values()))}
     return {name: numbers[key] for name, key in keys.items()}
 
@@ -148,7 +152,7 @@ def learn(
     """
     if steps < 1:
         raise ParameterError(f"steps must be at least 1, got {steps}")
-    blocks = blocks_of(vectors.names, per)
+    blocks = blocks_of(vectors.names, per, vectors.base.tensors)
     with asking(vectors, model) as weights:
         mixture = Mixture(vectors, weights, blocks)
         parameters = _start(start, mixture.shape, squared).requires_grad_()

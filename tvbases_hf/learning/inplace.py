@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..algebra.delta import Delta, dense
-from ..errors import MismatchError
+from ..models.translation import Translation
 
 Change = Callable[[str], Delta | Tensor]
 
@@ -26,12 +26,13 @@ class InPlace:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        """``names`` are the weights that will change, as the model's state dict calls them.
+        """``names`` are the weights that will change, as the base's files call them or the model's state dict does.
 
-        Raises MismatchError for names that it does not have.
+        Raises MismatchError for names that the model does not have; see Translation.
         """
         self.model = model
-        self.weights = weights_of(model, names)
+        self._translation = Translation(model, names)
+        self.weights = {name: self._translation.read(name) for name in self._translation.stored}
         self._originals = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     @contextlib.contextmanager
@@ -42,8 +43,8 @@ class InPlace:
         """
         try:
             with torch.no_grad():
-                for name, weight in self.weights.items():
-                    weight.copy_(self.merged(name, change, alpha))
+                for name in self.weights:
+                    self._translation.write(name, self.merged(name, change, alpha))
             yield self.model
         finally:
             # Ctrl-C may come while _uninterrupted is being entered: then begin again, and let it through afterwards.
@@ -51,8 +52,8 @@ class InPlace:
             while not done:
                 try:
                     with _uninterrupted(), torch.no_grad():
-                        for name, weight in self.weights.items():
-                            weight.copy_(self._originals[name])
+                        for name in self.weights:
+                            self._translation.write(name, self._originals[name])
                         done = True
                 except KeyboardInterrupt as interrupt:
                     waiting = interrupt
@@ -67,10 +68,13 @@ class InPlace:
 
 
 class Reparametrised:
-    """A model asked with other weights, differentiable in them; everything else is the model's own."""
+    """A model asked with other weights, differentiable in them; everything else is the model's own.
+
+    ``weights`` have the names and shapes that the base's files have, or those of the model.
+    """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self.reparametrised, self._weights = model, dict(weights)
+        self.reparametrised, self._weights = model, Translation(model, weights).assembled(weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.reparametrised, self._weights, args, kwargs)
@@ -80,22 +84,9 @@ class Reparametrised:
 
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The model's own tensors by name, to be written to. Raises MismatchError for names that it does not have."""
-    wanted = list(names)
-    found = model.state_dict(keep_vars=True)
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise MismatchError(
-            f"{len(missing)} of {len(wanted)} weights that change are not in the model (first: {missing[0]}; the model "
-            f"has {next(iter(found), 'none')}); load the class of model that the base was saved from"
-        )
-    absent = [name for name in wanted if found[name].device.type == "meta"]
-    if absent:
-        raise MismatchError(
-            f"{len(absent)} of {len(wanted)} weights that change are offloaded (first: {absent[0]}), where they cannot "
-            "be changed; load the model whole, or write the changed model and evaluate that"
-        )
-    return {name: found[name] for name in wanted}
+    """The model's own numbers by stored name, not to be written to. Raises MismatchError; see Translation."""
+    found = Translation(model, names)
+    return {name: found.read(name) for name in found.stored}
 
 
 @contextlib.contextmanager

@@ -52,8 +52,8 @@ def asking(vectors: Vectors, model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     Raises MismatchError if the model has not the weights of the base, or two names for one that the base has twice.
     """
-    _check_tied(vectors, model)
     weights = {name: weight.detach() for name, weight in weights_of(model, vectors.names).items()}
+    _check_tied(vectors, weights)
     _check_base(vectors, weights)
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -134,12 +134,13 @@ def _combined(vectors: Vectors, weights: list[float]) -> Change:
     return lambda name: combined(vectors.deltas(name), weights)
 
 
-def _check_tied(vectors: Vectors, model: nn.Module) -> None:
-    first: dict[int, str] = {}
-    for name, weight in weights_of(model, vectors.names).items():
-        if first.setdefault(id(weight), name) != name:
+def _check_tied(vectors: Vectors, weights: Mapping[str, Tensor]) -> None:
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, weight in weights.items():
+        other = first.setdefault((weight.data_ptr(), weight.shape), name) if weight.numel() else name
+        if other != name:
             raise MismatchError(
-                f"{first[id(weight)]} and {name} are one weight in the model and two in the base "
+                f"{other} and {name} are one weight in the model and two in the base "
                 f"({vectors.base.label}); leave {name} out of the base's tensors, as save_pretrained does"
             )
 

@@ -13,6 +13,7 @@ from ..algebra.delta import dense
 from ..algebra.linalg import solve_psd
 from ..errors import ParameterError
 from ..merging.changes import Computed
+from ..models.translation import Translation
 from ..models.vectors import Vectors
 from ..storage.run import bar
 from .data import TaskData
@@ -71,19 +72,25 @@ def regmean(
     tensors = {name: mean_change(vectors, name).float() for name in vectors.names if name not in below}
     for name in solved:
         tensors[name] = solve_psd(below.pop(name).cpu(), above.pop(name).cpu().T).T.float().contiguous()
-    unseen = [name for name in layers.values() if name not in solved]
+    unseen = [name for name in layers if name not in solved]
     report = {"solved": len(solved), "averaged": len(vectors.names) - len(solved), "layers_without_input": unseen}
     return Computed(vectors, "regmean", {name: tensors[name] for name in vectors.names}, report)
 
 
 def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """{module: the name of its weight} for the linear layers whose weight is among ``names``."""
-    wanted = set(names)
-    return {
-        name: f"{name}.weight" if name else "weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (f"{name}.weight" if name else "weight") in wanted
-    }
+    """{stored weight: the linear layer that is given its inputs}, for those of ``names`` that are of linear layers.
+
+    Matrices that the model fuses, or that it holds in pieces, share their inputs: rows of one product.
+    """
+    translation, modules = Translation(model, names), dict(model.named_modules())
+    found = {}
+    for name, stored in translation.stored.items():
+        layers = [part.parameter.rpartition(".")[0] for part in stored.parts]
+        if all(isinstance(modules.get(layer), nn.Linear) for layer in layers) and all(
+            part.parameter.endswith("weight") and part.is_of_rows for part in stored.parts
+        ):
+            found[name] = layers[0]
+    return found
 
 
 def input_products(
@@ -120,7 +127,7 @@ def _watching(model: nn.Module, layers: dict[str, str], found: dict[str, Tensor]
 
     modules = dict(model.named_modules())
     hooks = [model.register_forward_pre_hook(ask, with_kwargs=True)]
-    hooks += [modules[layer].register_forward_pre_hook(take(weight)) for layer, weight in layers.items()]
+    hooks += [modules[layer].register_forward_pre_hook(take(weight)) for weight, layer in layers.items()]
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..algebra.delta import Delta, dense, square_norm
 from ..methods.devec import Decomposition, Options, decompose
-from ..models.grouping import group_of, in_order
+from ..models.positions import groups_of, in_order
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint
 from ..storage.model import copy_side_files
@@ -34,6 +34,7 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
     if dry_run:
         check_output(out, is_components)
         return preview(out, len(base.tensors) * len(copies), base.nbytes * len(copies))
+    groups = groups_of(base.tensors)
     energy: dict[str, Tensor] = {}
     with transaction(out, is_components, base.nbytes * len(copies)) as work:
         files = {copy: _begin(base, work / copy) for copy in copies}
@@ -42,7 +43,7 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
                 deltas = vectors.deltas(name)
                 split = decompose(deltas, options)
                 changes = dict(zip(copies, [*split.unique, split.combined], strict=True))
-                table = energy.setdefault(group_of(name), torch.zeros(2, len(vectors), dtype=torch.float64))
+                table = energy.setdefault(groups[name], torch.zeros(2, len(vectors), dtype=torch.float64))
                 table += _energies(split, deltas)
             else:
                 changes = dict.fromkeys(copies)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 from ..algebra.delta import Delta, Dense, LowRank, dense, low_parts, square_distance
 from ..algebra.rank import RankRule
 from ..algebra.svd import svd
-from ..models.grouping import group_of, in_order
 from ..models.lora_files import Template, nonzero
+from ..models.positions import in_order
 from ..storage.checkpoint import Checkpoint
 
 
@@ -55,13 +55,14 @@ class Limits:
 
 @dataclass
 class Errors:
-    """Squared errors and squared norms of changes, by layer group."""
+    """Squared errors and squared norms of changes, by layer group: ``groups`` tells that of every weight."""
 
+    groups: Mapping[str, str]
     lost: dict[str, float] = field(default_factory=dict)
     total: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, change: Delta, fitted: Delta) -> None:
-        group = group_of(name)
+        group = self.groups[name]
         lost, total = square_distance(change, fitted)
         self.lost[group] = self.lost.get(group, 0.0) + lost
         self.total[group] = self.total.get(group, 0.0) + total

@@ -14,6 +14,7 @@ from ..algebra.delta import Delta, low_parts
 from ..errors import ParameterError
 from ..models.adapter import Adapter
 from ..models.lora_files import Template, adapter_tensors, is_adapter_directory, write_adapter
+from ..models.positions import groups_of
 from ..storage.model import is_edited_model, stream_model
 from ..storage.output import transaction
 from ..storage.run import track
@@ -69,7 +70,7 @@ def _merged_checkpoint(merge: Merge, out: Path, dtype: torch.dtype | None) -> di
 def _merged_adapter(merge: Merge, out: Path, limits: Limits) -> dict[str, Any]:
     base, template = merge.base, _template(merge)
     changes: dict[str, Delta] = {}
-    errors = Errors()
+    errors = Errors(groups_of(base.tensors))
     with transaction(out, is_merge) as work:
         for name in track(merge.names, "Merging", lambda n: base.tensors[n].nbytes):
             inputs = merge.inputs(name)

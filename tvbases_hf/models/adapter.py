@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..algebra.delta import Delta, Dense, Dora, LowRank, dense
 from ..errors import CheckpointError, MismatchError, TvbasesError
-from ..storage.checkpoint import WEIGHT_FILES as CHECKPOINT_FILES
-from ..storage.checkpoint import Checkpoint, TensorInfo, locate
+from ..storage.checkpoint import Checkpoint, TensorInfo
+from ..storage.files import INDEX, locate
+from ..storage.files import WEIGHT_FILES as CHECKPOINT_FILES
 from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
 from .names import Naming, is_conv1d, is_shared, is_tied_away
 
@@ -357,8 +358,9 @@ class Adapter:
 
 def is_adapter(path: Path) -> bool:
     """Whether a local directory holds an adapter, or one half of its two files, and not a whole model."""
-    files = {name for name in (CONFIG_FILE, *WEIGHT_FILES, *CHECKPOINT_FILES) if (path / name).is_file()}
-    return bool(files) and files.isdisjoint(CHECKPOINT_FILES)
+    whole = [name + index for name in CHECKPOINT_FILES for index in ("", INDEX)]
+    files = {name for name in (CONFIG_FILE, *WEIGHT_FILES, *whole) if (path / name).is_file()}
+    return bool(files) and files.isdisjoint(whole)
 
 
 def dora_change(product: LowRank, magnitude: Tensor, base: Tensor) -> Dora:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..errors import MismatchError, ParameterError
 from ..storage.checkpoint import Checkpoint
+from ..storage.tied import is_output
 from .adapter import Adapter
 
 
@@ -60,6 +61,21 @@ def check_fit(base: Checkpoint, models: Mapping[str, Checkpoint | Adapter], skip
     changed = None if checkpoints else {name for adapter in adapters.values() for name in adapter.names}
     names = tuple(n for n in floating if n not in skipped and (changed is None or n in changed))
     return _coverage(checkpoints, adapters, base, names, tuple(sorted(skipped)))
+
+
+def same_outputs(
+    base: Checkpoint, models: Mapping[str, Checkpoint | Adapter]
+) -> tuple[Checkpoint, dict[str, Checkpoint | Adapter]]:
+    """All with the output matrix that one of them has of its own: where it is tied, it is the embedding."""
+    wanted = {
+        name: info
+        for model in [base, *models.values()]
+        if isinstance(model, Checkpoint)
+        for name, info in model.tensors.items()
+        if is_output(name)
+    }
+    level = {task: m.with_outputs(wanted) if isinstance(m, Checkpoint) else m for task, m in models.items()}
+    return base.with_outputs(wanted), level
 
 
 def _quoted(task: str, model: Checkpoint) -> str:

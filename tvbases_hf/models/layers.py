@@ -13,7 +13,7 @@ from ..algebra.svd import singular_values, svd
 from ..methods.devec import MIN_SIDE, Options, chance_share, column_space, project, shared_subspace
 from ..methods.tsv import default_rank, interference
 from ..storage.run import track
-from .grouping import group_of, in_order
+from .positions import groups_of, in_order
 from .vectors import Vectors
 
 DECAY_POINTS = 20
@@ -37,13 +37,13 @@ def examine_layers(vectors: Vectors, options: Options = OPTIONS) -> LayerReport:
     """One pass over the matrices (those with both sides of at least MIN_SIDE); several SVDs each."""
     names = [n for n in vectors.names if len(s := vectors.base.tensors[n].shape) == 2 and min(s) >= MIN_SIDE]
     pairs = list(itertools.combinations(range(len(vectors)), 2))
-    report = LayerReport()
+    groups, report = groups_of(vectors.base.tensors), LayerReport()
     curves = torch.zeros(len(vectors), DECAY_POINTS, dtype=torch.float64)
     energy, found = torch.zeros(len(pairs), 2, dtype=torch.float64), torch.zeros(len(pairs), 2, dtype=torch.float64)
     for name in track(names, "Layers", lambda n: vectors.base.tensors[n].nbytes):
         deltas = vectors.deltas(name)
         parts = [svd(delta, default_rank(len(deltas))) for delta in deltas]
-        group = group_of(name)
+        group = groups[name]
         report.interference[group] = report.interference.get(group, 0.0) + interference(parts)
         curves += torch.stack([_decay(singular_values(delta).cpu()) for delta in deltas])
         spaces = [column_space(delta, options.rank) for delta in deltas]

@@ -11,10 +11,8 @@ import torch
 
 from ..errors import MismatchError
 from ..storage.checkpoint import Checkpoint
+from ..storage.tied import EMBEDDINGS, FLAG, embedding_of, is_output, leaf, ties
 
-# Matrices that models use twice, as input embedding and as output; the last part of the module's name.
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "shared", "word_embeddings", "tokens_embed")
-OUTPUTS = ("lm_head", "embed_out", "decoder")
 OUTPUT_CLASS = re.compile(r"CausalLM|LMHead|MaskedLM|ForConditionalGeneration|ForPreTraining|DoubleHeads")
 OUTPUT_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 # transformers' Conv1D stores its weight as [in, out]; GPT-2 and its kin use it under these names.
@@ -64,15 +62,15 @@ class Naming:
 
 def is_tied_away(name: str, base: Checkpoint, config: Mapping[str, Any]) -> bool:
     """Whether ``name`` is an output matrix that the base lacks because it is tied to the input embedding."""
-    return _leaf(name) in OUTPUTS and name.endswith(".weight") and is_tied(base, config)
+    return is_output(name) and is_tied(base, config)
 
 
 def is_shared(name: str, base: Checkpoint, config: Mapping[str, Any]) -> bool:
     """Whether the base's tensor ``name`` is a matrix of tokens that the model uses twice."""
     shape = base.tensors[name].shape
     vocabulary = (base.config.get("text_config") or base.config).get("vocab_size")
-    of_tokens = _leaf(name) in EMBEDDINGS or (name.endswith(".weight") and len(shape) == 2 and shape[0] == vocabulary)
-    return of_tokens and (_leaf(name) == "shared" or is_tied(base, config))
+    of_tokens = leaf(name) in EMBEDDINGS or (name.endswith(".weight") and len(shape) == 2 and shape[0] == vocabulary)
+    return of_tokens and (leaf(name) == "shared" or is_tied(base, config))
 
 
 def is_tied(base: Checkpoint, config: Mapping[str, Any]) -> bool:
@@ -81,16 +79,16 @@ def is_tied(base: Checkpoint, config: Mapping[str, Any]) -> bool:
     Says yes where nothing tells: then an adapter of the embedding is refused rather than applied to both uses.
     """
     trunk = base.config.get("text_config") or {}
-    flag = base.config.get("tie_word_embeddings", trunk.get("tie_word_embeddings"))
-    if flag is False or not _has_output(base, config):
+    if base.config.get(FLAG, trunk.get(FLAG)) is False or not _has_output(base, config):
         return False
-    stored = [name for name in base.tensors if _leaf(name) in OUTPUTS and len(base.tensors[name].shape) == 2]
-    if flag is True or not stored:
+    shapes = {name: info.shape for name, info in base.tensors.items()}
+    outputs = [name for name in shapes if is_output(name) and len(shapes[name]) == 2]
+    if not outputs:
         return True
-    embeddings = [name for name in base.tensors if _leaf(name) in EMBEDDINGS and name.endswith(".weight")]
-    if base.tensors[stored[0]].shape != base.tensors[(embeddings or stored)[0]].shape:
+    embedding = embedding_of(shapes[outputs[0]], shapes)
+    if embedding is None or ties(base.config) is not None:  # a stored copy of the embedding would not be here
         return False
-    return bool(embeddings) and torch.equal(base.read(stored[0]), base.read(embeddings[0]))
+    return torch.equal(base.read(outputs[0]), base.read(embedding))
 
 
 def is_conv1d(name: str, base: Checkpoint, fan_in_fan_out: bool) -> bool | None:
@@ -103,8 +101,8 @@ def is_conv1d(name: str, base: Checkpoint, fan_in_fan_out: bool) -> bool | None:
     own = _bias_tells(name, base)
     if own is not None:
         return own
-    if _leaf(name) in CONV1D_NAMES:
-        kin = [n for n in base.tensors if _leaf(n) in CONV1D_NAMES and n.endswith(".weight")]
+    if leaf(name) in CONV1D_NAMES:
+        kin = [n for n in base.tensors if leaf(n) in CONV1D_NAMES and n.endswith(".weight")]
         told = next((told for n in kin if (told := _bias_tells(n, base)) is not None), None)
         if told is not None:
             return told
@@ -127,8 +125,3 @@ def _has_output(base: Checkpoint, config: Mapping[str, Any]) -> bool:
     mapping = config.get("auto_mapping") or {}
     classes = [mapping["base_model_class"]] if "base_model_class" in mapping else base.config.get("architectures")
     return not classes or bool(OUTPUT_CLASS.search(str(classes[0])))
-
-
-def _leaf(name: str) -> str:
-    """The last part of the name of the module that holds a tensor."""
-    return name.rpartition(".")[0].rpartition(".")[2]

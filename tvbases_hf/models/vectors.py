@@ -19,9 +19,10 @@ from ..algebra.sums import mix
 from ..bases import BasisWeights
 from ..errors import ParameterError
 from ..storage import run
-from ..storage.checkpoint import Checkpoint, locate
+from ..storage.checkpoint import Checkpoint
+from ..storage.files import locate
 from .adapter import Adapter, is_adapter
-from .fit import Coverage, check_fit
+from .fit import Coverage, check_fit, same_outputs
 
 Model = Checkpoint | Adapter
 OVER = ("bases", "reconstructions")
@@ -79,6 +80,7 @@ class Vectors:
             ParameterError: no task.
             MismatchError: another architecture, tensors of other shapes, or quantised ones.
         """
+        base, models = same_outputs(base, models)
         coverage = check_fit(base, models, skip_mismatched)
         place = torch.device(device)
         return cls(

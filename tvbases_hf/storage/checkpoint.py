@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
-import re
 import zipfile
-from collections.abc import Callable, Hashable, Mapping, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .files import locate, weight_files
+from .tied import copies, followers
 
 # The safetensors format's names for dtypes.
 DTYPES: dict[str, torch.dtype] = {
@@ -36,9 +38,8 @@ DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
     "BOOL": torch.bool,
 }
-WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
-HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+# Under which names training scripts put a model's weights beside other things.
+STATES = ("state_dict", "model_state_dict", "model", "module")
 FINGERPRINT_ELEMENTS = 256
 
 
@@ -74,9 +75,10 @@ class Checkpoint:
         self.label = label
         self.path = path
         self.config = dict(config or {})
-        tied = _tied_outputs(self.config, tensors)
-        self.tensors = {name: info for name, info in tensors.items() if name not in tied}
         self._read = read
+        tied = copies(self.config, _shapes(tensors), read)
+        self.tensors = {name: info for name, info in tensors.items() if name not in tied}
+        self._followers: dict[str, str] = {}
 
     @classmethod
     def open(cls, source: str | Path, *, revision: str | None = None, label: str | None = None) -> Checkpoint:
@@ -86,7 +88,7 @@ class Checkpoint:
         """
         path = locate(str(source), revision)
         label = label or str(source)
-        files, weight_map = _weight_files(path, label)
+        files, weight_map = weight_files(path, label)
         readers = {file: _open_file(file, label) for file in files}
         _check_overlap(readers, label)
         tensors: dict[str, TensorInfo] = {}
@@ -100,7 +102,14 @@ class Checkpoint:
         if not tensors:
             raise CheckpointError(f'"{label}": holds no tensors')
         directory = path if path.is_dir() else path.parent
-        return cls(label, tensors, lambda name: readers[owner[name]].read(name), path, _read_config(directory, label))
+        own = _unwrapped(tensors)
+        return cls(
+            label,
+            {name: tensors[stored] for name, stored in own.items()},
+            lambda name: readers[owner[own[name]]].read(own[name]),
+            path,
+            _read_config(directory, label),
+        )
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], label: str = "state dict") -> Checkpoint:
@@ -110,7 +119,17 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU. Do not write to it."""
-        return self._read(name)
+        return self._read(self._followers.get(name, name))
+
+    def with_outputs(self, wanted: Mapping[str, TensorInfo]) -> Checkpoint:
+        """The same model with the output matrices among ``wanted`` that it lacks because they are its embedding."""
+        found = followers(self.config, _shapes(self.tensors), _shapes(wanted))
+        if not found:
+            return self
+        untied = copy.copy(self)
+        untied.tensors = {**self.tensors, **{name: self.tensors[embedding] for name, embedding in found.items()}}
+        untied._followers = {**self._followers, **found}
+        return untied
 
     @property
     def nbytes(self) -> int:
@@ -119,73 +138,12 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Digest of names, shapes, dtypes and the first numbers of every tensor: tells bases apart cheaply."""
         digest = hashlib.sha256()
-        for name in sorted(self.tensors):
+        for name in sorted(self.tensors.keys() - self._followers.keys()):
             info = self.tensors[name]
             digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
             head = self.read(name).reshape(-1)[:FINGERPRINT_ELEMENTS].contiguous()
             digest.update(head.view(torch.uint8).numpy().tobytes() if head.numel() else b"")
         return digest.hexdigest()[:32]
-
-
-def locate(source: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """The local path of a directory, a file or a Hub id (downloaded to ``cache_dir``, by default the Hub's own)."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if not HUB_ID.match(source):
-        raise CheckpointError(f'"{source}": no such file or directory (a Hub id has the form "owner/name")')
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f'"{source}": no such local directory, and the Hub could not give it: {reason} '
-            "Check the spelling, your connection, and for private or gated models `hf auth login`."
-        ) from error
-
-
-def _weight_files(path: Path, label: str) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that hold the weights and, when sharded, the index's map from tensor to file name."""
-    if path.is_file():
-        return [path], None
-    for name in (*WEIGHT_FILES, *sorted(f.name for f in path.glob("*.safetensors.index.json"))):
-        index = path / (name if name.endswith(".index.json") else f"{name}.index.json")
-        if index.is_file():
-            weight_map = _read_index(index, label)
-            files = [path / file for file in dict.fromkeys(weight_map.values())]
-            absent = [file.name for file in files if not file.is_file()]
-            if absent:
-                raise CheckpointError(
-                    f'"{label}": {len(absent)} of {len(files)} shards named in {index.name} are absent '
-                    f"(first: {absent[0]}); download or copy the checkpoint again"
-                )
-            return files, weight_map
-        if (path / name).is_file():
-            return [path / name], None
-    loose = sorted(path.glob("*.safetensors"))
-    if (path / "adapter_config.json").is_file():
-        raise CheckpointError(f'"{label}": a PEFT adapter where a full checkpoint is needed; give the base model')
-    if len(loose) == 1:
-        return loose, None
-    found = ", ".join(sorted(f.name for f in path.iterdir())[:5]) or "nothing"
-    raise CheckpointError(
-        f'"{label}": not a checkpoint: no model.safetensors, model.safetensors.index.json or pytorch_model.bin '
-        f"(found: {found})"
-    )
-
-
-def _read_index(index: Path, label: str) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = [file for file in weight_map.values() if Path(file).name != file]
-        if outside:
-            raise ValueError(f"{outside[0]} is not the name of a file beside it")
-        return dict(weight_map)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'"{label}": {index.name} is not a shard index: {error}') from error
 
 
 def _check_index(weight_map: dict[str, str] | None, found: Set[str], label: str) -> None:
@@ -249,7 +207,7 @@ def _open_pickle(file: Path, label: str) -> _FileReader:
             f'"{label}": {file.name} is damaged or is a pickle that runs code, which is never loaded; '
             "save it as safetensors (model.save_pretrained) and try again"
         ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = _state_of(state)
     tensors: dict[str, Tensor] = {}
     tied: set[str] = set()
     seen: set[Hashable] = set()
@@ -266,6 +224,27 @@ def _open_pickle(file: Path, label: str) -> _FileReader:
     return _FileReader(infos, lambda name: tensors[name].detach(), frozenset(tied))
 
 
+def _shapes(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in tensors.items()}
+
+
+def _state_of(pickled: Any) -> Mapping[str, Any]:
+    """The weights among what a training run has put into one file."""
+    if not isinstance(pickled, Mapping) or any(isinstance(value, Tensor) for value in pickled.values()):
+        return pickled if isinstance(pickled, Mapping) else {}
+    inner = (pickled[key] for key in STATES if isinstance(pickled.get(key), Mapping))
+    return next(inner, pickled)
+
+
+def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """{the model's own name: the stored one}, without what torch.compile and parallel training put around a model."""
+    stored = list(names)
+    own = [name.replace("_orig_mod.", "") for name in stored]
+    if own and all(name.startswith("module.") for name in own):
+        own = [name.removeprefix("module.") for name in own]
+    return dict(zip(own if len(set(own)) == len(own) else stored, stored, strict=True))
+
+
 def _read_config(directory: Path, label: str) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.is_file():
@@ -277,11 +256,3 @@ def _read_config(directory: Path, label: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f'"{label}": config.json holds {type(config).__name__} instead of a model configuration')
     return config
-
-
-def _tied_outputs(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> set[str]:
-    """Stored copies of the input embedding that the model ties to it: loading ignores them, and so do we."""
-    if config.get("tie_word_embeddings") is not True or "lm_head.weight" not in tensors:
-        return set()
-    embeddings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "shared.weight", "word_embeddings.weight")
-    return {"lm_head.weight"} if any(name.endswith(embeddings) for name in tensors) else set()

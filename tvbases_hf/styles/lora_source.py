@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..models.adapter import PREFIX
 from ..models.lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
-from ..storage.checkpoint import Checkpoint, locate
+from ..storage.checkpoint import Checkpoint
+from ..storage.files import locate
 
 Source = str | Path | Mapping[str, Tensor]
 Options = dict[str, LoraOptions]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oracles.matrices import EPS, Largest
 from tvbases_hf.algebra.delta import Dense
-from tvbases_hf.models.grouping import group_of
+from tvbases_hf.models.positions import groups_of
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.run import Run, using
 from tvbases_mergekit.kernels import Whole
@@ -108,7 +108,7 @@ def test_more_components_than_the_matrix_has_are_folded_without_loss(tmp_path: P
 
 def measured(found: State, expected: State) -> dict[str, float]:
     """|found - expected| / |expected| by layer group and in total."""
-    groups = {name: group_of(name) for name, tensor in expected.items() if tensor.any()}
+    groups = {name: group for name, group in groups_of(expected).items() if expected[name].any()}
     by_group = {
         group: relative(found, {n: expected[n] for n, own in groups.items() if own == group})
         for group in sorted(set(groups.values()))

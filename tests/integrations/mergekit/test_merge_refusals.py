@@ -101,7 +101,6 @@ MISTAKES: dict[str, tuple[Edit, list[str]]] = {
     "named twice": (twice, ["is named twice"]),
     "two spellings": (two_spellings, ["are the same model"]),
     "no such model": (set_models("nowhere"), ['"nowhere": no such file or directory']),
-    "no config.json": (lambda c, z: (z.base / "config.json").unlink(), ["mergekit cannot tell its layers"]),
     "unknown dtype": (lambda c, z: c.update(dtype="float12"), ["unknown dtype 'float12'"]),
     "integer dtype": (lambda c, z: c.update(out_dtype="int64"), ["weights cannot be stored as int64"]),
 }

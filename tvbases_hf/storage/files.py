@@ -1,0 +1,156 @@
+"""Which files hold a model: local or on the Hub, in one file or in shards, and what a folder holds that is none."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+INDEX = ".index.json"
+# In the loaders' own order: transformers takes the one file first, diffusers the shards.
+SHARDS_FIRST = "diffusion_pytorch_model.safetensors"
+WEIGHT_FILES = ("model.safetensors", SHARDS_FIRST, "pytorch_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+HUB = "hf://"
+SHOWN = 5
+
+# Files of training runs that hold parts of a model, and the command that makes one of them.
+PARTS = {
+    "zero_to_fp32.py": ("shards of DeepSpeed", "python {run}/zero_to_fp32.py {run} {run}"),
+    "*.distcp": (
+        "shards of FSDP",
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shards} {run}/pytorch_model.bin",
+    ),
+    "*_optim_states.pt": ("shards of DeepSpeed", "zero_to_fp32.py of DeepSpeed"),
+    "mp_rank_*": ("shards of Megatron", "the converter of the training code"),
+}
+
+
+def locate(source: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """The local path of a directory, a file or a Hub id (downloaded to ``cache_dir``, by default the Hub's own).
+
+    ``hf://owner/name/folder`` is a folder of what the Hub holds.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    owner, _, rest = source.removeprefix(HUB).partition("/")
+    name, _, folder = rest.strip("/").partition("/")
+    if not HUB_ID.match(f"{owner}/{name}") or (folder and not source.startswith(HUB)) or ".." in folder.split("/"):
+        raise CheckpointError(f'"{source}": no such file or directory (a Hub id has the form "owner/name")')
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [f"{folder}/{pattern}" for pattern in HUB_PATTERNS] if folder else HUB_PATTERNS
+    try:
+        found = snapshot_download(f"{owner}/{name}", revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f'"{source}": no such local directory, and the Hub could not give it: {reason} '
+            "Check the spelling, your connection, and for private or gated models `hf auth login`."
+        ) from error
+    inside = Path(found) / folder
+    if not inside.exists():
+        raise CheckpointError(f'"{source}": {owner}/{name} is on the Hub, but has no folder {folder}')
+    return inside
+
+
+def weight_files(path: Path, label: str) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that hold the weights and, when sharded, the index's map from tensor to file name.
+
+    Raises CheckpointError where there are none, or more than one model; the message says what is there instead.
+    """
+    if path.is_file():
+        return _shards(path, label) if path.name.endswith(INDEX) else ([path], None)
+    chosen = _chosen(path)
+    if chosen is not None:
+        _check_alone(path, chosen, label)
+        return _shards(chosen, label) if chosen.name.endswith(INDEX) else ([chosen], None)
+    if (path / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f'"{label}": a PEFT adapter where a full checkpoint is needed; give the base model')
+    loose = sorted(path.glob("*.safetensors"))
+    if len(loose) == 1:
+        return loose, None
+    raise _no_weights(path, label)
+
+
+def _chosen(path: Path) -> Path | None:
+    """The file or the index that the model's loader takes."""
+    for name in WEIGHT_FILES:
+        files = [path / name, path / (name + INDEX)]
+        found = next((f for f in (reversed(files) if name == SHARDS_FIRST else files) if f.is_file()), None)
+        if found is not None:
+            return found
+    return next(iter(sorted(path.glob(f"*.safetensors{INDEX}"))), None)
+
+
+def _check_alone(path: Path, chosen: Path, label: str) -> None:
+    """Loading a folder that holds both applies the adapter to the model, which is neither of the two."""
+    adapter = next((name for name in ADAPTER_FILES if (path / name).is_file()), None)
+    if adapter is not None and (path / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f'"{label}": holds a model ({chosen.name}) and an adapter ({adapter}), which loaders put on top of it; '
+            f"move {ADAPTER_CONFIG} and {adapter} to a folder of their own, and give the folder that you mean"
+        )
+
+
+def _shards(index: Path, label: str) -> tuple[list[Path], dict[str, str]]:
+    weight_map = _read_index(index, label)
+    files = [index.parent / file for file in dict.fromkeys(weight_map.values())]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise CheckpointError(
+            f'"{label}": {len(absent)} of {len(files)} shards named in {index.name} are absent '
+            f"(first: {absent[0]}); download or copy the checkpoint again"
+        )
+    return files, weight_map
+
+
+def _read_index(index: Path, label: str) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = [file for file in weight_map.values() if Path(file).name != file]
+        if outside:
+            raise ValueError(f"{outside[0]} is not the name of a file beside it")
+        return dict(weight_map)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'"{label}": {index.name} is not a shard index: {error}') from error
+
+
+def _no_weights(path: Path, label: str) -> CheckpointError:
+    """What is there instead: parts of a training run, folders that hold models, or other files."""
+    found = sorted(file.name for file in path.iterdir())
+    start = f'"{label}": not a checkpoint: no model.safetensors, model.safetensors.index.json or pytorch_model.bin'
+    for pattern, (kind, command) in PARTS.items():
+        part = next(iter(sorted([*path.glob(pattern), *path.glob(f"*/{pattern}")])), None)
+        if part is not None:
+            merge = command.format(shards=part.parent, run=path)
+            return CheckpointError(f"{start}, but {kind} ({part.name}); make one model of them: {merge}")
+    inside = {folder.name: kind for folder in sorted(path.iterdir(), key=_by_number) if (kind := _kind(folder))}
+    if inside:
+        sample = ", ".join(f"{name} ({kind})" for name, kind in list(inside.items())[-SHOWN:])
+        return CheckpointError(f"{start} here, but in {len(inside)} of its folders: {sample}; give one of them")
+    return CheckpointError(f"{start} (found: {', '.join(found[:SHOWN]) or 'nothing'})")
+
+
+def _kind(folder: Path) -> str:
+    """What a folder holds, in a word; nothing for one that holds no weights."""
+    if not folder.is_dir():
+        return ""
+    if _chosen(folder) is not None:
+        return "a model"
+    if (folder / ADAPTER_CONFIG).is_file():
+        return "an adapter"
+    return next((kind for pattern, (kind, _) in PARTS.items() if next(folder.glob(pattern), None)), "")
+
+
+def _by_number(folder: Path) -> tuple[str, int]:
+    """checkpoint-500 before checkpoint-1000."""
+    stem, _, number = folder.name.rpartition("-")
+    return (stem, int(number)) if number.isdigit() else (folder.name, 0)
