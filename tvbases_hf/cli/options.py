@@ -183,25 +183,10 @@ def check_choice(option: str, value: str, known: Iterable[str]) -> None:
         raise ParameterError(f"{option}: {value!r} is unknown; choose one of {', '.join(known)}")
 
 
-def check_json(file: Path | None) -> None:
-    check_file(file, "--json")
-
-
 def check_file(file: Path | None, option: str) -> None:
     """Before any work: OutputError for a file that could not be written after it."""
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise OutputError(f'{option} "{file}": not a file in a directory that exists')
-
-
-@contextlib.contextmanager
-def resources(threads: int | None, memory: str | None, resume: bool) -> Iterator[None]:
-    """The block works with these, and with the other processes of this run if there are any."""
-    from ..storage.run import current, using
-
-    run = current()
-    limit = run.memory if memory is None else parse_size(memory)
-    with using(replace(run, workers=threads or run.workers, memory=limit, resume=resume)):
-        yield
 
 
 def parse_size(text: str | None, option: str = "--memory") -> int | None:
