@@ -10,15 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from .. import defaults
 from ..errors import OutputError, ParameterError
 from .app import console
-
-Value = TypeVar("Value")
 
 
 def _in_run(context: typer.Context, **how: Any) -> None:
@@ -76,7 +74,7 @@ _BASE = typer.Option("--base", help="The pretrained model: a directory or a Hub 
 _TASK = typer.Option("--task", help="A fine-tuned model; repeat for each.", metavar="NAME=PATH_OR_ID")
 Base = Annotated[str, _BASE]
 Task = Annotated[list[str], _TASK]
-# Of commands that can do without in some of their uses; see ``required``.
+# Of commands that can do without in some of their uses.
 OptionalBase = Annotated[str | None, _BASE]
 OptionalTask = Annotated[list[str] | None, _TASK]
 Out = Annotated[Path, typer.Option("--out", help="The directory to write.", metavar="DIR")]
@@ -134,13 +132,6 @@ def rank_option(of: str) -> Any:
 def scale_option(of: str) -> Any:
     """``--alpha``, a scale in every command."""
     return typer.Option("--alpha", help=f"A scale: {of}")
-
-
-def required(option: str, value: Value | None) -> Value:
-    """The value of an option that this use of a command needs; a usage message if it is missing."""
-    if not value:
-        raise typer.BadParameter("this option is missing", param_hint=f"'{option}'")
-    return value
 
 
 def parse_numbers(option: str, items: Sequence[str]) -> dict[str, float]:
