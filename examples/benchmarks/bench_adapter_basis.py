@@ -1,4 +1,4 @@
-"""Error against bytes of a basis of adapters: truncation alone, atoms and shared factors; one seed, different seeds.
+"""Error against bytes of a basis of adapters: truncation alone, sums and shared factors; one seed, different seeds.
 
     python examples/benchmarks/bench_adapter_basis.py [--quick] [--json FILE] [--workdir DIR]
 
@@ -7,7 +7,7 @@ kept in the work directory. Every figure is the squared error relative to the ad
 tasks, before rounding; `chosen` is what `tvbases compress --budget` takes. Takes minutes on two cores, mostly training.
 
     same seed: 93% of the input and 9% of the output directions in common (by chance 2%)
-     bytes  truncated    joint    atoms  chosen
+     bytes  truncated    joint     sums  chosen
        90%    0.00153  0.00002  0.22673  joint
        75%    0.01197  0.00064  0.23032  joint
        60%    0.03557  0.01207  0.24276  joint
@@ -17,7 +17,7 @@ tasks, before rounding; `chosen` is what `tvbases compress --budget` takes. Take
        10%    0.44660  0.42797  0.54212  joint
 
     different seed: 2% of the input and 9% of the output directions in common (by chance 2%)
-     bytes  truncated    joint    atoms  chosen
+     bytes  truncated    joint     sums  chosen
        90%    0.00167  0.00167  0.26394  tsv
        75%    0.01223  0.01223  0.27471  tsv
        60%    0.03589  0.03589  0.29203  tsv
@@ -89,7 +89,7 @@ def show(mode: str, found: dict[str, Any]) -> None:
         f"\n{mode} seed: {overlap['input']:.0%} of the input and {overlap['output']:.0%} of the output directions in "
         f"common (by chance {overlap['input_by_chance']:.0%})"
     )
-    print(f"{'bytes':>6} {'truncated':>10} {'joint':>8} {'atoms':>8}  chosen")
+    print(f"{'bytes':>6} {'truncated':>10} {'joint':>8} {'sums':>8}  chosen")
     for budget, row in found["errors"].items():
         figures = f"{row['tsv']:10.5f} {row['joint']:8.5f} {row['ae']:8.5f}"
         print(f"{float(budget):6.0%} {figures}  {row['chosen']}")

@@ -118,7 +118,7 @@ def quality(online: OnlineBasis, paths: list[Path]) -> dict[str, float]:
         total = sum(taus, torch.zeros_like(origin)) * (TASKS / DISTINCT)
         merged = dense(change(name))
         inner += torch.stack([(merged * total).sum(), merged.square().sum(), total.square().sum()])
-        parts = torch.stack([dense(part) for part in online.basis.parts(name)])
+        parts = torch.stack([dense(part) for part in online.basis.deltas(name)])
         for index in range(TASKS):
             tau = taus[index % DISTINCT]
             lost[index] += (torch.tensordot(decoder[:, index], parts, dims=1) - tau).square().sum()

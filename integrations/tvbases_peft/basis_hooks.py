@@ -23,7 +23,7 @@ from tvbases_hf.algebra.delta import Delta, low_parts
 from tvbases_hf.algebra.sums import side_by_side
 from tvbases_hf.basis import LoraBasis
 from tvbases_hf.basis.adapters.codec import Spec
-from tvbases_hf.basis.adapters.lora_atoms import AdapterAtoms
+from tvbases_hf.basis.adapters.lora_vectors import LoraVectors
 from tvbases_hf.basis.adapters.task import template
 from tvbases_hf.basis.info import BasisInfo
 from tvbases_hf.errors import MismatchError, MissingExtraError, ParameterError
@@ -51,11 +51,11 @@ def attach(basis: LoraBasis, model: Any, task: str | None = None, *, adapter_nam
         ParameterError: an unknown task, a name that is taken, a layer or a change that cannot be switched.
     """
     peft = _peft()
-    info, atoms = basis.info, basis.source
+    info, source = basis.info, basis.source
     row = _row(info, task)
-    if atoms.whole:
+    if source.whole:
         raise ParameterError(
-            f"the adapters change {len(atoms.whole)} weights as a whole (first: {atoms.whole[0]}), which cannot be "
+            f"the adapters change {len(source.whole)} weights as a whole (first: {source.whole[0]}), which cannot be "
             "switched between tasks; use adapter(task, base=...) or restore"
         )
     host = model.get_base_model() if isinstance(model, peft.PeftModel) else model
@@ -64,11 +64,11 @@ def attach(basis: LoraBasis, model: Any, task: str | None = None, *, adapter_nam
     if adapter_name in names:
         raise ParameterError(f'the model has an adapter "{adapter_name}" already; give another adapter_name')
     _check_model(host, info)
-    changes = _changes(atoms)
+    changes = _changes(source)
     assert info.adapters is not None
     specs = {name: info.adapters.modules[name] for name in changes}
     _check_unmerged(host, specs)
-    attached = _insert(peft, model, atoms, info, changes, adapter_name)
+    attached = _insert(peft, model, source, info, changes, adapter_name)
     selection = Selection(_key(info), adapter_name, info.tasks, torch.tensor([row]))
     layers = [attached.get_base_model().get_submodule(spec.module) for spec in specs.values()]
     try:
@@ -78,7 +78,7 @@ def attach(basis: LoraBasis, model: Any, task: str | None = None, *, adapter_nam
         raise
     _freeze(attached, adapter_name)
     for layer, (name, spec) in zip(layers, specs.items(), strict=True):
-        layer.lora_variant[adapter_name] = _variant()(_state(atoms, info, name, spec, selection))
+        layer.lora_variant[adapter_name] = _variant()(_state(source, info, name, spec, selection))
     return attached
 
 
@@ -144,21 +144,21 @@ def _key(info: BasisInfo) -> str:
     return hashlib.sha256(json.dumps(info.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _changes(atoms: AdapterAtoms) -> dict[str, Delta]:
+def _changes(source: LoraVectors) -> dict[str, Delta]:
     """All vectors of each weight side by side; weights that no task changes are left out."""
     found: dict[str, Delta] = {}
-    for name, spec in atoms.specs.items():
-        if sum(spec.ranks) or atoms.scales(name) is not None:
-            joined = side_by_side([(part, 1.0) for part in low_parts(atoms.parts(name))])
+    for name, spec in source.specs.items():
+        if sum(spec.ranks) or source.scales(name) is not None:
+            joined = side_by_side([(part, 1.0) for part in low_parts(source.deltas(name))])
             found[name] = joined.to(joined.device, torch.float32)
     return found
 
 
-def _insert(peft: Any, model: Any, atoms: AdapterAtoms, info: BasisInfo, changes: dict[str, Delta], name: str) -> Any:
+def _insert(peft: Any, model: Any, source: LoraVectors, info: BasisInfo, changes: dict[str, Delta], name: str) -> Any:
     """The PeftModel with the vectors as an active adapter. Its own scaling is alpha, as in the stock file."""
     assert info.adapters is not None
     alpha = info.adapters.alpha
-    tensors, words = adapter_tensors(changes, template(info.adapters, atoms), Checkpoint.from_state_dict({}))
+    tensors, words = adapter_tensors(changes, template(info.adapters, source), Checkpoint.from_state_dict({}))
     words |= {"lora_alpha": alpha * words["lora_alpha"]}
     words |= {"alpha_pattern": {module: alpha * value for module, value in words["alpha_pattern"].items()}}
     config = peft.LoraConfig(**{word: value for word, value in words.items() if word != "peft_type"})
@@ -181,7 +181,7 @@ def _freeze(model: nn.Module, adapter_name: str) -> None:
             parameter.requires_grad_(False)
 
 
-def _state(atoms: AdapterAtoms, info: BasisInfo, name: str, spec: Spec, selection: Selection) -> LayerState:
+def _state(source: LoraVectors, info: BasisInfo, name: str, spec: Spec, selection: Selection) -> LayerState:
     """Coefficients relative to the adapter's scaling: decoder / alpha for the tasks, ones for the sum."""
     assert info.adapters is not None
     alpha = info.adapters.alpha
@@ -191,10 +191,10 @@ def _state(atoms: AdapterAtoms, info: BasisInfo, name: str, spec: Spec, selectio
     table = coefficients.repeat_interleave(sizes, dim=1).float()
     if not table.shape[1]:
         table = torch.zeros(len(coefficients), 1)
-    scales = atoms.scales(name)
+    scales = source.scales(name)
     if scales is None:
         return LayerState(selection, Table(table))
-    total = alpha * (atoms.weights @ scales.to(torch.float64))
+    total = alpha * (source.weights @ scales.to(torch.float64))
     return LayerState(selection, Table(table), Table(torch.cat([scales.float(), total.float()[None]])))
 
 

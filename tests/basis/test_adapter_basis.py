@@ -131,7 +131,7 @@ def test_peft_loads_the_directory_where_this_package_cannot_be_imported(family: 
     basis = build(family, dict(method="joint", budget=0.6, alpha=0.5))
     basis.save_pretrained(tmp_path / "basis")
     found = stock_logits(family.base, tmp_path / "basis", IDS)
-    changes = {name: 0.5 * torch.stack([dense(part) for part in basis.parts(name)]).sum(0) for name in basis.names}
+    changes = {name: 0.5 * torch.stack([dense(part) for part in basis.deltas(name)]).sum(0) for name in basis.names}
     assert close(found, merged(family, changes))
     assert not close(found, merged(family, {}), 100 * SAME)
 
@@ -142,7 +142,7 @@ def test_the_stock_adapter_is_the_base_plus_alpha_times_the_sum_of_the_bases(
     how: str, alpha: float, family: Adapters, tmp_path: Path
 ) -> None:
     basis = saved(build(family, REQUESTS[how], alpha=alpha), tmp_path / "basis")
-    changes = {name: alpha * torch.stack([dense(part) for part in basis.parts(name)]).sum(0) for name in basis.names}
+    changes = {name: alpha * torch.stack([dense(part) for part in basis.deltas(name)]).sum(0) for name in basis.names}
     assert close(outputs(load_adapter(family.base, family.case, tmp_path / "basis")), merged(family, changes))
 
 
@@ -150,7 +150,7 @@ def test_the_stock_adapter_is_the_base_plus_alpha_times_the_sum_of_the_bases(
 def test_without_truncation_the_stock_adapter_is_task_arithmetic_over_all_tasks(
     request_: dict[str, Any], family: Adapters, tmp_path: Path
 ) -> None:
-    """Balanced atoms weigh every task M / T; truncated task vectors weigh it once. Rank 16 cuts nothing off."""
+    """Balanced bases weigh every task M / T; truncated task vectors weigh it once. Rank 16 cuts nothing off."""
     full = {**request_, "rank": 16}
     saved(build(family, full), tmp_path / "basis")
     weight = 2 / 4 if full["method"] == "ae" else 1.0
@@ -164,7 +164,7 @@ def sum_of_doras(basis: LoraBasis, dora: Adapters) -> dict[str, Tensor]:
     vectors, base, changes = dora.vectors(), Checkpoint.open(dora.base), {}
     assert basis.info.adapters is not None
     for name in basis.names:
-        low = torch.stack([dense(part) for part in basis.parts(name)]).sum(0)
+        low = torch.stack([dense(part) for part in basis.deltas(name)]).sum(0)
         scales = [delta.row_scale.double() for delta in vectors.deltas(name)]  # type: ignore[union-attr]
         shares = torch.tensor(basis.info.effective_weights, dtype=torch.float64)
         scale = (shares[:, None] * torch.stack(scales)).sum(0)
@@ -268,7 +268,7 @@ def test_the_row_scales_of_a_dora_are_exact_whatever_is_cut_off(dora: Adapters, 
     vectors, base = dora.vectors(), Checkpoint.open(dora.base)
     name = basis.names[0]
     found = basis.reconstruct("math", base=dora.base)[name].double()
-    low = dense(basis.parts(name)[0])
+    low = dense(basis.deltas(name)[0])
     delta = vectors.deltas(name)[0]
     expected = delta.row_scale.double()[:, None] * base.read(name).double() + low  # type: ignore[union-attr]
     assert close(found, expected)
@@ -308,16 +308,16 @@ def test_the_stand_alone_lora_has_the_rank_of_the_reconstruction(family: Adapter
 # The decoder and the errors
 
 
-def test_the_decoder_is_the_least_squares_optimum_for_the_stored_atoms(family: Adapters, tmp_path: Path) -> None:
+def test_the_decoder_is_the_least_squares_optimum_for_the_stored_vectors(family: Adapters, tmp_path: Path) -> None:
     basis = saved(build(family, REQUESTS["ae_rank"], dtype=torch.bfloat16), tmp_path / "basis")
     vectors = family.vectors()
-    atoms = torch.cat([torch.stack([dense(p).reshape(-1) for p in basis.parts(n)]) for n in basis.names], dim=1)
+    stored = torch.cat([torch.stack([dense(p).reshape(-1) for p in basis.deltas(n)]) for n in basis.names], dim=1)
     tasks = torch.cat([torch.stack([c.reshape(-1) for c in dense_changes(vectors, n)]) for n in basis.names], dim=1)
-    optimum = torch.linalg.lstsq(atoms.T, tasks.T).solution
+    optimum = torch.linalg.lstsq(stored.T, tasks.T).solution
     assert (basis.decoder - optimum).abs().max() <= 1e-9 * optimum.abs().max()
 
 
-def test_balanced_atoms_weigh_every_task_alike(family: Adapters) -> None:
+def test_balanced_bases_weigh_every_task_alike(family: Adapters) -> None:
     assert build(family, dict(method="ae", num_bases=2)).info.effective_weights == pytest.approx([0.5] * 4)
 
 
@@ -377,8 +377,8 @@ def test_adapters_near_one_right_factor_share_it_and_strangers_are_truncated(
     assert far.info.task_error == far.info.adapters.truncation_error
 
 
-def test_near_duplicates_are_left_to_common_atoms(tmp_path: Path) -> None:
-    """Four tasks that are two, up to a little noise: neither side is common to all, but two atoms are enough."""
+def test_near_duplicates_are_left_to_common_bases(tmp_path: Path) -> None:
+    """Four tasks that are two, up to a little noise: neither side is common to all, but two bases are enough."""
     base = related_adapters(tmp_path / "like").base
     modules = {f"model.layers.{i}.self_attn.q_proj": (16, 16) for i in range(2)}
     paths = {}
@@ -415,7 +415,7 @@ def test_a_loaded_basis_is_the_one_that_was_built(dora: Adapters, tmp_path: Path
     loaded = saved(built, tmp_path / "basis")
     assert loaded.info == built.info and loaded.names == built.names
     for name in built.names:
-        for a, b in zip(built.parts(name), loaded.parts(name), strict=True):
+        for a, b in zip(built.deltas(name), loaded.deltas(name), strict=True):
             assert close(dense(b), dense(a), 4 * EPS)
 
 
@@ -460,7 +460,7 @@ def test_adapters_of_different_ranks_and_targets_are_compressed_together(tmp_pat
     ):
         basis = saved(build(adapters, request), tmp_path / "basis")
         assert basis.info.task_error == pytest.approx(measured_errors(basis, adapters.vectors()), rel=1e-5, abs=SAME)
-        changes = {n: torch.stack([dense(part) for part in basis.parts(n)]).sum(0) for n in basis.names}
+        changes = {n: torch.stack([dense(part) for part in basis.deltas(n)]).sum(0) for n in basis.names}
         found = outputs(load_adapter(adapters.base, adapters.case, tmp_path / "basis"))
         assert close(found, merged(adapters, changes))
     basis.adapter("small").save_pretrained(tmp_path / "one")
@@ -474,7 +474,7 @@ def test_convolutions_and_embeddings_are_compressed(tmp_path: Path) -> None:
     for request in (dict(method="joint", budget=0.7), dict(method="ae", num_bases=2)):
         basis = saved(build(adapters, request), tmp_path / "basis")
         assert basis.info.task_error == pytest.approx(measured_errors(basis, adapters.vectors()), rel=1e-5, abs=SAME)
-        changes = {n: torch.stack([dense(part) for part in basis.parts(n)]).sum(0) for n in basis.names}
+        changes = {n: torch.stack([dense(part) for part in basis.deltas(n)]).sum(0) for n in basis.names}
         found = outputs(load_adapter(adapters.base, case, tmp_path / "basis"))
         assert close(found, merged(adapters, changes))
         basis.adapter("math").save_pretrained(tmp_path / "one")
@@ -486,7 +486,7 @@ def test_weights_stored_transposed_are_compressed(tmp_path: Path) -> None:
     case = Case("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"})
     adapters = random_adapters(tmp_path, case, TASKS[:3])
     basis = saved(build(adapters, dict(method="joint", budget=0.7)), tmp_path / "basis")
-    changes = {n: torch.stack([dense(part) for part in basis.parts(n)]).sum(0) for n in basis.names}
+    changes = {n: torch.stack([dense(part) for part in basis.deltas(n)]).sum(0) for n in basis.names}
     found = outputs(load_adapter(adapters.base, case, tmp_path / "basis"))
     assert close(found, merged(adapters, changes))
 
@@ -502,7 +502,7 @@ def test_saved_modules_and_biases_are_kept_whole_and_merged(words: dict[str, obj
     vectors = adapters.vectors()
     changes = {}
     for name in basis.names:
-        parts = [dense(part) for part in basis.parts(name)]
+        parts = [dense(part) for part in basis.deltas(name)]
         changes[name] = torch.stack(parts or [dense(delta) for delta in vectors.deltas(name)]).sum(0)
     found = outputs(load_adapter(adapters.base, case, tmp_path / "basis"))
     assert close(found, merged(adapters, changes))

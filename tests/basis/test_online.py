@@ -59,7 +59,7 @@ def flat(base_state: State, model: Checkpoint) -> Tensor:
 
 def buffer_matrix(online: OnlineBasis) -> Tensor:
     """[d, K] float64 of the vectors as stored."""
-    return torch.cat([torch.stack([dense(p).reshape(-1) for p in online.basis.parts(n)], 1) for n in FLOATING])
+    return torch.cat([torch.stack([dense(p).reshape(-1) for p in online.basis.deltas(n)], 1) for n in FLOATING])
 
 
 def grown(
@@ -307,8 +307,8 @@ def test_checkpoints_adapters_and_task_vectors_can_be_added(tmp_path: Path) -> N
     changes = Vectors.open(path, {"adapter": adapter})
     for weight in changes.names:
         expected = dense(changes.deltas(weight)[0])
-        assert torch.allclose(dense(online.basis.parts(weight)[0]), expected, atol=8 * EPS)
-    assert dense(online.basis.parts(name)[1]).eq(1).all() and not dense(online.basis.parts(name)[2]).any()
+        assert torch.allclose(dense(online.basis.deltas(weight)[0]), expected, atol=8 * EPS)
+    assert dense(online.basis.deltas(name)[1]).eq(1).all() and not dense(online.basis.deltas(name)[2]).any()
     assert OnlineBasis.open(tmp_path / "basis").tasks == ("adapter", "vector", "checkpoint")  # the base is remembered
 
 

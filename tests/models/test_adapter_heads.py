@@ -13,7 +13,6 @@ from torch import Tensor
 from commands.command_line import refused, tvbases
 from oracles.merge_oracle import write_config
 from tvbases_hf.basis import LoraBasis
-from tvbases_hf.basis.adapters.compress import Request
 from tvbases_hf.errors import MismatchError
 from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.vectors import Vectors
@@ -93,7 +92,7 @@ def test_a_head_that_only_one_of_the_adapters_brings_is_kept(family: Adapters, t
 
 
 def test_a_basis_of_adapters_with_one_head_gives_every_task_back_with_it(family: Adapters, tmp_path: Path) -> None:
-    LoraBasis.of_adapters(family.vectors(), Request("tsv", rank=4)).save_pretrained(tmp_path / "basis")
+    LoraBasis.build(family.vectors(), method="tsv", rank=4).save_pretrained(tmp_path / "basis")
     basis = LoraBasis.from_pretrained(tmp_path / "basis")
     torch.manual_seed(5)
     model = basis.attach(load_base(family.base, family.case))
@@ -112,7 +111,7 @@ def test_a_basis_of_adapters_with_one_head_gives_every_task_back_with_it(family:
 
 
 def test_the_bytes_of_the_head_are_part_of_the_budget(family: Adapters, tmp_path: Path) -> None:
-    LoraBasis.of_adapters(family.vectors(), Request(budget=0.7)).save_pretrained(tmp_path / "basis")
+    LoraBasis.build(family.vectors(), budget=0.7).save_pretrained(tmp_path / "basis")
     assert stored_bytes(tmp_path / "basis") <= 0.7 * sum(stored_bytes(path) for path in family.tasks.values())
 
 

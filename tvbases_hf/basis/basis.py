@@ -21,11 +21,11 @@ from ..models.vectors import Vectors, basis_labels, check_over
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import locate
 from ..storage.output import transaction, write_json
-from .atoms import AtomSource, StoredAtoms
 from .build import build
 from .info import CONFIG_FILE, BasisInfo, is_basis_directory, model_card
 from .reconstruction import Reconstruction
 from .request import Request
+from .sources import StoredVectors, VectorSource
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "model-merging"]):
     """M bases of T task vectors, or the T task vectors truncated (method ``tsv``).
 
-    ``info`` holds encoder, decoder, errors and where the basis comes from; ``parts(name)`` the stored vectors' part of
+    ``info`` holds encoder, decoder, errors and where the basis comes from; ``deltas(name)`` the stored vectors' part of
     one weight. A built basis computes them from the checkpoints when asked; a loaded one maps them from its files.
     """
 
-    def __init__(self, info: BasisInfo, source: AtomSource) -> None:
+    def __init__(self, info: BasisInfo, source: VectorSource) -> None:
         """Use ``build`` or ``from_pretrained``."""
         self.info = info
         self._source = source
@@ -103,14 +103,9 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         """What is stored, by stored name."""
         return self._source.tensors
 
-    def parts(self, name: str) -> list[Delta]:
+    def deltas(self, name: str) -> list[Delta]:
         """One delta per stored vector: its part of the weight ``name``, in the storage dtype."""
-        return self._source.parts(name)
-
-    def atoms(self, name: str) -> Tensor:
-        """[rows, *shape] the same as one tensor; low-rank parts are multiplied out."""
-        parts = self.parts(name)
-        return torch.stack([dense(part) for part in parts]).to(parts[0].dtype)
+        return self._source.deltas(name)
 
     def reconstruct(self, task: str, *, base: str | Path | None = None) -> Mapping[str, Tensor]:
         """The task vector tau_hat of one task, a lazy mapping from tensor name to float32 tensor; base: for DoRA."""
@@ -118,7 +113,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         model = self._base(base)
 
         def read(name: str) -> Tensor:
-            terms = self.terms(task, name, model) or [(0.0, self.parts(name)[0])]
+            terms = self.terms(task, name, model) or [(0.0, self.deltas(name)[0])]
             return sum((share * dense(part) for share, part in terms[1:]), terms[0][0] * dense(terms[0][1])).float()
 
         return Reconstruction(self.names, read)
@@ -136,18 +131,18 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         covered = set(self.names)
         names = tuple(name for name in model.tensors if name in covered)
         if over == "bases":
-            read = lambda name: self.parts(name)[:num_bases]  # noqa: E731
+            read = lambda name: self.deltas(name)[:num_bases]  # noqa: E731
             return Vectors(model, self.tasks, basis_labels(num_bases), names, self.encoder, read)
         identity = torch.eye(num_tasks, dtype=torch.float64)
         return Vectors(model, self.tasks, self.tasks, names, identity, lambda n: self.reconstructions(n, model))
 
     def terms(self, task: str, name: str, base: Checkpoint | None = None) -> list[tuple[float, Delta]]:
-        """tau_hat's part of one weight as a sum of multiples of deltas; ``base`` as in AtomSource.own."""
-        return self._terms(self.info.index(task), name, self.parts(name), base)
+        """tau_hat's part of one weight as a sum of multiples of deltas; ``base`` as in VectorSource.own."""
+        return self._terms(self.info.index(task), name, self.deltas(name), base)
 
     def reconstructions(self, name: str, base: Checkpoint | None = None) -> list[Delta]:
         """[T] tau_hat's part of one weight for every task, in factors where the vectors are; ``base`` as above."""
-        parts = self.parts(name)
+        parts = self.deltas(name)
         every = [self._terms(index, name, parts, base) or [(0.0, parts[0])] for index in range(len(self.tasks))]
         return [total([delta for _, delta in terms], [share for share, _ in terms]) for terms in every]
 
@@ -170,7 +165,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         assert model is not None
 
         def terms(name: str) -> list[tuple[float, Delta]]:
-            return self.terms(task, name, model) or [(0.0, self.parts(name)[0])]
+            return self.terms(task, name, model) or [(0.0, self.deltas(name)[0])]
 
         def read(name: str) -> Delta:
             return total([delta for _, delta in terms(name)], [share for share, _ in terms(name)])
@@ -219,13 +214,13 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         return cls._of(info, cls._kind_of(info, model_id)._opened(path, info, model_id))
 
     @classmethod
-    def _opened(cls, path: Path, info: BasisInfo, label: str) -> AtomSource:
-        source = StoredAtoms(Checkpoint.open(path), info.ranks, len(info.decoder))
+    def _opened(cls, path: Path, info: BasisInfo, label: str) -> VectorSource:
+        source = StoredVectors(Checkpoint.open(path), info.ranks, len(info.decoder))
         source.check(label)
         return source
 
     @classmethod
-    def _of(cls, info: BasisInfo, source: AtomSource) -> Self:
+    def _of(cls, info: BasisInfo, source: VectorSource) -> Self:
         return cast("Self", cls._kind_of(info, "these models")(info, source))
 
     @classmethod

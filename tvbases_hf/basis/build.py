@@ -9,16 +9,16 @@ from ..models.gram import Gram, gram_matrix
 from ..models.vectors import Vectors
 from ..storage.run import once
 from .adapters.compress import compress_adapters
-from .atoms import AtomSource, EncodedAtoms, stored_encoder
 from .clusters import cluster_vectors
 from .info import BasisInfo, describe
 from .ranks import truncate
 from .request import Request
+from .sources import EncodedVectors, VectorSource, stored_encoder
 
 
 def build(
     vectors: Vectors, request: Request, *, dtype: torch.dtype | None = None, gram: Gram | None = None
-) -> tuple[BasisInfo, AtomSource]:
+) -> tuple[BasisInfo, VectorSource]:
     """What a basis says about itself before rounding, and where its vectors come from.
 
     Raises ParameterError for a request that cannot be met, before anything long is read.
@@ -33,5 +33,5 @@ def build(
         return cluster_vectors(vectors, gram, request.num_bases, request.options, dtype)
     construction, matrix = CONSTRUCTIONS[request.method or "ae"], gram.matrix
     weights = once(lambda: construction.solve(matrix, request.num_bases, **request.options))
-    source = EncodedAtoms(vectors, stored_encoder(weights), dtype, weights.mean is not None)
+    source = EncodedVectors(vectors, stored_encoder(weights), dtype, weights.mean is not None)
     return describe(vectors, gram, weights, request.options), source

@@ -23,8 +23,8 @@ from ..models.vectors import Vectors
 from ..storage.checkpoint import TensorInfo
 from ..storage.parallel import written
 from ..storage.tensor_files import TensorFiles
-from .atoms import refit, write_parts
-from .info import ATOMS_STEM, BasisInfo, describe
+from .info import VECTORS_STEM, BasisInfo, describe
+from .sources import refit, write_vectors
 
 
 def clustered(vectors: Vectors, clusters: Clusters, inner: str = "mean", **options: Any) -> Vectors:
@@ -47,8 +47,8 @@ def clustered(vectors: Vectors, clusters: Clusters, inner: str = "mean", **optio
 
 
 @dataclass(frozen=True)
-class MergedAtoms:
-    """The vectors of a basis, made of the task vectors by methods that need not be linear; see AtomSource."""
+class MergedVectors:
+    """The vectors of a basis, made of the task vectors by methods that need not be linear; see VectorSource."""
 
     tasks: Vectors
     vectors: Vectors
@@ -63,7 +63,7 @@ class MergedAtoms:
         rows, base = len(self.vectors), self.vectors.base.tensors
         return {name: TensorInfo((rows, *base[name].shape), self.dtype or base[name].dtype) for name in self.names}
 
-    def parts(self, name: str) -> list[Delta]:
+    def deltas(self, name: str) -> list[Delta]:
         info = self.tensors[name]
         return [Dense(dense(d).reshape(info.shape[1:]).to(info.dtype)) for d in self.vectors.deltas(name)]
 
@@ -72,11 +72,11 @@ class MergedAtoms:
 
     def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         rows, count, tensors = len(self.vectors), len(self.tasks), self.tensors
-        files = TensorFiles(directory, ATOMS_STEM, tensors)
+        files = TensorFiles(directory, VECTORS_STEM, tensors)
 
         def write(name: str) -> list[float]:
-            parts = self.parts(name)
-            write_parts(files, name, parts)
+            parts = self.deltas(name)
+            write_vectors(files, name, parts)
             products = torch.zeros(rows, rows + count, dtype=torch.float64, device=self.tasks.device)
             for part in blocks([*parts, *self.tasks.deltas(name)]):
                 products += part[:rows] @ part.T
@@ -97,13 +97,13 @@ def cluster_vectors(
     num_bases: float | None,
     options: Mapping[str, Any],
     dtype: torch.dtype | None,
-) -> tuple[BasisInfo, MergedAtoms]:
+) -> tuple[BasisInfo, MergedVectors]:
     """A basis of clusters whose ``inner`` method is not linear; what ``cluster_bases`` does not know is its option."""
     own = {name: options[name] for name in ("split_below", "seed") if name in options}
     rest = {name: value for name, value in options.items() if name not in (*own, "inner")}
     clusters = find_clusters(gram.matrix, num_bases, **own)
     vectors = clustered(tasks, clusters, options["inner"], **rest)
-    return describe(tasks, gram, _weights(gram.matrix, clusters), options), MergedAtoms(tasks, vectors, dtype)
+    return describe(tasks, gram, _weights(gram.matrix, clusters), options), MergedVectors(tasks, vectors, dtype)
 
 
 def _weights(gram: Tensor, clusters: Clusters) -> BasisWeights:

@@ -14,7 +14,7 @@ from ..errors import ParameterError
 from ..models.gram import gram_matrix
 from ..models.vectors import Vectors
 from ..storage.output import check_output, preview
-from ..storage.run import current, find_device
+from ..storage.run import current
 from .basis import Basis
 from .info import is_basis_directory
 from .report import compression
@@ -46,7 +46,7 @@ def compress(
     The others are those of ``Basis.build``. Raises TvbasesError for whatever cannot be, where possible before reading.
     """
     check_output(out, is_basis_directory)
-    vectors = Vectors.open(base, tasks, device=find_device(device))
+    vectors = Vectors.open(base, tasks, device=device)
     asked = Request(method, num_bases, budget, rank, alpha, options)
     request = asked.resolved(vectors.are_adapters, len(vectors))
     _check_run(vectors, request)

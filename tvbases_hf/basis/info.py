@@ -20,12 +20,12 @@ from ..version import library_version
 from .adapters.codec import Spec
 
 CONFIG_FILE = "basis_config.json"
-ATOMS_STEM = "basis"
+VECTORS_STEM = "basis"
 FORMAT_VERSION = 1
 OUR_FILES = (
     CONFIG_FILE,
-    f"{ATOMS_STEM}*.safetensors",
-    f"{ATOMS_STEM}.safetensors.index.json",
+    f"{VECTORS_STEM}*.safetensors",
+    f"{VECTORS_STEM}.safetensors.index.json",
     "adapter_config.json",
     "adapter_model.safetensors",
     "README.md",

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from .adapters.lora_atoms import AdapterAtoms
+from .adapters.lora_vectors import LoraVectors
 from .adapters.task import TaskAdapter, task_adapter
 from .adapters.verdict import adapter_card
 from .basis import Basis
@@ -18,21 +18,21 @@ from .info import BasisInfo
 class LoraBasis(Basis):
     """A Basis of adapters. Its directory is itself a stock PEFT LoRA: the sum of its vectors."""
 
-    _source: AdapterAtoms
+    _source: LoraVectors
 
     @classmethod
     def holds(cls, info: BasisInfo) -> bool:
         return info.adapters is not None
 
     @classmethod
-    def _opened(cls, path: Path, info: BasisInfo, label: str) -> AdapterAtoms:
-        return AdapterAtoms.open(path, info, label)
+    def _opened(cls, path: Path, info: BasisInfo, label: str) -> LoraVectors:
+        return LoraVectors.open(path, info, label)
 
     def _card(self, info: BasisInfo) -> str:
         return adapter_card(info)
 
     @property
-    def source(self) -> AdapterAtoms:
+    def source(self) -> LoraVectors:
         """The stored factors, for what puts them on a model."""
         return self._source
 

@@ -33,7 +33,7 @@ from ..storage.run import current, track
 from ..storage.tensor_files import TensorFiles
 from ..version import library_version
 from .basis import Basis
-from .info import ATOMS_STEM, CONFIG_FILE, BasisInfo, is_basis_directory, model_card
+from .info import CONFIG_FILE, VECTORS_STEM, BasisInfo, is_basis_directory, model_card
 from .online_inputs import Changes, changes_of
 
 KEY = "online"
@@ -210,7 +210,7 @@ class OnlineBasis:
 
     def _write(self, work: Path, tensors: Mapping[str, TensorInfo], step: Step, read: Changes) -> Tensor:
         """Write the new vectors, one pass; the Gram matrix of the old ones, the new task's, and the new as stored."""
-        files = TensorFiles(work, ATOMS_STEM, tensors)
+        files = TensorFiles(work, VECTORS_STEM, tensors)
         known = self.buffer.size + 1
         joint = torch.zeros(known + len(step.weights), known + len(step.weights), dtype=torch.float64)
         update = self._update(tensors, step, read)
@@ -233,7 +233,7 @@ class OnlineBasis:
         """Blocks [K + 1 + K', k] of a weight: old vectors, new task vector, new vectors before rounding."""
 
         def touched(name: str) -> list[Delta]:
-            return [*(self._basis.parts(name) if self._basis else ()), read(name)]
+            return [*(self._basis.deltas(name) if self._basis else ()), read(name)]
 
         if step.mixing is not None:
             mixing = step.mixing

@@ -15,8 +15,8 @@ from ..methods.tsv import default_rank
 from ..models.gram import Gram
 from ..models.vectors import Vectors
 from ..storage.run import track
-from .atoms import TruncatedAtoms
 from .info import BasisInfo, describe
+from .sources import TruncatedVectors
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def truncate(
     rank: str | float | RankRule | None,
     budget: float | None,
     dtype: torch.dtype | None,
-) -> tuple[BasisInfo, TruncatedAtoms]:
+) -> tuple[BasisInfo, TruncatedVectors]:
     """Every task vector, its matrices cut to their leading singular components; neither rank nor budget: to 1/T."""
     rule, found = None if rank is None else RankRule.parse(rank), spectra(vectors)
     ranks = (
@@ -122,4 +122,4 @@ def truncate(
     weights = BasisWeights("tsv", identity, identity, loss, loss, loss, total=float(gram.matrix.trace()))
     options = {"rank": str(rule) if rule else None, "budget": budget}
     info = describe(vectors, gram, weights, options, ranks).with_errors(lost)
-    return info, TruncatedAtoms(vectors, ranks, dtype)
+    return info, TruncatedVectors(vectors, ranks, dtype)

@@ -10,15 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from .. import defaults
 from ..errors import OutputError, ParameterError
 from .app import console
-
-Value = TypeVar("Value")
 
 
 def _in_run(context: typer.Context, **how: Any) -> None:
@@ -76,7 +74,7 @@ _BASE = typer.Option("--base", help="The pretrained model: a directory or a Hub 
 _TASK = typer.Option("--task", help="A fine-tuned model; repeat for each.", metavar="NAME=PATH_OR_ID")
 Base = Annotated[str, _BASE]
 Task = Annotated[list[str], _TASK]
-# Of commands that can do without in some of their uses; see ``required``.
+# Of commands that can do without in some of their uses.
 OptionalBase = Annotated[str | None, _BASE]
 OptionalTask = Annotated[list[str] | None, _TASK]
 Out = Annotated[Path, typer.Option("--out", help="The directory to write.", metavar="DIR")]
@@ -136,13 +134,6 @@ def scale_option(of: str) -> Any:
     return typer.Option("--alpha", help=f"A scale: {of}")
 
 
-def required(option: str, value: Value | None) -> Value:
-    """The value of an option that this use of a command needs; a usage message if it is missing."""
-    if not value:
-        raise typer.BadParameter("this option is missing", param_hint=f"'{option}'")
-    return value
-
-
 def parse_numbers(option: str, items: Sequence[str]) -> dict[str, float]:
     """``NAME=NUMBER`` arguments; ParameterError for a bad or repeated one."""
     found: dict[str, float] = {}
@@ -183,25 +174,10 @@ def check_choice(option: str, value: str, known: Iterable[str]) -> None:
         raise ParameterError(f"{option}: {value!r} is unknown; choose one of {', '.join(known)}")
 
 
-def check_json(file: Path | None) -> None:
-    check_file(file, "--json")
-
-
 def check_file(file: Path | None, option: str) -> None:
     """Before any work: OutputError for a file that could not be written after it."""
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise OutputError(f'{option} "{file}": not a file in a directory that exists')
-
-
-@contextlib.contextmanager
-def resources(threads: int | None, memory: str | None, resume: bool) -> Iterator[None]:
-    """The block works with these, and with the other processes of this run if there are any."""
-    from ..storage.run import current, using
-
-    run = current()
-    limit = run.memory if memory is None else parse_size(memory)
-    with using(replace(run, workers=threads or run.workers, memory=limit, resume=resume)):
-        yield
 
 
 def parse_size(text: str | None, option: str = "--memory") -> int | None:

@@ -68,7 +68,7 @@ def task_model(basis: LoraBasis, family: Adapters, task: str | None) -> Any:
         if task is not None:
             change = sum(share * dense(part) for share, part in basis.terms(task, name, base))
         else:
-            every = [dense(part) for part in basis.parts(name)]
+            every = [dense(part) for part in basis.deltas(name)]
             own = [
                 weight * dense(part)
                 for index, weight in enumerate(basis.info.effective_weights)
@@ -258,13 +258,13 @@ def test_a_basis_stands_next_to_another_adapter(family: Adapters, joint: LoraBas
 
 
 def test_two_bases_stand_on_one_model_each_with_its_own_selection(family: Adapters, joint: LoraBasis) -> None:
-    atoms = LoraBasis.build(family.vectors(), **REQUESTS["ae"])
+    sums = LoraBasis.build(family.vectors(), **REQUESTS["ae"])
     model = joint.attach(fresh(family), "math")
-    model = atoms.attach(model, "code", adapter_name="atoms")
-    assert close(logits(model), logits(task_model(atoms, family, "code")))
+    model = sums.attach(model, "code", adapter_name="sums")
+    assert close(logits(model), logits(task_model(sums, family, "code")))
     model.set_adapter("default")
     assert close(logits(model), logits(task_model(joint, family, "math")))
-    atoms.select(model, "law")
+    sums.select(model, "law")
     assert close(logits(model), logits(task_model(joint, family, "math")))
 
 

@@ -40,7 +40,7 @@ class Plan:
 
     ``weights`` make the vectors out of the task vectors; ``shares`` [rows] are what a squared error of each vector
     counts. A weight without a choice takes the components that ``rule`` keeps of every vector. ``lost`` is the squared
-    error before rounding where it is known: atoms are not orthogonal, so that theirs has to be measured.
+    error before rounding where it is known: basis vectors are not orthogonal, so that theirs has to be measured.
     """
 
     weights: BasisWeights

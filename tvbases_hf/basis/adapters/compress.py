@@ -19,10 +19,10 @@ from ..request import COMPARED, Request
 from .budget import Menu
 from .choice import Plan, Survey, choose, encoded_menus, survey, vector_shares
 from .encode import Encoded, encode
-from .lora_atoms import AdapterAtoms, assemble, stock_error
+from .lora_vectors import LoraVectors, assemble, stock_error
 from .pool import POOL_OPTIONS, Pool, base_id
 
-# Shares of T that are tried as the number of atoms where only a budget is given.
+# Shares of T that are tried as the number of bases where only a budget is given.
 TRIED_BASES = (0.25, 0.5, 0.75)
 # Another method takes the place of truncation if its error is below this share of truncation's.
 BETTER = 0.98
@@ -30,7 +30,7 @@ BETTER = 0.98
 
 def compress_adapters(
     vectors: Vectors, gram: Gram, request: Request, dtype: torch.dtype | None = None
-) -> tuple[BasisInfo, AdapterAtoms]:
+) -> tuple[BasisInfo, LoraVectors]:
     """Choose, encode and describe a basis of adapters.
 
     Args:
@@ -45,21 +45,21 @@ def compress_adapters(
     plans = _plans(pool, found, request)
     best, candidates = _best(pool, plans, request)
     encoded = encode(pool, best, request.alpha)
-    atoms = assemble(
+    source = assemble(
         encoded.stored, encoded.specs, pool.beside, pool.template, vectors.base, request.alpha, best.row_weights
     )
-    used = sum(info.nbytes for info in atoms.tensors.values())
+    used = sum(info.nbytes for info in source.tensors.values())
     _check_useful(encoded, pool, used)
     trivial = encoded
     if best.method != "tsv":
         alone = _truncated(pool, found, max(0, used - pool.fixed_bytes(request.alpha)))
         trivial = encode(pool, alone, request.alpha, keep=False)
-    info = _describe(pool, encoded, trivial, request, candidates, found, gram, stock_error(atoms, vectors.base))
-    return info, atoms
+    info = _describe(pool, encoded, trivial, request, candidates, found, gram, stock_error(source, vectors.base))
+    return info, source
 
 
 def _plans(pool: Pool, found: Survey, request: Request) -> list[Plan]:
-    """The plans to compare: the one that was asked for, or truncation, joint and atoms at the budget."""
+    """What to compare: what was asked for, or truncation, shared factors and sums of tasks at the budget."""
     if request.budget is None:
         weights = _identity(len(pool), "tsv") if request.method == "tsv" else _weights(pool, found, request)
         rule = RankRule.parse(pool.rank if request.rank is None else request.rank)
@@ -77,7 +77,7 @@ def _plans(pool: Pool, found: Survey, request: Request) -> list[Plan]:
     if "joint" in wanted:
         plans.append(_tasks_plan(pool, found, "joint", found.joint, available))
     if set(CONSTRUCTIONS) & set(wanted) and (len(pool) > 1 or request.method):
-        plans.append(_atoms_plan(pool, found, request, available))
+        plans.append(_sums_plan(pool, found, request, available))
     return plans
 
 
@@ -92,8 +92,8 @@ def _tasks_plan(pool: Pool, found: Survey, method: str, menus: Mapping[str, Menu
     return Plan(_identity(len(pool), method), pool.weights, choices, lost=lost)
 
 
-def _atoms_plan(pool: Pool, found: Survey, request: Request, available: float) -> Plan:
-    """Atoms at the budget; without a number of them, the one that promises the least error."""
+def _sums_plan(pool: Pool, found: Survey, request: Request, available: float) -> Plan:
+    """Bases that are sums of tasks at the budget; without a number of them, the one that promises the least error."""
     count = len(pool)
     tried = sorted({max(1, round(share * count)) for share in TRIED_BASES} - {count}) or [1]
     numbers: Sequence[float | None] = [request.num_bases]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...algebra.delta import LowRank, inner
 from ...storage.run import track
-from ..atoms import refit
+from ..sources import refit
 from .choice import Plan
 from .codec import Spec, Stored, restored, store
 from .cores import Shared, block_sums

@@ -19,7 +19,7 @@ from ...models.vectors import Vectors
 from ...options import options_of
 from ...storage.checkpoint import TensorInfo
 from .cores import Cores
-from .lora_atoms import OWN, SCALE, row_factor
+from .lora_vectors import OWN, SCALE, row_factor
 
 SAMPLED_WEIGHTS, SAMPLED_NUMBERS = 4, 16
 
@@ -96,7 +96,7 @@ class Pool:
         return info.shape[0], info.numel // info.shape[0]
 
     def row_factor(self, name: str, alpha: float, row_weights: Tensor) -> Tensor:
-        """[n] what the stock file's left factor of a weight is divided by; see AdapterAtoms."""
+        """[n] what the stock file's left factor of a weight is divided by; see LoraVectors."""
         scales = self.beside.get(name + SCALE)
         if scales is None:
             return torch.ones(self.shape(name)[0], dtype=torch.float64)

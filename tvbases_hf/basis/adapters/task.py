@@ -21,7 +21,7 @@ from ...storage.checkpoint import Checkpoint
 from ...storage.output import transaction
 from ..info import AdapterInfo, BasisInfo
 from .codec import Spec
-from .lora_atoms import AdapterAtoms
+from .lora_vectors import LoraVectors
 
 
 @dataclass(frozen=True)
@@ -43,33 +43,33 @@ Terms = Callable[[str], list[tuple[float, Delta]]]
 
 
 def task_adapter(
-    basis: BasisInfo, atoms: AdapterAtoms, task: str, terms: Terms, alpha: float, base: Checkpoint | None
+    basis: BasisInfo, source: LoraVectors, task: str, terms: Terms, alpha: float, base: Checkpoint | None
 ) -> TaskAdapter:
     """alpha * tau_hat at the rank that the reconstruction has, in the basis's own dtype."""
     info = basis.adapters
     assert info is not None
-    if base is None and (atoms.scaled or atoms.whole):
-        what = "DoRA adapters" if atoms.scaled else "adapters with saved modules or biases"
+    if base is None and (source.scaled or source.whole):
+        what = "DoRA adapters" if source.scaled else "adapters with saved modules or biases"
         raise ParameterError(f"this basis is of {what}, which are written relative to the base model: give base=")
     changes: dict[str, Delta] = {}
-    for name in atoms.names:
-        change = _change(terms(name), atoms.specs.get(name), alpha)
-        if change.low is None or change.low.rank or atoms.scaled:
+    for name in source.names:
+        change = _change(terms(name), source.specs.get(name), alpha)
+        if change.low is None or change.low.rank or source.scaled:
             changes[name] = change
     if not changes:
         raise ParameterError(f'nothing of "{task}" is left in this basis; compress with a larger budget')
     empty = Checkpoint.from_state_dict({})
-    tensors, config = adapter_tensors(changes, template(info, atoms), base or empty, getattr(torch, info.dtype))
+    tensors, config = adapter_tensors(changes, template(info, source), base or empty, getattr(torch, info.dtype))
     return TaskAdapter(tensors, config)
 
 
-def template(info: AdapterInfo, atoms: AdapterAtoms) -> Template:
+def template(info: AdapterInfo, source: LoraVectors) -> Template:
     """Where the factors go, as in the adapters that the basis was made of."""
     layouts = {name: layout(spec) for name, spec in info.modules.items()}
     words = ("base_model_name_or_path", "task_type", "auto_mapping")
-    config = {word: atoms.config[word] for word in words if word in atoms.config}
-    head = {name: atoms.stock.read(f"{PREFIX}{name}") for name in info.head}
-    modules = frozenset(atoms.config.get("modules_to_save") or ())
+    config = {word: source.config[word] for word in words if word in source.config}
+    head = {name: source.stock.read(f"{PREFIX}{name}") for name in info.head}
+    modules = frozenset(source.config.get("modules_to_save") or ())
     return Template(
         layouts, dict(info.bias_modules), config, frozenset(info.saved), Naming(**info.naming), head, modules
     )

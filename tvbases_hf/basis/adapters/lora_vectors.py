@@ -18,17 +18,17 @@ from ...models.adapter import MAGNITUDE, Adapter
 from ...models.lora_config import WEIGHT_FILES, read_config
 from ...models.lora_files import Template, adapter_tensors, nonzero, write_adapter
 from ...storage.checkpoint import Checkpoint, TensorInfo
-from ..info import ATOMS_STEM, BasisInfo
+from ..info import VECTORS_STEM, BasisInfo
 from .codec import MIX, REST, Spec, Stored, restored, stock_factors
 
 STOCK_FILE = WEIGHT_FILES[0]
-BESIDE_FILE = f"{ATOMS_STEM}.safetensors"
+BESIDE_FILE = f"{VECTORS_STEM}.safetensors"
 SCALE, OWN = ".scale", ".own"
 
 
 @dataclass(frozen=True)
-class AdapterAtoms:
-    """An AtomSource over the two files, or over the same tensors before they are written.
+class LoraVectors:
+    """An VectorSource over the two files, or over the same tensors before they are written.
 
     ``stock`` and ``config`` are adapter_model.safetensors and adapter_config.json. ``beside`` (basis.safetensors) holds
     by weight: ``.rest`` and ``.mix`` of shared factors; ``.scale`` [T, n] float32, the row scales of the tasks' DoRA;
@@ -44,7 +44,7 @@ class AdapterAtoms:
     """[T] what each task weighs in the sum of the vectors."""
 
     @classmethod
-    def open(cls, path: Path, info: BasisInfo, label: str) -> AdapterAtoms:
+    def open(cls, path: Path, info: BasisInfo, label: str) -> LoraVectors:
         """Map the files of a basis directory. Raises CheckpointError when one is absent or does not fit the other."""
         assert info.adapters is not None
         if not (path / STOCK_FILE).is_file():
@@ -75,7 +75,7 @@ class AdapterAtoms:
     def names(self) -> tuple[str, ...]:
         return (*self.specs, *self.whole)
 
-    def parts(self, name: str) -> list[Delta]:
+    def deltas(self, name: str) -> list[Delta]:
         """One low-rank delta per vector; none for a weight that is kept whole."""
         if name not in self.specs:
             return []
@@ -139,23 +139,25 @@ class AdapterAtoms:
         return row_factor(scales, self.alpha, self.weights)
 
 
-def stock_error(atoms: AdapterAtoms, base: Checkpoint) -> float:
+def stock_error(source: LoraVectors, base: Checkpoint) -> float:
     """How far the stock file is from alpha * (sum of the vectors), relative to that, in Frobenius norm.
 
     A stock LoRA holds the very same numbers: 0. DoRA goes through magnitudes in float32 and rows that cannot vanish.
     """
-    if not atoms.scaled:
+    if not source.scaled:
         return 0.0
-    stock = Adapter("the basis", atoms.config, atoms.stock, base)
+    stock = Adapter("the basis", source.config, source.stock, base)
     lost = whole = 0.0
-    for name in atoms.specs:
-        found, parts = stock.delta(name), atoms.parts(name)
+    for name in source.specs:
+        found, parts = stock.delta(name), source.deltas(name)
         own = [
-            (share, delta) for task, share in enumerate(atoms.weights.tolist()) for delta in atoms.own(name, task, base)
+            (share, delta)
+            for task, share in enumerate(source.weights.tolist())
+            for delta in source.own(name, task, base)
         ]
         expected = total(
             [*parts, *(delta for _, delta in own)],
-            [*(atoms.alpha for _ in parts), *(atoms.alpha * share for share, _ in own)],
+            [*(source.alpha for _ in parts), *(source.alpha * share for share, _ in own)],
         )
         for part in blocks([expected] if found is None else [expected, found]):
             lost += float((part[0] - part[1:].sum(0)).square().sum())
@@ -176,7 +178,7 @@ def assemble(
     base: Checkpoint,
     alpha: float,
     weights: Tensor,
-) -> AdapterAtoms:
+) -> LoraVectors:
     """The stock adapter theta_0 + alpha * (sum of the vectors) around the stored factors.
 
     ``beside`` are the scales and whole changes that go into basis.safetensors, by stored name.
@@ -204,7 +206,7 @@ def assemble(
     for name, part in stored.items():
         others |= {name + end: tensor for end, tensor in part.beside.items()}
     stock, rest = Checkpoint.from_state_dict(tensors), Checkpoint.from_state_dict(others)
-    return AdapterAtoms(specs, stock, rest, config, alpha, weights)
+    return LoraVectors(specs, stock, rest, config, alpha, weights)
 
 
 def _magnitude(base: Tensor, part: Stored, alpha: float, factor: Tensor | None) -> Tensor:

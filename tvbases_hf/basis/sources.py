@@ -24,14 +24,14 @@ from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.parallel import written
 from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
-from .info import ATOMS_STEM, BasisInfo
+from .info import VECTORS_STEM, BasisInfo
 
 LEFT, RIGHT = ".left", ".right"
 Ranks = Mapping[str, Sequence[int]]
 
 
-class AtomSource(Protocol):
-    """The vectors of a basis: ``parts`` gives one weight's, ``write`` puts all into files."""
+class VectorSource(Protocol):
+    """The vectors of a basis: ``deltas`` gives one weight's, ``write`` puts all into files."""
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -43,7 +43,7 @@ class AtomSource(Protocol):
         """The weights that the vectors cover."""
         ...
 
-    def parts(self, name: str) -> list[Delta]: ...
+    def deltas(self, name: str) -> list[Delta]: ...
 
     def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
         """What one task changes in a weight beside the vectors' part; empty where it shares all with them.
@@ -58,7 +58,7 @@ class AtomSource(Protocol):
 
 
 @dataclass(frozen=True)
-class EncodedAtoms:
+class EncodedVectors:
     """Sums of task vectors, T @ encoder; computed block by block, never held as a whole."""
 
     vectors: Vectors
@@ -75,13 +75,13 @@ class EncodedAtoms:
         rows, base = self.encoder.shape[1], self.vectors.base.tensors
         return {name: TensorInfo((rows, *base[name].shape), self.dtype or base[name].dtype) for name in self.names}
 
-    def parts(self, name: str) -> list[Delta]:
+    def deltas(self, name: str) -> list[Delta]:
         info, start = self.tensors[name], 0
-        atoms = torch.empty(info.shape[0], info.numel // info.shape[0], dtype=info.dtype)
+        sums = torch.empty(info.shape[0], info.numel // info.shape[0], dtype=info.dtype)
         for part in blocks(self.vectors.deltas(name)):
-            atoms[:, start : start + part.shape[1]] = self.encoder.T.to(part.device) @ part
+            sums[:, start : start + part.shape[1]] = self.encoder.T.to(part.device) @ part
             start += part.shape[1]
-        return [Dense(row) for row in atoms.reshape(info.shape)]
+        return [Dense(row) for row in sums.reshape(info.shape)]
 
     def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
         return []
@@ -89,7 +89,7 @@ class EncodedAtoms:
     def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         size, count = self.encoder.shape[1], len(self.vectors)
         base, tensors = self.vectors.base.tensors, self.tensors
-        files = TensorFiles(directory, ATOMS_STEM, tensors)
+        files = TensorFiles(directory, VECTORS_STEM, tensors)
 
         def write(name: str) -> list[float]:
             products = torch.zeros(size, size + count, dtype=torch.float64, device=self.vectors.device)
@@ -115,7 +115,7 @@ class EncodedAtoms:
 
 
 @dataclass(frozen=True)
-class TruncatedAtoms:
+class TruncatedVectors:
     """Each task vector for itself, its matrices cut to their leading singular components (TSV-Compress).
 
     ``ranks`` [T] by weight; a weight without ranks (a bias, or a matrix whose factors would be larger) is kept whole.
@@ -143,7 +143,7 @@ class TruncatedAtoms:
                 found[name] = TensorInfo((len(self.vectors), *base.shape), dtype)
         return found
 
-    def parts(self, name: str) -> list[Delta]:
+    def deltas(self, name: str) -> list[Delta]:
         dtype = self.dtype or self.vectors.base.tensors[name].dtype
         deltas = self.vectors.deltas(name)
         if name not in self.ranks:
@@ -158,21 +158,21 @@ class TruncatedAtoms:
         return []
 
     def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
-        files = TensorFiles(directory, ATOMS_STEM, self.tensors)
+        files = TensorFiles(directory, VECTORS_STEM, self.tensors)
         lost = torch.zeros(len(self.vectors), dtype=torch.float64)
         base = self.vectors.base.tensors
         for name in track(self.names, "Writing components", lambda n: base[n].nbytes):
-            parts = self.parts(name)
+            parts = self.deltas(name)
             for index, (part, delta) in enumerate(zip(parts, self.vectors.deltas(name), strict=True)):
                 difference = dense(delta) - dense(part)
                 _check_range(difference, name, self.dtype or base[name].dtype)
                 lost[index] += float(difference.square().sum())
-            write_parts(files, name, parts)
+            write_vectors(files, name, parts)
         return info.with_errors(lost)
 
 
 @dataclass(frozen=True)
-class StoredAtoms:
+class StoredVectors:
     """Vectors read back from the files of a basis directory."""
 
     checkpoint: Checkpoint
@@ -188,7 +188,7 @@ class StoredAtoms:
         factors = {name + end for name in self.ranks for end in (LEFT, RIGHT)}
         return (*self.ranks, *(name for name in self.tensors if name not in factors))
 
-    def parts(self, name: str) -> list[Delta]:
+    def deltas(self, name: str) -> list[Delta]:
         if name not in self.ranks:
             return [Dense(row) for row in self.checkpoint.read(name)]
         left, right = self.checkpoint.read(name + LEFT), self.checkpoint.read(name + RIGHT)
@@ -199,7 +199,7 @@ class StoredAtoms:
         return []
 
     def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
-        files = TensorFiles(directory, ATOMS_STEM, self.tensors)
+        files = TensorFiles(directory, VECTORS_STEM, self.tensors)
         for name in track(list(self.tensors), "Writing", lambda n: self.tensors[n].nbytes):
             files.write(name, self.checkpoint.read(name))
         return info
@@ -224,7 +224,7 @@ class StoredAtoms:
                 )
 
 
-def write_parts(files: TensorFiles, name: str, parts: Sequence[Delta]) -> None:
+def write_vectors(files: TensorFiles, name: str, parts: Sequence[Delta]) -> None:
     """All vectors' parts of one weight, in the layout of the module docstring."""
     factors = low_parts(parts)
     if factors:
