@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import zipfile
 from collections.abc import Callable, Hashable, Mapping, Set
@@ -17,50 +16,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .quantised import QuantisedWeight, numbers_of, quantisation, written_dtype
+from .tensors import DTYPES, TensorInfo
 
-# The safetensors format's names for dtypes.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-}
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 FINGERPRINT_ELEMENTS = 256
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
 class Checkpoint:
     """The tensors of one model: ``tensors`` tells name, shape and dtype; ``read`` maps one tensor at a time.
 
     Opening reads headers only. A tensor read from safetensors is a view of the mapped file, so it costs page cache
-    and not memory of its own.
+    and not memory of its own; but a weight in ``quantised`` is a copy, dequantised whenever it is read.
     """
 
     def __init__(
@@ -70,10 +39,12 @@ class Checkpoint:
         read: Callable[[str], Tensor],
         path: Path | None = None,
         config: Mapping[str, Any] | None = None,
+        quantised: Mapping[str, QuantisedWeight] | None = None,
     ) -> None:
         self.label = label
         self.path = path
         self.config = dict(config or {})
+        self.quantised = dict(quantised or {})
         tied = _tied_outputs(self.config, tensors)
         self.tensors = {name: info for name, info in tensors.items() if name not in tied}
         self._read = read
@@ -100,7 +71,10 @@ class Checkpoint:
         if not tensors:
             raise CheckpointError(f'"{label}": holds no tensors')
         directory = path if path.is_dir() else path.parent
-        return cls(label, tensors, lambda name: readers[owner[name]].read(name), path, _read_config(directory, label))
+        config = _read_config(directory, label)
+        read = lambda name: readers[owner[name]].read(name)  # noqa: E731
+        logical, quantised = numbers_of(label, tensors, read, config, quantisation(directory, config))
+        return cls(label, logical, read, path, config, quantised)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], label: str = "state dict") -> Checkpoint:
@@ -109,8 +83,31 @@ class Checkpoint:
         return cls(label, infos, lambda name: state[name].detach().cpu())
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU. Do not write to it."""
-        return self._read(name)
+        """The tensor as stored or dequantised, on the CPU. Do not write to it."""
+        weight = self.quantised.get(name)
+        return self._read(name) if weight is None else weight.dequantise()
+
+    def mapped(self, name: str) -> list[Tensor]:
+        """What is stored of a tensor, mapped and not dequantised."""
+        weight = self.quantised.get(name)
+        return [self._read(part) for part in ((name,) if weight is None else weight.parts)]
+
+    def copied(self, name: str) -> int:
+        """The bytes that a tensor takes when it has been read, beside the mapped file."""
+        return self.quantised[name].info.nbytes if name in self.quantised else 0
+
+    def written(self, dtype: torch.dtype | None = None) -> dict[str, TensorInfo]:
+        """The tensors as a model made of this one stores them: floats in ``dtype``.
+
+        None is each tensor's own, of dequantised ones the 16-bit float that the configuration declares, else bfloat16.
+        """
+        own = written_dtype(self.config)
+        return {
+            name: TensorInfo(info.shape, dtype or (own if name in self.quantised else info.dtype))
+            if info.dtype.is_floating_point
+            else info
+            for name, info in self.tensors.items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -122,8 +119,9 @@ class Checkpoint:
         for name in sorted(self.tensors):
             info = self.tensors[name]
             digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
-            head = self.read(name).reshape(-1)[:FINGERPRINT_ELEMENTS].contiguous()
-            digest.update(head.view(torch.uint8).numpy().tobytes() if head.numel() else b"")
+            for tensor in self.mapped(name):
+                head = tensor.reshape(-1)[:FINGERPRINT_ELEMENTS].contiguous()
+                digest.update(head.view(torch.uint8).numpy().tobytes() if head.numel() else b"")
         return digest.hexdigest()[:32]
 
 
