@@ -68,6 +68,11 @@ class Edit:
     def pieces(self, name: str) -> Iterator[Tensor]:
         return pieces(self._read(name), self.alpha) if self.stream is None else self.stream(name)
 
+    def need(self, name: str) -> int:
+        """About the bytes of dequantised weights that are in memory while a weight is changed."""
+        read = [model for model in self.models.values() if isinstance(model, Checkpoint) and name in model.tensors]
+        return sum(model.copied(name) for model in (self.base, *read)) if read and name in self.names else 0
+
     def leave_marker(self, directory: Path) -> None:
         """What was edited, and the names of all files: what the next edit may replace."""
         files = sorted(file.name for file in directory.iterdir())

@@ -18,12 +18,20 @@ from ..tensors import TensorInfo
 from . import bitsandbytes, compressed, float8, gptq, mxfp4
 from .weight import QuantisedWeight, Stored
 
-__all__ = ["CONFIG_FILES", "CONFIG_KEYS", "QuantisedWeight", "numbers_of", "quantisation", "written_dtype"]
+__all__ = [
+    "CONFIG_FILES",
+    "QuantisedWeight",
+    "numbers_of",
+    "quantisation",
+    "without_quantisation",
+    "written_dtype",
+]
 
 FORMATS = (float8, bitsandbytes, gptq, compressed, mxfp4)
 # Where a configuration says how the weights are stored, and files beside it that say so for other programs.
 CONFIG_KEYS = ("quantization_config", "compression_config")
 CONFIG_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
+PARTS = ("text_config", "llm_config", "language_config")
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 # What is stored beside quantised weights for activations and caches, and means nothing without them.
 ACTIVATIONS = ("input_scale", "activation_scale", "input_zero_point", "input_global_scale", "input_scale_ub")
@@ -82,7 +90,7 @@ def _is_code(name: str, info: TensorInfo, is_quantised: bool) -> bool:
 
 def quantisation(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """How a model's configuration, or a file beside it, says that its weights are stored; empty where none does."""
-    for part in (config, *(config.get(key) for key in ("text_config", "llm_config", "language_config"))):
+    for part in (config, *(config.get(key) for key in PARTS)):
         for key in CONFIG_KEYS:
             if isinstance(part, Mapping) and isinstance(part.get(key), Mapping):
                 return dict(part[key])
@@ -94,6 +102,15 @@ def quantisation(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(found, dict):
             return {"quant_method": "gptq" if file == CONFIG_FILES[0] else "", **found}
     return {}
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, and those of its parts, without what it says of how weights are stored."""
+    return {
+        key: without_quantisation(value) if key in PARTS and isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in CONFIG_KEYS
+    }
 
 
 def written_dtype(config: Mapping[str, Any]) -> torch.dtype:
