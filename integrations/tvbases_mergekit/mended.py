@@ -1,4 +1,4 @@
-"""Two defects of mergekit 0.1.5 that end a merge which has nothing wrong with it."""
+"""Two defects of mergekit 0.1.5 that end a merge which has nothing wrong with it, and one that lets NaN through."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import Any
 from unittest.mock import patch
 
 from mergekit import card
+from mergekit.io.tensor_writer import TensorWriter
 from mergekit.plan import MergePlanner
+from torch import Tensor
+
+from tvbases_hf.algebra.finite import count_not_finite
+from tvbases_hf.errors import ParameterError
 
 LOG = logging.getLogger("tvbases_mergekit")
 
@@ -18,7 +23,7 @@ LOG = logging.getLogger("tvbases_mergekit")
 @contextlib.contextmanager
 def mended_mergekit() -> Iterator[None]:
     """mergekit without these defects, in this process and for this block."""
-    ask, plan_tensor = card.is_hf, MergePlanner.plan_tensor
+    ask, plan_tensor, save_tensor = card.is_hf, MergePlanner.plan_tensor, TensorWriter.save_tensor
 
     def is_hf(path: str) -> bool:
         """The model card's question whether a path is on the Hub, which it also asks about local directories."""
@@ -36,7 +41,21 @@ def mended_mergekit() -> Iterator[None]:
             weights_in = [w.model_copy(update={"aliases": _Names(w.aliases)}) if w.aliases else w for w in weights_in]
         plan_tensor(self, weight, weights_in, *args, **kwargs)
 
-    with patch.object(card, "is_hf", is_hf), patch.object(MergePlanner, "plan_tensor", plan_optional_tensor):
+    def save_finite_tensor(self: Any, name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The writer stores whatever a method gives it, and what overflows when it is rounded."""
+        if lost := count_not_finite(tensor):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ParameterError(
+                f"the merged tensor {name}: {lost} of {tensor.numel()} numbers are infinite or NaN as {dtype}; set "
+                "out_dtype to bfloat16 or float32, or look for NaN in the models with `tvbases inspect`"
+            )
+        save_tensor(self, name, tensor, *args, **kwargs)
+
+    with (
+        patch.object(card, "is_hf", is_hf),
+        patch.object(MergePlanner, "plan_tensor", plan_optional_tensor),
+        patch.object(TensorWriter, "save_tensor", save_finite_tensor),
+    ):
         yield
 
 

@@ -83,6 +83,12 @@ def _open(reference: ModelReference, options: MergeOptions) -> Checkpoint:
             f'"{reference.model}": has no config.json, which tells mergekit the architecture; copy it from the model '
             "that this one was fine-tuned from, or merge plain weight files with mergekit-pytorch"
         )
+    if checkpoint.quantised:
+        name, weight = next(iter(checkpoint.quantised.items()))
+        raise CheckpointError(
+            f'"{reference.model}": {len(checkpoint.quantised)} weights are quantised (first: {name}, {weight.format}), '
+            "and mergekit takes the codes for numbers; `tvbases merge` reads the numbers that they stand for"
+        )
     if reference.lora is not None:
         if not options.lora_merge_cache:
             raise ParameterError(

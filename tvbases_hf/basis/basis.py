@@ -246,7 +246,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
     def _with_outputs(self, model: Checkpoint) -> Checkpoint:
         """The base with the output matrix that a task has of its own, where in the base it is the embedding."""
         absent = [name for name in self.names if name not in model.tensors]
-        return model.with_outputs({name: TensorInfo(self.parts(name)[0].shape, torch.float32) for name in absent})
+        return model.with_outputs({name: TensorInfo(self.deltas(name)[0].shape, torch.float32) for name in absent})
 
     def check_base(self, model: Checkpoint) -> None:
         """MismatchError unless ``model`` is the one that this basis was built on."""

@@ -107,8 +107,9 @@ class EncodedVectors:
             return [*inner.flatten().tolist(), *cross.flatten().tolist()]
 
         weight = lambda name: base[name].nbytes * (count + 1)  # noqa: E731
+        need = lambda name: ENCODE_BYTES + self.vectors.copied(name)  # noqa: E731
         width, reads = size * (size + count), self.vectors.stored
-        table = written(files, self.names, write, width, "Writing bases", weight, lambda _: ENCODE_BYTES, reads)
+        table = written(files, self.names, write, width, "Writing bases", weight, need, reads)
         total = table.sum(dim=0)
         inner, cross = total[: size * size].reshape(size, size), total[size * size :].reshape(size, count)
         return info.refitted(*refit(inner, cross, self.has_mean))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, pieces
+from ..algebra.delta import PIECE_BYTES, Delta, Dense, pieces
 from ..algebra.sums import scale
 from ..models.vectors import Model, Vectors
 from ..storage.checkpoint import Checkpoint
@@ -67,6 +67,12 @@ class Edit:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         return pieces(self._read(name), self.alpha) if self.stream is None else self.stream(name)
+
+    def need(self, name: str) -> int:
+        """About the bytes that are in memory while a weight is changed, of quantised models."""
+        read = [model for model in self.models.values() if isinstance(model, Checkpoint) and name in model.tensors]
+        copies = sum(model.copied(name) for model in (self.base, *read)) if read and name in self.names else 0
+        return copies + PIECE_BYTES if copies else 0
 
     def leave_marker(self, directory: Path) -> None:
         """What was edited, and the names of all files: what the next edit may replace."""

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import Delta, dense, square_norm
+from ..algebra.finite import count_not_finite
 from ..methods.devec import Decomposition, Options, decompose
 from ..models.positions import groups_of, in_order
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint
-from ..storage.model import copy_side_files
+from ..storage.model import copy_side_files, not_stored
 from ..storage.output import check_output, preview, transaction, write_json
 from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
@@ -30,13 +31,15 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
     a full disk.
     """
     base = vectors.base
+    tensors = base.written()
+    size = sum(info.nbytes for info in tensors.values())
     copies = [f"unique/{task}" for task in vectors.tasks] + [SHARED]
     if dry_run:
         check_output(out, is_components)
-        return preview(out, len(base.tensors) * len(copies), base.nbytes * len(copies))
+        return preview(out, len(base.tensors) * len(copies), size * len(copies))
     groups = groups_of(base.tensors)
     energy: dict[str, Tensor] = {}
-    with transaction(out, is_components, base.nbytes * len(copies)) as work:
+    with transaction(out, is_components, size * len(copies)) as work:
         files = {copy: _begin(base, work / copy) for copy in copies}
         for name in track(list(base.tensors), "Decomposing", lambda n: base.tensors[n].nbytes):
             if name in vectors.names:
@@ -47,8 +50,9 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
                 table += _energies(split, deltas)
             else:
                 changes = dict.fromkeys(copies)
+            tensor, dtype = base.read(name), tensors[name].dtype
             for copy, change in changes.items():
-                files[copy].write(name, _edited(base.read(name), change))
+                files[copy].write(name, _edited(base.label, name, tensor, change, dtype))
         found = {"options": vars(options), "tasks": list(vectors.tasks), "shared_energy": _shares(energy)}
         write_json(work / MARKER, found)
     return found
@@ -62,11 +66,15 @@ def _begin(base: Checkpoint, directory: Path) -> TensorFiles:
     directory.mkdir(parents=True)
     if base.path is not None and base.path.is_dir():
         copy_side_files(base.path, directory)
-    return TensorFiles(directory, "model", base.tensors)
+    return TensorFiles(directory, "model", base.written())
 
 
-def _edited(tensor: Tensor, change: Delta | None) -> Tensor:
-    return tensor if change is None else (tensor.to(change.device, torch.float64) + dense(change)).to(tensor.dtype)
+def _edited(label: str, name: str, tensor: Tensor, change: Delta | None, dtype: torch.dtype) -> Tensor:
+    edited = tensor if change is None else tensor.to(change.device, torch.float64) + dense(change)
+    edited = edited.to(dtype)
+    if lost := count_not_finite(edited, tensor):
+        raise not_stored(label, name, tensor, lost, dtype)
+    return edited
 
 
 def _energies(split: Decomposition, deltas: list[Delta]) -> Tensor:

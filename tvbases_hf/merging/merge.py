@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import PIECE_BYTES, Delta, Dense, pieces
+from ..algebra.finite import is_finite
 from ..errors import ParameterError
 from ..models.gram import not_finite
 from ..models.vectors import Vectors
@@ -68,7 +69,7 @@ class Merge:
     def inputs(self, name: str) -> list[Delta]:
         """The models' changes of one weight. CheckpointError for NaN or infinity in one of them."""
         deltas = self.vectors.deltas(name)
-        if not all(_is_finite(tensor) for delta in deltas for tensor in delta.stored):
+        if not all(is_finite(tensor) for delta in deltas for tensor in delta.stored):
             raise not_finite(self.vectors, name, deltas)
         return deltas
 
@@ -83,7 +84,7 @@ class Merge:
             yield from pieces(self.change(name))
             return
         for part in self.stream(name, whole):
-            if not _is_finite(part):
+            if not is_finite(part):
                 raise not_finite(self.vectors, name, deltas)
             yield part
 
@@ -92,8 +93,9 @@ class Merge:
         if name not in self.names:
             return 0
         if self.stream is not None and not self.vectors.are_adapters:
-            return PIECE_BYTES
-        return (len(self.vectors) + WHOLE_AT_ONCE) * self.vectors.base.tensors[name].numel * BYTES
+            return PIECE_BYTES + self.vectors.copied(name)
+        whole = (len(self.vectors) + WHOLE_AT_ONCE) * self.vectors.base.tensors[name].numel * BYTES
+        return whole + self.vectors.copied(name)
 
     def job(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Whatever decides the output: the same job can go on where a killed one was."""
@@ -137,8 +139,3 @@ def is_merge(directory: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return all(entry.name in written for entry in directory.iterdir())
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """A sum is finite if all its terms are, in float64; nothing of the tensor's size is made."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float64)))

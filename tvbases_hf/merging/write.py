@@ -60,10 +60,11 @@ def is_checkpoint_of_ours(directory: Path) -> bool:
 
 def _merged_checkpoint(merge: Merge, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     base = merge.base
-    size = sum(info.numel * (dtype.itemsize if dtype else info.dtype.itemsize) for info in base.tensors.values())
+    written = base.written(dtype)
+    size = sum(info.nbytes for info in written.values())
     with transaction(out, is_checkpoint_of_ours, size, merge.job(dtype)) as work:
         stream_model(base, work, _pieces(merge), dtype=dtype, need=merge.need, reads=merge.vectors.stored)
-        stored = dtype or next((base.tensors[name].dtype for name in merge.names), torch.float32)
+        stored = dtype or next((written[name].dtype for name in merge.names), torch.float32)
         return _finish(merge, work, {**merge.report("checkpoint", out), "dtype": _name(stored)})
 
 
@@ -91,8 +92,9 @@ def _merged_adapter(merge: Merge, out: Path, limits: Limits) -> dict[str, Any]:
 
 
 def _edited_checkpoint(edit: Edit, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-    with transaction(out, is_checkpoint_of_ours, edit.base.nbytes) as work:
-        stream_model(edit.base, work, _pieces(edit), dtype=dtype)
+    size = sum(info.nbytes for info in edit.base.written(dtype).values())
+    with transaction(out, is_checkpoint_of_ours, size) as work:
+        stream_model(edit.base, work, _pieces(edit), dtype=dtype, need=edit.need)
         edit.leave_marker(work)
     return {"out": str(out), "kind": "checkpoint", "edit": edit.note}
 

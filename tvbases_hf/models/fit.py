@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from ..errors import MismatchError, ParameterError
 from ..storage.checkpoint import Checkpoint
@@ -15,6 +17,8 @@ from .adapter import Adapter
 class Coverage:
     """The tensors that carry task vectors, and what they leave out: tensors that a fine-tune lacks, that the base
     lacks, or of another shape. ``heads`` are those of adapters that the base lacks; see Adapter.head_names.
+    ``integers`` finds (it reads them) tensors of whole numbers that differ from the base's; ``formats`` is what the
+    weights of a model are quantised as where the base's are not, or the other way round.
     """
 
     names: tuple[str, ...] = ()
@@ -22,6 +26,8 @@ class Coverage:
     extra: dict[str, tuple[str, ...]] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     heads: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    integers: Callable[[], dict[str, tuple[str, ...]]] = dict
+    formats: dict[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """One line per finding, for the user."""
@@ -37,6 +43,13 @@ class Coverage:
                 f'"{task}": {len(names)} tensors are not in the base (first: {names[0]}); an adapter keeps them as '
                 "they are, a checkpoint leaves them out"
             )
+        for task, names in self.integers().items():
+            lines.append(
+                f'"{task}": {len(names)} tensors of integers differ from the base\'s (first: {names[0]}); they stay as '
+                "the base has them, since integers carry no task vector"
+            )
+        for task, formats in self.formats.items():
+            lines.append(f'"{task}": {formats}; its change holds the error of that rounding as well')
         if self.skipped:
             lines.append(f"{len(self.skipped)} tensors differ in shape (first: {self.skipped[0]}); left out")
         return lines
@@ -161,4 +174,19 @@ def _coverage(
         extra={task: found for task, found in extra.items() if found},
         skipped=skipped,
         heads={task: adapter.head_names for task, adapter in adapters.items() if adapter.head_names},
+        integers=lambda: {t: found for t, model in checkpoints.items() if (found := _other_integers(model, base))},
+        formats={task: found for task, model in checkpoints.items() if (found := _other_format(model, base))},
     )
+
+
+def _other_integers(model: Checkpoint, base: Checkpoint) -> tuple[str, ...]:
+    """The tensors of whole numbers, such as positions and counts, that the model has otherwise than the base."""
+    whole = [n for n, info in base.tensors.items() if not info.dtype.is_floating_point and n in model.tensors]
+    return tuple(n for n in whole if not torch.equal(model.read(n), base.read(n)))
+
+
+def _other_format(model: Checkpoint, base: Checkpoint) -> str:
+    ours, theirs = (", ".join(sorted({w.format for w in m.quantised.values()})) for m in (base, model))
+    if bool(ours) == bool(theirs):
+        return ""
+    return f"quantised ({theirs}) and the base is not" if theirs else f"not quantised and the base is ({ours})"

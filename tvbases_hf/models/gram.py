@@ -11,6 +11,7 @@ from torch import Tensor
 from ..algebra.delta import PIECE_BYTES, Delta, Dense, blocks, gram, pieces
 from ..errors import CheckpointError
 from ..storage.parallel import rows
+from .finite import not_finite_in
 from .vectors import Vectors
 
 # A fine-tune moves a model by well under a per cent to a few per cent (AE paper, Table 6); another base by about its
@@ -83,13 +84,15 @@ def gram_matrix(vectors: Vectors) -> Gram:
         if vectors.are_adapters:
             part, square = gram(deltas), 0.0
         else:
-            part, square = _with_base(deltas, vectors.base.read(name))
+            own = (delta.base for delta in deltas if isinstance(delta, Dense) and delta.base is not None)
+            base = next(own, None)
+            part, square = _with_base(deltas, vectors.base.read(name) if base is None else base)
         if not (torch.isfinite(part).all() and math.isfinite(square)):
             raise not_finite(vectors, name, deltas)
         return [*part.flatten().tolist(), square]
 
     size = lambda name: vectors.base.tensors[name].nbytes * (count + 1)  # noqa: E731
-    width, need = count * count + 1, lambda _: PIECE_BYTES
+    width, need = count * count + 1, lambda name: PIECE_BYTES + vectors.copied(name)
     table = rows(vectors.names, products, width, "Gram matrix", size, need, vectors.stored)
     total = table.sum(dim=0)
     base_norm = None if vectors.are_adapters else float(total[-1]) ** 0.5
@@ -115,8 +118,5 @@ def not_finite(vectors: Vectors, name: str, deltas: list[Delta]) -> CheckpointEr
     for label, delta in zip([base.label, *labels], [Dense(base.read(name)), *deltas], strict=True):
         bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces(delta))
         if bad:
-            return CheckpointError(
-                f'"{label}": tensor {name} holds {bad} NaN or infinite numbers of {base.tensors[name].numel}; '
-                "the training run diverged or the file is damaged: use an earlier checkpoint"
-            )
+            return not_finite_in(label, name, bad, base.tensors[name].numel)
     return CheckpointError(f"tensor {name}: its inner products overflow float64")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..algebra.delta import Delta, LowRank, dense, zeros
+from ..algebra.finite import count_not_finite
 from ..errors import ParameterError
 from ..storage.checkpoint import Checkpoint
 from ..storage.output import contains_only, write_json
@@ -113,7 +114,17 @@ def adapter_tensors(
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """adapter_model.safetensors and adapter_config.json into an existing directory."""
+    """adapter_model.safetensors and adapter_config.json into an existing directory.
+
+    Raises ParameterError for numbers that are not finite once they are rounded.
+    """
+    for name, tensor in tensors.items():
+        if lost := count_not_finite(tensor):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ParameterError(
+                f"the adapter: {lost} of {tensor.numel()} numbers of {name} are infinite or NaN as {dtype}; write it "
+                "as bfloat16 or float32, or make the change smaller"
+            )
     own = {name: tensor.contiguous() for name, tensor in tensors.items()}
     seen = Counter(tensor.untyped_storage().data_ptr() for tensor in own.values())
     own = {name: t.clone() if seen[t.untyped_storage().data_ptr()] > 1 else t for name, t in own.items()}

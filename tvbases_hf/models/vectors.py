@@ -22,6 +22,7 @@ from ..storage import run
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import locate
 from .adapter import Adapter, is_adapter
+from .finite import finite_values
 from .fit import Coverage, check_fit, same_outputs
 
 Model = Checkpoint | Adapter
@@ -114,8 +115,15 @@ class Vectors:
 
     def stored(self, name: str) -> list[Tensor]:
         """What is mapped of the base and the full checkpoints when ``deltas(name)`` is computed."""
+        return [tensor for model in self._read_for(name) for tensor in model.mapped(name)]
+
+    def copied(self, name: str) -> int:
+        """The bytes that ``deltas(name)`` takes beside the mapped files, where weights are quantised."""
+        return sum(model.copied(name) for model in self._read_for(name))
+
+    def _read_for(self, name: str) -> list[Checkpoint]:
         models = [model for model in self.models.values() if isinstance(model, Checkpoint) and name in model.tensors]
-        return [model.read(name) for model in [self.base, *models]] if models else []
+        return [self.base, *models] if models else []
 
     def mixed(self, weights: BasisWeights, over: str = "bases") -> Vectors:
         """Bases of these vectors, or the reconstructions from them, before any rounding.
@@ -186,17 +194,22 @@ def check_over(over: str) -> None:
 
 
 def _changes(base: Checkpoint, models: Mapping[str, Model], name: str, device: torch.device) -> list[Delta]:
-    # One tensor for all models, on another device one copy of it.
+    full = {task: m for task, m in models.items() if isinstance(m, Checkpoint) and name in m.tensors}
     whole = any(isinstance(model, Checkpoint) for model in models.values())
-    own = base.read(name).to(device) if whole else None
-    return [_change(base, model, name, own).to(device) for model in models.values()]
+    # One tensor of the base for all models, on another device one copy of it.
+    holders = [base, *full.values()] if whole else []
+    read = finite_values(name, [m.label for m in holders], [m.read(name).to(device) for m in holders])
+    own, values = (read[0] if whole else None), dict(zip(full, read[1:], strict=True))
+    return [_change(base, model, name, values.get(task, own), own, device) for task, model in models.items()]
 
 
-def _change(base: Checkpoint, model: Model, name: str, own: Tensor | None) -> Delta:
+def _change(
+    base: Checkpoint, model: Model, name: str, tuned: Tensor | None, own: Tensor | None, device: torch.device
+) -> Delta:
     if isinstance(model, Checkpoint):
-        assert own is not None
-        return Dense(model.read(name) if name in model.tensors else own, own)
-    return model.delta(name) or _no_change(base, name)
+        assert tuned is not None
+        return Dense(tuned, own)
+    return (model.delta(name) or _no_change(base, name)).to(device)
 
 
 def _no_change(base: Checkpoint, name: str) -> Delta:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import zipfile
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -18,50 +17,20 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .files import locate, weight_files
+from .quantised import QuantisedWeight, numbers_of, quantisation, written_dtype
+from .tensors import DTYPES, TensorInfo
 from .tied import copies, followers
 
-# The safetensors format's names for dtypes.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-}
 # Under which names training scripts put a model's weights beside other things.
 STATES = ("state_dict", "model_state_dict", "model", "module")
 FINGERPRINT_ELEMENTS = 256
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 class Checkpoint:
     """The tensors of one model: ``tensors`` tells name, shape and dtype; ``read`` maps one tensor at a time.
 
     Opening reads headers only. A tensor read from safetensors is a view of the mapped file, so it costs page cache
-    and not memory of its own.
+    and not memory of its own; but a weight in ``quantised`` is a copy, dequantised whenever it is read.
     """
 
     def __init__(
@@ -71,14 +40,16 @@ class Checkpoint:
         read: Callable[[str], Tensor],
         path: Path | None = None,
         config: Mapping[str, Any] | None = None,
+        quantised: Mapping[str, QuantisedWeight] | None = None,
     ) -> None:
         self.label = label
         self.path = path
         self.config = dict(config or {})
+        self.quantised = dict(quantised or {})
         self._read = read
-        tied = copies(self.config, _shapes(tensors), read)
-        self.tensors = {name: info for name, info in tensors.items() if name not in tied}
         self._followers: dict[str, str] = {}
+        tied = copies(self.config, _shapes(tensors), self.read)
+        self.tensors = {name: info for name, info in tensors.items() if name not in tied}
 
     @classmethod
     def open(cls, source: str | Path, *, revision: str | None = None, label: str | None = None) -> Checkpoint:
@@ -103,13 +74,11 @@ class Checkpoint:
             raise CheckpointError(f'"{label}": holds no tensors')
         directory = path if path.is_dir() else path.parent
         own = _unwrapped(tensors)
-        return cls(
-            label,
-            {name: tensors[stored] for name, stored in own.items()},
-            lambda name: readers[owner[own[name]]].read(own[name]),
-            path,
-            _read_config(directory, label),
-        )
+        config = _read_config(directory, label)
+        named = {name: tensors[stored] for name, stored in own.items()}
+        read = lambda name: readers[owner[own[name]]].read(own[name])  # noqa: E731
+        logical, quantised = numbers_of(label, named, read, config, quantisation(directory, config))
+        return cls(label, logical, read, path, config, quantised)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], label: str = "state dict") -> Checkpoint:
@@ -118,8 +87,10 @@ class Checkpoint:
         return cls(label, infos, lambda name: state[name].detach().cpu())
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU. Do not write to it."""
-        return self._read(self._followers.get(name, name))
+        """The tensor as stored or dequantised, on the CPU. Do not write to it."""
+        stored = self._followers.get(name, name)
+        weight = self.quantised.get(stored)
+        return self._read(stored) if weight is None else weight.dequantise()
 
     def with_outputs(self, wanted: Mapping[str, TensorInfo]) -> Checkpoint:
         """The same model with the output matrices among ``wanted`` that it lacks because they are its embedding."""
@@ -131,6 +102,30 @@ class Checkpoint:
         untied._followers = {**self._followers, **found}
         return untied
 
+    def mapped(self, name: str) -> list[Tensor]:
+        """What is stored of a tensor, mapped and not dequantised."""
+        stored = self._followers.get(name, name)
+        weight = self.quantised.get(stored)
+        return [self._read(part) for part in ((stored,) if weight is None else weight.parts)]
+
+    def copied(self, name: str) -> int:
+        """The bytes that a tensor takes when it has been read, beside the mapped file."""
+        weight = self.quantised.get(self._followers.get(name, name))
+        return 0 if weight is None else weight.info.nbytes
+
+    def written(self, dtype: torch.dtype | None = None) -> dict[str, TensorInfo]:
+        """The tensors as a model made of this one stores them: floats in ``dtype``.
+
+        None is each tensor's own, of dequantised ones the 16-bit float that the configuration declares, else bfloat16.
+        """
+        own = written_dtype(self.config)
+        return {
+            name: TensorInfo(info.shape, dtype or (own if self.copied(name) else info.dtype))
+            if info.dtype.is_floating_point
+            else info
+            for name, info in self.tensors.items()
+        }
+
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
@@ -141,8 +136,9 @@ class Checkpoint:
         for name in sorted(self.tensors.keys() - self._followers.keys()):
             info = self.tensors[name]
             digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
-            head = self.read(name).reshape(-1)[:FINGERPRINT_ELEMENTS].contiguous()
-            digest.update(head.view(torch.uint8).numpy().tobytes() if head.numel() else b"")
+            for tensor in self.mapped(name):
+                head = tensor.reshape(-1)[:FINGERPRINT_ELEMENTS].contiguous()
+                digest.update(head.view(torch.uint8).numpy().tobytes() if head.numel() else b"")
         return digest.hexdigest()[:32]
 
 

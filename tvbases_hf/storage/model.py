@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import BLOCK_NUMBERS
-from .checkpoint import Checkpoint, TensorInfo
+from ..algebra.finite import count_not_finite
+from ..errors import CheckpointError, ParameterError, TvbasesError
+from .checkpoint import Checkpoint
 from .output import write_json
 from .parallel import written
+from .quantised import CONFIG_FILES, without_quantisation
 from .tensor_files import TensorFiles
 
 MARKER = "tvbases_edit.json"
@@ -33,25 +36,32 @@ def stream_model(
 
     ``pieces(name)`` are those of a flattened change, in order and of any sizes; None for a tensor that stays. Each
     thread has one of them in memory, and what they are made of: ``need(name)`` bytes. What ``reads(name)`` gives of the
-    next weights is read ahead. The sum is taken in the dtype of the change, or in the
-    base's if that is wider, and rounded once, to ``dtype``; None for each tensor's own. Integers stay as they are.
+    next weights is read ahead. The sum is taken in the dtype of the change, or in the base's if that is wider, and
+    rounded once, to ``dtype``; see Checkpoint.written. Integers stay as they are.
+
+    Raises ParameterError for numbers that do not fit into that dtype, CheckpointError for NaN in the base.
     """
-    tensors = {name: _converted(info, dtype) for name, info in base.tensors.items()}
+    tensors = base.written(dtype)
     files = TensorFiles(directory, "model", tensors)
 
     def write(name: str) -> tuple[float, ...]:
-        tensor, start = base.read(name).reshape(-1), 0
+        tensor, start, lost = base.read(name).reshape(-1), 0, 0
         for update in _unchanged(tensor) if (found := pieces(name)) is None else found:
-            part = tensor[start : start + len(update)]
+            before = part = tensor[start : start + len(update)]
             if found is not None:
                 part = part.to(update.device, torch.promote_types(part.dtype, update.dtype)) + update
-            files.write(name, part.to(tensors[name].dtype), start)
+            part = part.to(tensors[name].dtype)
+            lost += count_not_finite(part, before)
+            files.write(name, part, start)
             start += len(update)
+        if lost:
+            raise not_stored(base.label, name, tensor, lost, tensors[name].dtype)
         if start != len(tensor):
             raise RuntimeError(f"{name}: the change has {start} numbers, the tensor {len(tensor)}; this is a defect")
         return ()
 
-    written(files, list(tensors), write, 0, "Writing", lambda n: tensors[n].nbytes, need, reads)
+    needed = lambda name: need(name) + base.copied(name)  # noqa: E731
+    written(files, list(tensors), write, 0, "Writing", lambda n: tensors[n].nbytes, needed, reads)
     if base.path is not None and base.path.is_dir():
         copy_side_files(base.path, directory)
         if dtype is not None:
@@ -62,8 +72,19 @@ def _unchanged(tensor: Tensor) -> Iterable[Tensor]:
     return tensor.split(BLOCK_NUMBERS) if len(tensor) else ()
 
 
-def _converted(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    return TensorInfo(info.shape, dtype) if dtype is not None and info.dtype.is_floating_point else info
+def not_stored(label: str, name: str, before: Tensor, lost: int, dtype: torch.dtype) -> TvbasesError:
+    """What to say of ``lost`` numbers of a changed weight that are not finite once they are rounded to ``dtype``."""
+    if own := count_not_finite(before, before):
+        return CheckpointError(
+            f'"{label}": {own} of {before.numel()} numbers of {name} are NaN; the file is damaged or the training run '
+            "diverged: use an earlier checkpoint"
+        )
+    stored = str(dtype).removeprefix("torch.")
+    return ParameterError(
+        f'"{label}" with its change: {lost} of {before.numel()} numbers of {name} are infinite or NaN as {stored}; '
+        "write it as bfloat16 or float32 (--dtype, or dtype in a mergekit YAML; else convert the models), or make the "
+        "change smaller"
+    )
 
 
 def _declare_dtype(file: Path, dtype: torch.dtype) -> None:
@@ -84,12 +105,24 @@ def is_edited_model(directory: Path) -> bool:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Configuration, tokenizer and code: every small file of the base but its weights and its card."""
+    """Configuration, tokenizer and code: every small file of the base but its weights and its card.
+
+    Nothing says any more how quantised weights were stored: what is written beside these files is not.
+    """
     for file in sorted(source.iterdir()):
         if (
             file.is_file()
             and not file.name.endswith(WEIGHT_SUFFIXES)
             and file.name != "README.md"
             and file.name[0] != "."
+            and file.name not in CONFIG_FILES
         ):
             shutil.copyfile(file, target / file.name)
+    _forget_quantisation(target / "config.json")
+
+
+def _forget_quantisation(file: Path) -> None:
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    plain = without_quantisation(config)
+    if plain != config:
+        write_json(file, plain)

@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from .checkpoint import DTYPES, TensorInfo
 from .output import journal_of
 from .run import once
+from .tensors import DTYPES, TensorInfo
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_SIZE = "5GB"
