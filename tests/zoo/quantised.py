@@ -43,7 +43,7 @@ def recorded() -> dict[str, Recorded]:
     """All cases by name."""
     with safe_open(str(RECORDED), framework="pt") as file:
         header = dict(file.metadata())
-        cases: dict[str, State] = {name: {} for name in header if name != "versions"}
+        cases: dict[str, State] = {name: {} for name in sorted(header) if name != "versions"}
         for key in file.keys():  # noqa: SIM118
             case, _, end = key.partition("/")
             cases[case][end] = file.get_tensor(key)
