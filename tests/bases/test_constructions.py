@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from commands.command_line import tvbases
-from oracles.grams import error, gram_of, loss_tolerance, task_matrix
+from oracles.grams import EPS, error, gram_of, loss_tolerance, task_matrix
 from tvbases_hf.bases import CONSTRUCTIONS, BasisWeights, rand_select, registry
 from tvbases_hf.bases.registry import construction
 from tvbases_hf.basis import Basis
@@ -95,6 +95,40 @@ def test_a_task_that_changed_nothing_is_no_obstacle(name: str) -> None:
     weights = CONSTRUCTIONS[name].solve(gram_of(matrix), 3)
     assert torch.isfinite(weights.reconstruction).all()
     assert weights.loss == pytest.approx(error(matrix, weights.reconstruction), abs=loss_tolerance(gram_of(matrix)))
+
+
+@EVERY
+def test_the_loss_does_not_depend_on_the_order_of_the_tasks(name: str) -> None:
+    matrix = task_matrix("independent", 7)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    first, again = (CONSTRUCTIONS[name].solve(gram_of(m), 3) for m in (matrix, matrix[:, order]))
+    same = first.loss == pytest.approx(again.loss, rel=1e-6)
+    assert same or name == "rand_select"  # which tasks it draws goes by their position
+
+
+@EVERY
+def test_one_task_is_its_own_basis(name: str) -> None:
+    found = CONSTRUCTIONS[name].solve(torch.full((1, 1), 4.0, dtype=torch.float64), 1)
+    assert found.reconstruction.item() == pytest.approx(1.0, abs=1e-12)
+    assert found.loss == pytest.approx(0.0, abs=4 * EPS)
+
+
+@EVERY
+def test_a_task_and_its_copy_are_reconstructed_alike(name: str) -> None:
+    matrix = task_matrix("independent", 5)
+    matrix = torch.cat([matrix, matrix[:, :1]], dim=1)
+    weights = CONSTRUCTIONS[name].solve(gram_of(matrix), 4)
+    back = matrix @ weights.reconstruction
+    assert torch.allclose(back[:, 0], back[:, 5], atol=1e-5 * float(matrix.norm()))
+
+
+@EVERY
+def test_a_gram_matrix_in_float32_is_as_good_to_its_precision(name: str) -> None:
+    gram = gram_of(task_matrix("independent", 6))
+    single = CONSTRUCTIONS[name].solve(gram.float(), 3)
+    assert single.encoder.dtype == torch.float64
+    eps = torch.finfo(torch.float32).eps
+    assert single.loss == pytest.approx(CONSTRUCTIONS[name].solve(gram, 3).loss, rel=100 * eps)
 
 
 @pytest.fixture

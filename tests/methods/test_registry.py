@@ -115,6 +115,21 @@ def test_nothing_is_made_of_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_copies_of_a_vector_may_stand_anywhere(name: str) -> None:
+    first, second = low_rank(2)
+    orders = ([first, first, second], [first, second, first], [second, first, first])
+    options = OPTIONS.get(name, {}) | ({"subspace": "mean"} if name == "devec_unique" else {})  # a chain has an order
+    found = [dense(METHODS[name].combine(order, [1.0] * 3, **options)) for order in orders]
+    assert all(torch.isfinite(result).all() and close(result, found[0]) for result in found)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_half_precision_is_read_as_the_numbers_that_it_holds(name: str) -> None:
+    short = [Dense(dense(delta).bfloat16()) for delta in low_rank()]
+    assert close(combined(name, short), combined(name, [Dense(delta.tuned.float()) for delta in short]))
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_sum_only_is_said_of_the_methods_of_which_it_is_true(name: str) -> None:
     """Vectors with the same weighted sum, otherwise different."""
     deltas, weights = low_rank(), [1.0, 0.5, 2.0]
