@@ -26,7 +26,7 @@ demo: $(STAMP)  ## run the main job on the embedded data
 	$(BIN)/tvbases demo
 
 test: $(STAMP)  ## run the tests; choose some with ARGS="-k gram"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .
