@@ -14,6 +14,7 @@ from tvbases_hf.merging.apply import merged
 
 from . import addition
 from .kinds import KINDS, vectors_of, weights_of
+from .models import half_precision
 from .runner import Answer, Question, Study
 from .settings import ALPHAS, Settings
 from .workshop import Workshop, start_of
@@ -87,7 +88,7 @@ def accuracy_of_subsamples(workshop: Workshop, question: Question) -> Answer:
 def data_right(workshop: Workshop, model: torch.nn.Module, task: str) -> list[bool]:
     """Which validation sentences of a task are answered rightly."""
     problem = workshop.problems[task]
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         embeddings = encoder.embed(model, problem.val.ids)
     return (encoder.logits(embeddings, problem.head).argmax(1) == problem.val.labels).tolist()
 

@@ -76,14 +76,19 @@ def batches(examples: Examples, batch: int, epochs: int, seed: int) -> Iterator[
             yield [examples.ids[row] for row in parts[index]], examples.labels[parts[index]]
 
 
+def half_precision() -> torch.autocast:
+    """bfloat16 where the processor has it; others would take ten times as long for it as for float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def readout_of(problem: Problem):
-    """Logits of the frozen zero-shot head, for one batch of (token ids, labels), in bfloat16.
+    """Logits of the frozen zero-shot head, for one batch of (token ids, labels), in half precision.
 
     The autocast is entered for every batch, because weights are cast once for as long as it lasts.
     """
 
     def readout(model: nn.Module, asked: tuple[list[list[int]], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             embeddings = encoder.forward(model, asked[0])
         return encoder.logits(embeddings, problem.head), asked[1]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tvbases_demo import encoder
@@ -90,7 +89,7 @@ class Workshop:
         """Per cent correct by task, of the tasks that are merged unless others are named."""
         chosen = {task: self.problems[task] for task in tasks or self.settings.tasks}
         asked = [(p.head, getattr(p, split)) for p in chosen.values()]
-        with torch.autocast("cpu", torch.bfloat16):
+        with models.half_precision():
             found = encoder.accuracies(model, asked)
         return dict(zip(chosen, found, strict=True))
 

@@ -396,7 +396,7 @@ def test_bad_styles_are_one_message_and_the_pipeline_is_unchanged(name: str, flu
 
 BAD_WORDS: dict[str, tuple[dict[str, Any], str]] = {
     "component": ({"component": "common"}, "unknown component 'common'"),
-    "threshold": ({"threshold": 1.5}, "threshold must lie"),
+    "threshold": ({"threshold": 1.5}, "above 0 and at most 1"),
     "pool": ({"pool": "pairs"}, "leaves every style whole"),
     "unknown pool": ({"pool": "all"}, "pool of a decomposition must be joint or iterative or pairs"),
     "rank": ({"rank": "many"}, "is not a rank rule"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from commands.command_line import refused, snapshot, tvbases
+from commands.command_line import misused, refused, snapshot, tvbases
 from oracles.merge_oracle import write_config
 from zoo.adapter_zoo import Zoo, config_of, make_base, make_zoo, run_native
 from zoo.hf_models import read_state, save_state
@@ -162,11 +162,17 @@ def test_adapters_on_two_models_have_no_common_base(zoo: Zoo) -> None:
 @pytest.mark.parametrize(("options", "word"), [
     (("--rank", "4"), "--rank is that of a merged adapter"),
     (("--adapter", "--rank", "many"), "'many' is not a rank rule"),
-    (("--dtype", "int8"), "--dtype: 'int8' is unknown"),
     (("--json", "/nowhere/r.json"), "not a file in a directory that exists"),
 ])  # fmt: skip
 def test_a_mistake_in_the_options_is_one_message(options: tuple[str, ...], word: str, zoo: Zoo) -> None:
     assert word in merge_refused(zoo, config_of(zoo, "task_arithmetic", WEIGHTS), *options)
+
+
+def test_a_dtype_that_is_none_of_the_choices_is_wrong_usage(zoo: Zoo) -> None:
+    root = zoo.base.parent
+    file = write_config(root / "merge.yml", config_of(zoo, "task_arithmetic", WEIGHTS))
+    said = misused(root, "merge", file, root / "out", "--dtype", "int8")
+    assert "'int8' is not one of 'auto', 'float32', 'bfloat16', 'float16'" in said
 
 
 def test_a_full_checkpoint_does_not_become_an_adapter(zoo: Zoo) -> None:
