@@ -152,6 +152,7 @@ def test_a_new_construction_is_known_everywhere(planted: None) -> None:
     models: dict[str, Any] = {f"t{i}": Checkpoint.from_state_dict(tune(state, i)) for i in range(4)}
     vectors = Vectors.of_models(Checkpoint.from_state_dict(state), models)
     assert Basis.build(vectors, 2, method="first", turn="right").info.options == {"turn": "right"}
+    assert Basis.build(vectors, 2, method="first").info.options == {"turn": "left"}
     with pytest.raises(ParameterError, match="turn is an option of method first, not of ae"):
         Basis.build(vectors, 2, turn="right")
     with pytest.raises(ParameterError, match=r"left or right"):

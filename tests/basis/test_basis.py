@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tvbases_hf import Basis, Vectors, gram_matrix
 from tvbases_hf.algebra.delta import dense
+from tvbases_hf.bases import CONSTRUCTIONS
 from tvbases_hf.errors import CheckpointError, MismatchError, OutputError, ParameterError
 from tvbases_hf.storage import tensor_files
 from zoo.fake_hub import FakeHub, file_bytes
@@ -365,7 +366,7 @@ def test_the_configuration_holds_what_was_found(models: Models, tmp_path: Path) 
     total = float(matrix.square().sum())
     encoder = torch.tensor(info.encoder, dtype=torch.float64)
     best = torch.linalg.lstsq(matrix @ encoder, matrix).solution
-    assert info.method == "ae" and info.options == {"balance": False, "seed": 3}
+    assert info.method == "ae" and info.options == CONSTRUCTIONS["ae"].complete({"balance": False, "seed": 3})
     assert info.loss == pytest.approx(float((matrix @ encoder @ best - matrix).square().sum()) / total, rel=1e-9)
     spectrum = torch.linalg.svdvals(matrix).square()
     assert info.spectral_bound == pytest.approx(float(spectrum[2:].sum()) / total, rel=1e-9)

@@ -65,8 +65,12 @@ class Construction:
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What was given, each option checked by itself, and whether all go together. Raises ParameterError."""
         given = checked(self.name, self.options, options)
-        self.rule(**{name: given.get(name, option.default) for name, option in self.options.items()})
+        self.rule(**self.complete(given))
         return given
+
+    def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What was given, and the default of every other option: what is used, and so what is recorded."""
+        return {name: option.default for name, option in self.options.items()} | dict(options)
 
     def solve(self, gram: Tensor, num_bases: float | None = None, **options: Any) -> BasisWeights:
         """Encoder and decoder from the T x T Gram matrix; without a number of bases, as many as ``num_bases`` says."""

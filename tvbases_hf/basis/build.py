@@ -34,4 +34,4 @@ def build(
     construction, matrix = CONSTRUCTIONS[request.method or "ae"], gram.matrix
     weights = once(lambda: construction.solve(matrix, request.num_bases, **request.options))
     source = EncodedVectors(vectors, stored_encoder(weights), dtype, weights.mean is not None)
-    return describe(vectors, gram, weights, request.options), source
+    return describe(vectors, gram, weights, construction.complete(request.options)), source
