@@ -511,6 +511,16 @@ def test_saved_modules_and_biases_are_kept_whole_and_merged(words: dict[str, obj
     assert close(outputs(load_adapter(adapters.base, case, tmp_path / "one")), merged(adapters, changes))
 
 
+@pytest.mark.parametrize("budget", [0.75, 0.8, 0.85])
+def test_a_module_may_keep_its_bias_and_no_component(budget: float, tmp_path: Path) -> None:
+    case = Case("bert", {"target_modules": ["query", "value"], "bias": "all"})
+    adapters = random_adapters(tmp_path, case, TASKS[:2])
+    basis = saved(build(adapters, dict(budget=budget)), tmp_path / "basis")
+    assert basis.info.adapters is not None
+    assert budget > 0.8 or any(not spec.width for spec in basis.info.adapters.modules.values())
+    assert basis.info.task_error == pytest.approx(measured_errors(basis, adapters.vectors()), rel=1e-5, abs=SAME)
+
+
 def test_one_adapter_is_a_basis_of_one(family: Adapters, tmp_path: Path) -> None:
     alone = replace(family, tasks={"math": family.tasks["math"]})
     basis = saved(build(alone, dict(budget=0.5)), tmp_path / "basis")

@@ -129,7 +129,8 @@ class LoraVectors:
                 raise CheckpointError(f'"{label}": {name} does not hold the vectors that the configuration names')
 
     def _has_factors(self, spec: Spec) -> bool:
-        return any(name.startswith(f"{spec.prefix}.") for name in self.stock.tensors)
+        # A trained bias of the module may stand there without any.
+        return any(name.startswith(f"{spec.prefix}.lora_") for name in self.stock.tensors)
 
     def _factor(self, name: str, rows: int) -> Tensor:
         """[n] what the stock file's left factor was divided by: 1 + alpha * the weighted sum of the tasks' scales."""
