@@ -36,6 +36,19 @@ PARTS: dict[type[BaseModel], dict[str, type[BaseModel]]] = {
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
+class KeysOnce(yaml.SafeLoader):
+    """YAML in which a key stands once in its mapping: of two the loaders would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            word = key.value if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge") else None
+            if word is not None and word in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{word} is given twice", problem_mark=key.start_mark)
+            seen.add(word)
+        return super().construct_mapping(node, deep)
+
+
 def read_config(file: Path) -> MergeConfiguration:
     """The YAML as mergekit's own configuration.
 
@@ -45,7 +58,7 @@ def read_config(file: Path) -> MergeConfiguration:
     if not file.is_file():
         raise ParameterError(f'"{file}": no such file; give a mergekit YAML')
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), KeysOnce)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

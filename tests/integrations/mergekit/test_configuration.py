@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from commands.command_line import refused, root, tvbases
 from oracles.merge_oracle import merge_config, write_config
+from tvbases_mergekit.configuration import KeysOnce
 from zoo.hf_models import Family
 from zoo.merge_refusals import Config, merge_refused, set_weights, text_refused
 
@@ -32,6 +34,25 @@ def test_text_that_is_not_yaml_is_refused_with_the_place(text: str, tmp_path: Pa
 @pytest.mark.parametrize("text", ["", "- model: a\n- model: b\n", "just words\n", "42\n"])
 def test_yaml_that_is_not_a_mapping_is_refused(text: str, tmp_path: Path) -> None:
     assert "it needs merge_method and models" in text_refused(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "merge_method: ties\nmodels: [{model: a}]\nparameters:\n  lambda: 0.5\n  density: 0.2\n  lambda: 1.0\n",
+        "merge_method: ties\nmodels: [{model: a, parameters: {weight: 1, lambda: 0.5, lambda: 1}}]\n",
+        "merge_method: ties\nlambda: 1\nmodels: [{model: a}]\nlambda: 1\n",
+    ],
+)
+def test_a_key_that_is_given_twice_is_said(text: str, tmp_path: Path) -> None:
+    message = text_refused(tmp_path, text)
+    assert "lambda is given twice" in message and "line " in message
+
+
+def test_an_anchor_may_be_merged_into_several_mappings(tmp_path: Path) -> None:
+    file = tmp_path / "merge.yml"
+    file.write_text("a: &a {weight: 1}\nb: {<<: *a, weight: 2}\nc: {<<: *a}\n", encoding="utf-8")
+    assert yaml.load(file.read_text(), KeysOnce) == {"a": {"weight": 1}, "b": {"weight": 2}, "c": {"weight": 1}}
 
 
 def test_a_configuration_without_method_or_models_says_which_field_is_missing(tmp_path: Path) -> None:
