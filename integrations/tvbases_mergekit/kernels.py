@@ -116,7 +116,8 @@ class Own(Kernel):
 
     def combine(self, deltas: Sequence[Delta], settings: Settings, weight: Weight) -> Delta:
         settings = self._with_limits(settings)
-        change = self.method.change(weight.name, weight.shape, deltas, list(settings["weight"]), settings)
+        base = None if self.models is None else self.models.vectors.base
+        change = self.method.change(weight.name, weight.shape, deltas, list(settings["weight"]), settings, base)
         return scale(change, settings["lambda"])
 
     def _with_limits(self, settings: Settings) -> Settings:
@@ -152,7 +153,7 @@ class OverBases(Kernel):
     def _inner(self, settings: Settings) -> tuple[Kernel, Tensor, Settings]:
         inner, mixing, given = self.method.prepare(self.models, range(len(self.models.ids)), settings)
         limits = {"limits": given["limits"]} if "limits" in given else {}
-        return kernel_of(inner), mixing, _complete(inner, given, mixing.shape[1]) | limits
+        return kernel_of(inner, self.models), mixing, _complete(inner, given, mixing.shape[1]) | limits
 
 
 @dataclass(frozen=True)

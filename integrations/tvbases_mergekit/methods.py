@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Optional
 
 import torch
+from mergekit.common import ModelReference
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -99,7 +100,9 @@ class BasisMerge(WholeMerge):
         inner, mixing, passed = self.prepare(models, models.columns(group), parameters)
         if isinstance(inner, RegisteredMerge):
             vectors = mix([Dense(entry.tensor, base) for entry in group.non_base], mixing)
-            made = inner.change(group.metadata.name or "a tensor", base.shape, vectors, passed["weight"], passed)
+            stored = models.vectors.base if isinstance(group.base.id, ModelReference) else None
+            name = group.metadata.name or "a tensor"
+            made = inner.change(name, base.shape, vectors, passed["weight"], passed, stored)
             change = dense(made, torch.promote_types(base.dtype, torch.float32)).reshape(base.shape)
             return (base.to(change.dtype) + parameters["lambda"] * change).to(base.dtype)
         if is_plain_sum(inner):

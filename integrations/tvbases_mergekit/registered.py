@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -10,6 +11,7 @@ from types import NoneType
 from typing import Any, Literal, get_origin
 
 import torch
+from mergekit.common import ModelReference
 from mergekit.merge_methods.base import (
     BasePolicy,
     InputContract,
@@ -21,14 +23,18 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from tvbases_hf.algebra.delta import Delta, Dense, dense
+from tvbases_hf.algebra.delta import Delta, Dense, dense, reshaped, work_dtype
+from tvbases_hf.algebra.layout import is_stack, stacked, unstacked
 from tvbases_hf.methods.registry import METHODS, Method
+from tvbases_hf.models.names import is_transposed
 from tvbases_hf.options import Option
+from tvbases_hf.storage.checkpoint import Checkpoint
 
 from .sources import WholeMerge, models_of
 
 LAMBDA = ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0, description="factor on the merged change")
 WEIGHT = ParameterSpec("weight", float, ParameterScope.NON_BASE, default=1.0, description="of a model; may be negative")
+ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_inputs=1)
 
 
@@ -62,12 +68,31 @@ class RegisteredMerge(WholeMerge):
         deltas: Sequence[Delta],
         weights: Sequence[float],
         parameters: Mapping[str, Any],
+        base: Checkpoint | None = None,
     ) -> Delta:
-        """What the method makes of the changes; ``parameters`` as given, and ``limits`` where they are the model's."""
+        """What the method makes of the changes; ``parameters`` as given, and ``limits`` where they are the model's.
+
+        ``base`` tells how its weights are stored. Experts that it does not hold under this name, because mergekit has
+        packed [E, gate + up, in] of its matrices, are merged as these: as `tvbases merge` does, which reads them so.
+        """
         options = self.method.checked(self._own(parameters))
         if "limits" in parameters:
             options["limits"] = parameters["limits"]
-        return self.method.change(name, shape, deltas, weights, options)
+        if base is None or not _is_packed(name, shape, base):
+            turned = base is not None and name in base.tensors and self.method.has_side and is_transposed(name, base)
+            return self.method.change(name, shape, deltas, weights, options, transposed=turned)
+        return stacked([self._packed(name, part, weights, options) for part in unstacked(deltas, shape)])
+
+    def _packed(
+        self, name: str, deltas: Sequence[Delta], weights: Sequence[float], options: Mapping[str, Any]
+    ) -> Delta:
+        """One expert that mergekit has packed: gate and up are two matrices."""
+        if not name.endswith("gate_up_proj"):
+            return self.method.change("expert", deltas[0].shape, deltas, weights, options)
+        rows, columns = deltas[0].shape[0] // 2, deltas[0].shape[1]
+        halves = unstacked([reshaped(d, (2, rows, columns), work_dtype(deltas)) for d in deltas], (2, rows, columns))
+        found = [self.method.change("expert", (rows, columns), half, weights, options) for half in halves]
+        return reshaped(stacked(found), deltas[0].shape, work_dtype(found))
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         assert group.base is not None  # the contract requires it
@@ -76,9 +101,19 @@ class RegisteredMerge(WholeMerge):
             return base
         deltas = [Dense(entry.tensor, base) for entry in group.non_base]
         weights = [float(parameters["weight"][entry.id]) for entry in group.non_base]
-        change = self.change(group.metadata.name or "a tensor", base.shape, deltas, weights, parameters)
+        change = self.change(
+            group.metadata.name or "a tensor", base.shape, deltas, weights, parameters, self.stored(group)
+        )
         work = torch.promote_types(base.dtype, torch.float32)
         return (base.to(work) + parameters["lambda"] * dense(change, work).reshape(base.shape)).to(base.dtype)
+
+    def stored(self, group: TensorGroup) -> Checkpoint | None:
+        """The base as it is stored, where it matters and is known: how its matrices lie."""
+        assert group.base is not None
+        of_files = all(isinstance(entry.id, ModelReference) for entry in group.entries)
+        matters = self.method.has_side or is_stack(group.metadata.name or "", group.base.tensor.shape)
+        models = models_of([group], self.planned) if of_files and matters else None
+        return None if models is None else models.vectors.base
 
     def _execute(self, groups, parameters, options, *, input_dtypes, out_dtype=None):
         densities = [self.density(bound) for bound in parameters]
@@ -93,6 +128,11 @@ class RegisteredMerge(WholeMerge):
 
     def _own(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         return {name: parameters[name] for name in self.method.options if name in parameters}
+
+
+def _is_packed(name: str, shape: Sequence[int], base: Checkpoint) -> bool:
+    """Whether these are matrices that the base stores one by one."""
+    return is_stack(name, shape) and name not in base.tensors and any(map(ONE_EXPERT.search, base.tensors))
 
 
 def registered_merge(method: Method) -> RegisteredMerge:

@@ -21,7 +21,7 @@ from ..bases import CONSTRUCTIONS
 from ..bases.buffer import LINEAR, METHODS, RUNNING, Buffer, Step, check_budget, follow, next_step
 from ..errors import CheckpointError, OutputError, ParameterError, did_you_mean
 from ..merging.apply import merged
-from ..methods.continual import TIES_SCALING, continual_ties, orthogonal_sum
+from ..methods.continual import TIES_SCALING, continual_ties, orthogonal_sum, weight_sum
 from ..methods.elementwise import magmax
 from ..methods.sparse import TIES_DENSITY
 from ..methods.threshold import thresholds
@@ -239,21 +239,24 @@ class OnlineBasis:
             mixing = step.mixing
             return lambda name: (torch.cat([part, mixing.T @ part]) for part in blocks(touched(name)))
         combine = self._running(lambda: map(touched, track(list(tensors), "Thresholds", lambda _: 1)))
-        return lambda name: blocks([*(known := touched(name)), combine(known)])
+        return lambda name: blocks([*(known := touched(name)), combine(name, known)])
 
-    def _running(self, passes: Callable[[], Iterator[Sequence[Delta]]]) -> Callable[[Sequence[Delta]], Delta]:
-        """The running merge of [merged, new], or of [new] alone at first."""
+    def _running(self, passes: Callable[[], Iterator[Sequence[Delta]]]) -> Callable[[str, Sequence[Delta]], Delta]:
+        """The running merge of a weight's [merged, new], or of [new] alone at first."""
         options, first = self.settings.options, self._basis is None
         match self.settings.method:
             case "magmax":
-                return lambda known: magmax(known, [1.0] * len(known))
+                return lambda name, known: magmax(known, [1.0] * len(known))
             case "opcm":
-                return lambda known: known[0] if first else orthogonal_sum(known[0], known[1], **options)
+                if first:
+                    return lambda name, known: known[0]
+                tensors = self.base.tensors
+                return lambda name, known: weight_sum(name, tensors[name].shape, known[0], known[1], **options)
             case _ if first:
-                return lambda known: scale(known[0], options.get("scaling", TIES_SCALING))
+                return lambda name, known: scale(known[0], options.get("scaling", TIES_SCALING))
             case _:
                 limits = thresholds(passes, options.get("density", TIES_DENSITY))
-                return lambda known: continual_ties(known[0], known[1], limits=limits, **options)
+                return lambda name, known: continual_ties(known[0], known[1], limits=limits, **options)
 
     def _describe(self, buffer: Buffer, tasks: tuple[str, ...]) -> BasisInfo:
         total = float(buffer.norms.square().sum()) or 1.0

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..algebra.delta import Delta
 from ..errors import ParameterError
-from ..methods.devec import Options, decompose
+from ..merging.apply import decomposed
+from ..methods.devec import Options
 from ..models.vectors import Vectors
 from .combination import Learned, learn
 from .data import TaskData
@@ -78,7 +79,7 @@ def with_shared(vectors: Vectors, options: Options | None = None) -> Vectors:
 
     @functools.cache
     def shared(name: str) -> tuple[Delta, ...]:
-        return decompose(vectors.deltas(name), options).pairwise
+        return decomposed(vectors, name, options).pairwise
 
     labels = tuple(f"{vectors.labels[i]} & {vectors.labels[j]}" for i, j in pairs)
     encoder = torch.stack([_half(vectors.encoder, i, j) for i, j in pairs], dim=1)

@@ -15,7 +15,8 @@ from ..algebra.delta import Delta
 from ..algebra.sums import total
 from ..bases import ae_bases
 from ..errors import ParameterError, did_you_mean
-from ..methods.devec import Options, decompose
+from ..merging.apply import decomposed
+from ..methods.devec import Options
 from ..models.gram import Gram, gram_matrix
 from ..models.vectors import Vectors
 
@@ -89,7 +90,7 @@ def _unique(vectors: Vectors, index: int, options: Options) -> Direction:
 
     @functools.cache
     def parts(name: str) -> tuple[Delta | None, Delta | None]:
-        split = decompose(vectors.deltas(name), options, [index])
+        split = decomposed(vectors, name, options, [index])
         unique = split.unique[index]
         small = unique.low is not None or _fits(vectors)
         return (unique, None) if small else (None, split.shared[index])

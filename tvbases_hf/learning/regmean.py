@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ def regmean(
     if not 0 <= shrink <= 1:
         raise ParameterError(f"shrink must lie between 0 and 1, got {shrink}; the authors use 0.9")
     given, shares, points = paired(vectors, data), vectors.data_weights(), task_changes(vectors, at)
-    layers = linear_layers(model, vectors.names)
+    layers, modules = linear_layers(model, vectors.names), dict(model.named_modules())
+    turned = {name for name, layer in layers.items() if not isinstance(modules[layer], nn.Linear)}
     above: dict[str, Tensor] = {}
     below: dict[str, Tensor] = {}
     with asking(vectors, model) as weights, bar("RegMean", len(given), "task") as shown:
@@ -65,13 +67,15 @@ def regmean(
                 for name, product in products.items():
                     shrunk = shrink * product + (1 - shrink) * product.diag().diag()
                     mixed = dense(combined(vectors.deltas(name), row.tolist())).to(shrunk.device)
+                    mixed = mixed.T if name in turned else mixed
                     _accumulate(above, name, mixed @ shrunk)
                     _accumulate(below, name, float(row.sum()) * shrunk)
             shown.update()
     solved = tuple(name for name in vectors.names if name in below)
     tensors = {name: mean_change(vectors, name).float() for name in vectors.names if name not in below}
     for name in solved:
-        tensors[name] = solve_psd(below.pop(name).cpu(), above.pop(name).cpu().T).T.float().contiguous()
+        solution = solve_psd(below.pop(name).cpu(), above.pop(name).cpu().T).float()  # [in, out]
+        tensors[name] = (solution if name in turned else solution.T).contiguous()
     unseen = [name for name in layers if name not in solved]
     report = {"solved": len(solved), "averaged": len(vectors.names) - len(solved), "layers_without_input": unseen}
     return Computed(vectors, "regmean", {name: tensors[name] for name in vectors.names}, report)
@@ -86,11 +90,17 @@ def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     found = {}
     for name, stored in translation.stored.items():
         layers = [part.parameter.rpartition(".")[0] for part in stored.parts]
-        if all(isinstance(modules.get(layer), nn.Linear) for layer in layers) and all(
+        if all(_is_linear(modules.get(layer)) for layer in layers) and all(
             part.parameter.endswith("weight") and part.is_of_rows for part in stored.parts
         ):
             found[name] = layers[0]
     return found
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    """Conv1D is what transformers calls GPT-2's linear layers, whose weights are [in, out]."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # who has such a layer has imported it
+    return isinstance(module, nn.Linear) or (pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D))
 
 
 def input_products(

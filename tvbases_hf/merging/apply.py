@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ..algebra.delta import Delta
 from ..algebra.sums import scale
 from ..errors import ParameterError
+from ..methods.devec import Decomposition, Options, decompose_weight
 from ..methods.registry import find_method
 from ..methods.threshold import thresholds
+from ..models.names import is_transposed
 from ..storage.run import track
 
 if TYPE_CHECKING:
@@ -48,9 +50,17 @@ def merged(
 
     def change(name: str) -> Delta:
         shape = vectors.base.tensors[name].shape
-        return scale(chosen.change(name, shape, vectors.deltas(name), shares, options), alpha)
+        turned = chosen.has_side and is_transposed(name, vectors.base)
+        return scale(chosen.change(name, shape, vectors.deltas(name), shares, options, transposed=turned), alpha)
 
     return change
+
+
+def decomposed(vectors: Vectors, name: str, options: Options, targets: Sequence[int] | None = None) -> Decomposition:
+    """The shared and unique components of one weight's changes."""
+    base, deltas = vectors.base, vectors.deltas(name)
+    turned = is_transposed(name, base)
+    return decompose_weight(name, base.tensors[name].shape, deltas, options, targets, transposed=turned)
 
 
 def model_thresholds(vectors: Vectors, density: float) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..algebra.delta import Delta, dense, square_norm
 from ..algebra.finite import count_not_finite
-from ..methods.devec import Decomposition, Options, decompose
+from ..methods.devec import Decomposition, Options
 from ..models.positions import groups_of, in_order
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint
@@ -18,6 +18,7 @@ from ..storage.model import copy_side_files, not_stored
 from ..storage.output import check_output, preview, transaction, write_json
 from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
+from .apply import decomposed
 
 MARKER = "tvbases_components.json"
 SHARED = "shared"
@@ -26,7 +27,9 @@ SHARED = "shared"
 def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: bool = False) -> dict[str, Any]:
     """Write ``out/unique/TASK`` and ``out/shared``: the base plus each unique component, and plus the shared one.
 
-    Tensors that are not matrices count as unique. Returns, per layer group and task, the share of the task vector's
+    Tensors that are not matrices count as unique; experts in one tensor are matrices, one by one.
+
+    Returns, per layer group and task, the share of the task vector's
     energy that is shared; of a dry run, what would be written. Raises OutputError for an output that is not ours or
     a full disk.
     """
@@ -44,7 +47,7 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
         for name in track(list(base.tensors), "Decomposing", lambda n: base.tensors[n].nbytes):
             if name in vectors.names:
                 deltas = vectors.deltas(name)
-                split = decompose(deltas, options)
+                split = decomposed(vectors, name, options)
                 changes = dict(zip(copies, [*split.unique, split.combined], strict=True))
                 table = energy.setdefault(groups[name], torch.zeros(2, len(vectors), dtype=torch.float64))
                 table += _energies(split, deltas)

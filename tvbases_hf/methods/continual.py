@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..algebra.delta import Delta, Dense, dense
+from ..algebra.layout import is_matrix, is_stack, stacked, unstacked
 from ..algebra.sums import total
 from .sparse import TIES_DENSITY, Density, ties
 
@@ -50,6 +51,13 @@ def orthogonal_sum(merged: Delta, new: Delta, *, share: Share = OPCM_SHARE) -> D
         core = left.T @ cleaned @ right.T
         cleaned = cleaned - left @ torch.where(_occupied(values, share), core, torch.zeros_like(core)) @ right
     return Dense(kept + cleaned)
+
+
+def weight_sum(name: str, shape: Sequence[int], merged: Delta, new: Delta, *, share: float = OPCM_SHARE) -> Delta:
+    """``orthogonal_sum`` of the weight ``name``: experts in one tensor [E, n, m] one by one."""
+    if is_stack(name, shape):
+        return stacked([orthogonal_sum(*pair, share=share) for pair in unstacked([merged, new], shape)])
+    return orthogonal_sum(merged, new, share=share) if is_matrix(name, shape) else total([merged, new])
 
 
 def _occupied(values: Tensor, share: float) -> Tensor:

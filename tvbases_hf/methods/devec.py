@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import defaults
-from ..algebra.delta import Delta, Dense, LowRank, dense, premultiplied, square_norm, zeros
+from ..algebra.delta import Delta, Dense, LowRank, dense, premultiplied, reshaped, square_norm, zeros
+from ..algebra.layout import is_matrix, is_stack, stacked, unstacked
 from ..algebra.linalg import orthonormal_columns
 from ..algebra.rank import Rank, RankRule
 from ..algebra.sums import side_by_side, total
@@ -98,6 +99,41 @@ def decompose(
     if options.side == "row":
         return _decompose_columns([delta.T for delta in deltas], options, targets).transposed()
     return _decompose_columns(deltas, options, targets)
+
+
+def decompose_weight(
+    name: str,
+    shape: Sequence[int],
+    deltas: Sequence[Delta],
+    options: Options = Options(),
+    targets: Sequence[int] | None = None,
+    *,
+    transposed: bool = False,
+) -> Decomposition:
+    """``decompose`` of the weight ``name``: experts in one tensor [E, n, m] one by one, other than matrices as unique.
+
+    ``transposed``: its matrices are stored as [in, out]. Ranks and dimensions of experts are added up.
+    """
+    if transposed:
+        options = replace(options, side="row" if options.side == "column" else "column")
+    if is_stack(name, shape):
+        return _stacked([decompose(part, options, targets) for part in unstacked(deltas, shape)])
+    if not is_matrix(name, shape):
+        return _all_unique([reshaped(delta, shape, torch.float32) for delta in deltas], options.pool)
+    return decompose(deltas, options, targets)
+
+
+def _stacked(parts: Sequence[Decomposition]) -> Decomposition:
+    join = lambda groups: tuple(stacked(group) for group in zip(*groups, strict=True))  # noqa: E731
+    add = lambda rows: tuple(sum(column) for column in zip(*rows, strict=True))  # noqa: E731
+    return Decomposition(
+        join([part.shared for part in parts]),
+        join([part.unique for part in parts]),
+        stacked([part.combined for part in parts]),
+        add([part.ranks for part in parts]),
+        add([part.shared_dims for part in parts]),
+        join([part.pairwise for part in parts]),
+    )
 
 
 def _decompose_columns(deltas: Sequence[Delta], options: Options, targets: Sequence[int] | None) -> Decomposition:

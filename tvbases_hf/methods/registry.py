@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 import torch
 from pydantic import Field
 
-from ..algebra.delta import Delta, reshaped
+from ..algebra.delta import Delta, reshaped, work_dtype
+from ..algebra.layout import is_matrix, is_stack, stacked, unstacked
 from ..errors import ParameterError, did_you_mean
 from ..options import Option, checked, options_of
 
@@ -59,6 +61,11 @@ class Method:
         """Whether it keeps the largest entries, of one weight or of the whole model: it takes their ``limits``."""
         return "limits" in inspect.signature(self.combine).parameters
 
+    @cached_property
+    def has_side(self) -> bool:
+        """Whether it takes the columns of a matrix for other than its rows."""
+        return "side" in inspect.signature(self.combine).parameters
+
     @property
     def options(self) -> dict[str, Option]:
         """What may be set."""
@@ -84,10 +91,33 @@ class Method:
         deltas: Sequence[Delta],
         weights: Sequence[float],
         options: Mapping[str, Any],
+        *,
+        transposed: bool = False,
     ) -> Delta:
-        """The merged change of the weight ``name``, [*shape] in the model; ``options`` as checked, and ``limits``."""
-        if self.of_matrices and len(shape) != 2:  # the factors of a convolution look like a matrix
-            deltas = [reshaped(delta, shape, torch.float32) for delta in deltas]
+        """The merged change of the weight ``name``, [*shape] in the model; ``options`` as checked, and ``limits``.
+
+        To a method of matrices experts in one tensor [E, n, m] are E matrices. ``transposed``: a matrix is stored as
+        [in, out], so that its rows are what another's columns are.
+        """
+        if self.of_matrices and is_stack(name, shape):
+            experts = unstacked(deltas, shape)
+            return stacked([self._combined(name, part, weights, options, transposed) for part in experts])
+        if self.of_matrices and not is_matrix(name, shape):  # the factors of a convolution look like a matrix
+            flat = (math.prod(shape),) if len(shape) == 2 else shape
+            whole = [reshaped(delta, flat, torch.float32) for delta in deltas]
+            return reshaped(self._combined(name, whole, weights, options), shape, work_dtype(whole))
+        return self._combined(name, deltas, weights, options, transposed)
+
+    def _combined(
+        self,
+        name: str,
+        deltas: Sequence[Delta],
+        weights: Sequence[float],
+        options: Mapping[str, Any],
+        transposed: bool = False,
+    ) -> Delta:
+        if transposed and self.has_side:
+            options = {**options, "side": "row" if options.get("side", "column") == "column" else "column"}
         own = {key: value for key, value in options.items() if not (self.trims and key == SCOPE.name)}
         try:
             return self.combine(deltas, weights, **own)

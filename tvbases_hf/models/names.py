@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..algebra.layout import is_stack
 from ..errors import MismatchError
 from ..storage.checkpoint import Checkpoint
 from ..storage.tied import EMBEDDINGS, FLAG, embedding_of, is_output, leaf, ties
@@ -109,6 +110,30 @@ def is_conv1d(name: str, base: Checkpoint, fan_in_fan_out: bool) -> bool | None:
         if base.config.get("model_type"):
             return base.config["model_type"] in CONV1D_MODELS
     return None if fan_in_fan_out else False
+
+
+def is_transposed(name: str, base: Checkpoint) -> bool:
+    """Whether a matrix is stored as [in, out], as no torch.nn.Linear is: GPT-2's Conv1D, and experts in one tensor.
+
+    Of experts gpt-oss, Llama-4 and Aria store [E, in, out], others [E, out, in]; the model's width tells, where the
+    widths of its experts differ from it.
+    """
+    shape = base.tensors[name].shape
+    if is_stack(name, shape):
+        return _experts_tell(name, shape, base)
+    return len(shape) == 2 and leaf(name) in CONV1D_NAMES and bool(is_conv1d(name, base, False))
+
+
+def _experts_tell(name: str, shape: Sequence[int], base: Checkpoint) -> bool:
+    width = (base.config.get("text_config") or base.config).get("hidden_size")
+    parent = name.removesuffix(".weight").rpartition(".")[0]
+    kin = [own for own in base.tensors if own.startswith(f"{parent}.") and is_stack(own, base.tensors[own].shape)]
+    for own in [name, *kin]:
+        _, rows, columns = base.tensors[own].shape
+        if rows != columns and width in (rows, columns):
+            gives_width = bool(re.search(r"down|output|fc2|w2", own[len(parent) :]))
+            return (width == columns) == gives_width
+    return False
 
 
 def _bias_tells(name: str, base: Checkpoint) -> bool | None:
