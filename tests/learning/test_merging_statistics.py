@@ -15,6 +15,8 @@ from tvbases_hf.learning.data import TaskData
 from tvbases_hf.learning.fisher import diagonal_fisher, examples_of, fisher
 from tvbases_hf.learning.learned import combined, held
 from tvbases_hf.learning.regmean import regmean
+from tvbases_hf.models.vectors import Vectors
+from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.merging_models import NAMES, answers, changes, labelled_data, random_states, unlabelled, vectors_of
 
 EPS = torch.finfo(torch.float32).eps
@@ -256,3 +258,25 @@ def test_vectors_without_weight_are_left_out_of_a_sum() -> None:
     deltas = [Dense(torch.full((2,), float("nan"))), Dense(torch.ones(2)), Dense(torch.full((2,), 3.0))]
     assert dense(combined(deltas, [0.0, 0.5, 0.25])).tolist() == [1.25, 1.25]
     assert dense(combined(deltas[1:], [0.0, 0.0])).tolist() == [0.0, 0.0]
+
+
+def test_a_linear_layer_stored_in_out_is_solved_like_one_stored_out_in() -> None:
+    """GPT-2's Conv1D, the same numbers as a linear layer's, transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    generator = torch.Generator().manual_seed(8)
+    linear, conv = torch.nn.Linear(6, 4, bias=False), Conv1D(4, 6)
+    torch.nn.init.zeros_(conv.bias)
+    states = [torch.randn(4, 6, generator=generator) for _ in range(3)]
+    found = []
+    for model, turn in ((linear, lambda w: w), (conv, lambda w: w.T.contiguous())):
+        model.weight.data.copy_(turn(states[0]))
+        bias = {} if model is linear else {"bias": torch.zeros(4)}
+        base, *tuned = (Checkpoint.from_state_dict({"weight": turn(state), **bias}) for state in states)
+        tasks = Vectors.of_models(base, dict(zip(NAMES, tuned, strict=False)))
+        inputs = torch.Generator().manual_seed(9)
+        data = [TaskData(name, [(torch.randn(20, 6, generator=inputs),)], unlabelled) for name in NAMES[:2]]
+        merge = regmean(tasks, model, data)
+        assert merge.report is not None and merge.report["solved"] == 1
+        found.append(dense(merge.change("weight")))
+    assert torch.allclose(found[1].T, found[0], rtol=0, atol=100 * torch.finfo(torch.float32).eps)
