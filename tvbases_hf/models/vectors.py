@@ -55,7 +55,8 @@ class Vectors:
         place = run.find_device(device) if isinstance(device, str) else device
         opened = Checkpoint.open(base)
         models = {task: open_model(source, opened) for task, source in tasks.items()}
-        return cls.of_models(opened, models, device=place)
+        vectors = cls.of_models(opened, models, device=place)
+        return replace(vectors, coverage=replace(vectors.coverage, twice=_given_twice(tasks)))
 
     @classmethod
     def of_models(
@@ -181,6 +182,13 @@ def parse_tasks(items: Iterable[str]) -> dict[str, str]:
             raise ParameterError(f'two tasks are named "{name}" ({tasks[name]} and {source}); give each its own name')
         tasks[name] = source
     return tasks
+
+
+def _given_twice(tasks: Mapping[str, str | Path]) -> dict[str, str]:
+    """{task: the first task that was given the same path or Hub id}"""
+    first: dict[str, str] = {}
+    places = {task: str(Path(source).expanduser().resolve()) for task, source in tasks.items()}
+    return {task: first[place] for task, place in places.items() if first.setdefault(place, task) != task}
 
 
 def basis_labels(count: int) -> tuple[str, ...]:
