@@ -64,7 +64,7 @@ class Gram:
         return (square + self.along) / (self.base_norm * tuned.clamp_min(torch.finfo(torch.float64).tiny))
 
     def warnings(self) -> list[str]:
-        """What looks wrong with the inputs, one line each: a copy of the base or of a task, a base that is not theirs."""
+        """What looks wrong with the inputs, one line each: copies of the base or of a task, another base."""
         zero = [t for t, n in zip(self.tasks, self.norms.tolist(), strict=True) if not n]
         lines = [f'"{task}" equals the base: its task vector is zero' for task in zero]
         lines += [given_twice(task, first) for task, first in self._copies().items()]
