@@ -17,7 +17,7 @@ from torch import Tensor
 from ..algebra.delta import Delta, Dense, zeros
 from ..algebra.sums import mix
 from ..bases import BasisWeights
-from ..errors import ParameterError
+from ..errors import MismatchError, ParameterError
 from ..storage import run
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import locate
@@ -164,7 +164,17 @@ class Vectors:
 
 
 def open_model(source: str | Path, base: Checkpoint, *, revision: str | None = None) -> Model:
-    """A checkpoint or an adapter, whichever is there."""
+    """A checkpoint or an adapter, whichever is there, or the adapter of ``base+adapter``.
+
+    Raises MismatchError for an adapter on another base than this one.
+    """
+    below, plus, adapter = str(source).partition("+")
+    if plus and not Path(source).expanduser().exists():
+        if below != base.label and (base.path is None or locate(below).resolve() != base.path.resolve()):
+            raise MismatchError(
+                f'"{source}": the adapter is on {below}, but the base is {base.label}; its change cannot be added there'
+            )
+        return Adapter.open(adapter, base, revision=revision, label=str(source))
     path = locate(str(source), revision)
     if is_adapter(path):
         return Adapter.open(path, base, label=str(source))
