@@ -104,7 +104,10 @@ def negate_task(
         model = Variant(BEFORE, *load(vectors.base.path or vectors.base.label, Where(device)))
         negations = curves(vectors, found, model, request, plan)
         report["curves"] = {name: negation.to_json() for name, negation in negations.items()}
-        alpha = negations[request.component].alpha
+        chosen = negations[request.component]
+        alpha = chosen.alpha
+        if not chosen.fell:
+            report["warnings"] = [f"{request.component}: {chosen.summary()}"]
     assert alpha is not None
     note = f"{task} forgotten, {request.component}, {alpha:g}"
     write(Edit.of(vectors, found[request.component], note, -alpha), out, as_adapter=request.adapter)
@@ -143,8 +146,10 @@ def curves(
     def metrics(model: Any) -> dict[str, float]:
         return worth(session.measure(model, variant.tokenizer), plan)
 
-    before = metrics(variant.model)
+    measured = session.measure(variant.model, variant.tokenizer)
+    before = worth(measured, plan)
     how: dict[str, Any] = {"keep": request.keep, "alphas": request.alphas, "patience": None if request.curve else 4}
+    how["units"] = units(measured, plan)
     return {
         component: negate(place, change, _after(before, metrics), TARGET, **how) for component, change in found.items()
     }
@@ -172,10 +177,10 @@ def worth(measured: Measured, plan: Plan) -> dict[str, float]:
     Of the metrics of a task the first counts for which higher is better; of a perplexity the inverse, so that 95 % kept
     is a perplexity 5.3 % higher; of generated toxicity the toxic rate.
     """
-    chosen: dict[str, float] = {}
-    for (task, metric), (value, _, better) in measured.items():
-        if task not in chosen and (metric == METRICS[0] or better or "perplexity" in metric):
-            chosen[task] = value if metric == METRICS[0] or better else 1 / value
+    chosen = {}
+    for task, metric in _counted(measured).items():
+        value = measured[task, metric][0]
+        chosen[task] = 1 / value if _inverted(measured, task, metric) else value
     targets = [chosen[task] for task in plan.targets if task in chosen]
     lost = [task for task in (*plan.targets, *plan.controls) if task not in chosen and task in _plain(measured, plan)]
     if not targets or lost or not all(map(math.isfinite, chosen.values())):
@@ -186,6 +191,30 @@ def worth(measured: Measured, plan: Plan) -> dict[str, float]:
         )
     controls = {task: value for task, value in chosen.items() if task not in plan.targets}
     return {TARGET: sum(targets) / len(targets), **controls}
+
+
+def units(measured: Measured, plan: Plan) -> dict[str, str]:
+    """What the numbers of ``worth`` are, by the same names."""
+    found = {
+        task: f"1/{metric}" if _inverted(measured, task, metric) else metric
+        for task, metric in _counted(measured).items()
+    }
+    targets = [f"{found[task]} of {task}" for task in plan.targets if task in found]
+    controls = {task: unit for task, unit in found.items() if task not in plan.targets}
+    return {TARGET: ("mean of " if len(targets) > 1 else "") + ", ".join(targets), **controls}
+
+
+def _counted(measured: Measured) -> dict[str, str]:
+    """{task: the metric that counts}: the first for which higher is better, a perplexity, or the toxic rate."""
+    chosen: dict[str, str] = {}
+    for (task, metric), (_, _, better) in measured.items():
+        if metric == METRICS[0] or better or "perplexity" in metric:
+            chosen.setdefault(task, metric)
+    return chosen
+
+
+def _inverted(measured: Measured, task: str, metric: str) -> bool:
+    return metric != METRICS[0] and not measured[task, metric][2]
 
 
 def _plain(measured: Measured, plan: Plan) -> set[str]:

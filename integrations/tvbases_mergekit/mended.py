@@ -1,4 +1,4 @@
-"""Two defects of mergekit 0.1.5 that end a merge which has nothing wrong with it, and one that lets NaN through."""
+"""Defects of mergekit 0.1.5: two end a merge that has nothing wrong with it, two let NaN through, one is tracebacks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ from typing import Any
 from unittest.mock import patch
 
 from mergekit import card
+from mergekit.io.tasks import GatherTensors
 from mergekit.io.tensor_writer import TensorWriter
 from mergekit.plan import MergePlanner
 from torch import Tensor
 
 from tvbases_hf.algebra.finite import count_not_finite
 from tvbases_hf.errors import ParameterError
+from tvbases_hf.models.finite import finite_values
+
+from .configuration import one_line
 
 LOG = logging.getLogger("tvbases_mergekit")
+# Where mergekit logs what it goes on without, such as a tokenizer that the base does not have.
+TRACED = ("mergekit.merge", "mergekit.architecture.auto", "mergekit.tokenizer.build")
 
 
 @contextlib.contextmanager
 def mended_mergekit() -> Iterator[None]:
     """mergekit without these defects, in this process and for this block."""
     ask, plan_tensor, save_tensor = card.is_hf, MergePlanner.plan_tensor, TensorWriter.save_tensor
+    gather = GatherTensors.execute
 
     def is_hf(path: str) -> bool:
         """The model card's question whether a path is on the Hub, which it also asks about local directories."""
@@ -41,6 +48,14 @@ def mended_mergekit() -> Iterator[None]:
             weights_in = [w.model_copy(update={"aliases": _Names(w.aliases)}) if w.aliases else w for w in weights_in]
         plan_tensor(self, weight, weights_in, *args, **kwargs)
 
+    def gather_finite(self: Any, **kwargs: Any) -> dict[Any, Tensor]:
+        """mergekit's own methods take NaN for a number; some, which trim, even leave it out of what they write."""
+        found = gather(self, **kwargs)
+        if found:
+            names = {weight.name for weight in self.weight_info.values()}
+            finite_values(min(names), [str(model) for model in found], list(found.values()))
+        return found
+
     def save_finite_tensor(self: Any, name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
         """The writer stores whatever a method gives it, and what overflows when it is rounded."""
         if lost := count_not_finite(tensor):
@@ -54,9 +69,31 @@ def mended_mergekit() -> Iterator[None]:
     with (
         patch.object(card, "is_hf", is_hf),
         patch.object(MergePlanner, "plan_tensor", plan_optional_tensor),
+        patch.object(GatherTensors, "execute", gather_finite),
         patch.object(TensorWriter, "save_tensor", save_finite_tensor),
+        _without_tracebacks(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in TRACED]
+    for logger in loggers:
+        logger.addFilter(_in_one_line)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_in_one_line)
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """The reason in place of the traceback."""
+    if record.exc_info and record.exc_info[1] is not None:
+        record.msg, record.args = f"{record.getMessage()} ({one_line(record.exc_info[1])})", ()
+        record.exc_info = record.exc_text = None
+    return True
 
 
 class _Names(tuple[str, ...]):

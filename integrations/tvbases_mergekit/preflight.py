@@ -21,6 +21,7 @@ from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.files import locate
 
+from .complete import check_complete
 from .configuration import DTYPE_BYTES, find_method, input_lists, one_line, output_slices
 from .methods import BasisMerge
 from .registered import RegisteredMerge
@@ -40,6 +41,7 @@ def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -
     check_distinct({ref: (model.path, ref.lora) for ref, model in opened.items()}, out)
     _check_fit(config, method, {ref: model for ref, model in opened.items() if ref.lora is None}, options)
     tasks = _plan(config, options)
+    _check_whole(config, tasks, opened, options)
     if isinstance(method, RegisteredMerge):
         for task in tasks:
             method.check(_bound(task))
@@ -147,6 +149,28 @@ def _plan(config: MergeConfiguration, options: MergeOptions) -> list[ExecuteMerg
     return [merge for merge in merges if isinstance(merge, ExecuteMergeMethodTask)]
 
 
+def _check_whole(
+    config: MergeConfiguration,
+    tasks: list[ExecuteMergeMethodTask],
+    opened: Mapping[ModelReference, Checkpoint],
+    options: MergeOptions,
+) -> None:
+    """Whatever the layers that slices take of it, mergekit has to know all tensors of the model."""
+    reference, base = _first(config, opened)
+    if output_slices(config):
+        whole = {"merge_method": "passthrough", "models": [{"model": reference}]}
+        tasks = _plan(MergeConfiguration.model_validate(whole), options)
+    check_complete(base, [task.output_weight for task in tasks])
+
+
+def _first(
+    config: MergeConfiguration, opened: Mapping[ModelReference, Checkpoint]
+) -> tuple[ModelReference, Checkpoint]:
+    """The base; of a merge without base the first model, which mergekit takes the configuration from."""
+    reference = config.base_model or next(iter(opened))
+    return reference, opened[reference]
+
+
 def _bound(task: ExecuteMergeMethodTask) -> dict[str, Any]:
     """The parameters as the method will get them: one value, or one per model."""
     bound: dict[str, Any] = dict(task.parameters.items())
@@ -171,7 +195,6 @@ def check_basis_parameters(method: BasisMerge, bound: Mapping[str, Mapping[str, 
 
 
 def _output_bytes(config: MergeConfiguration, opened: Mapping[ModelReference, Checkpoint]) -> int:
-    model = opened.get(config.base_model) if config.base_model else None
-    model = model or next(iter(opened.values()))
+    _, model = _first(config, opened)
     wide = DTYPE_BYTES.get(config.out_dtype or config.dtype or "")
     return sum(info.numel * (wide or info.dtype.itemsize) for info in model.tensors.values())

@@ -213,3 +213,16 @@ def test_a_fine_tune_of_another_base_is_compressed_with_a_warning_that_names_it(
         assert (outcome.code, outcome.out) == (0, "")
         (line,) = outcome.err.splitlines()
         assert line.startswith('warning: "code" differs from the base by') and "another base" in line
+
+
+def test_a_model_given_twice_is_said_once_by_every_command(pair: Family) -> None:
+    twice = [*inputs(pair), "--task", f"again={pair.tasks['math']}/"]
+    for arguments in (
+        ["inspect", *twice],
+        ["compress", *twice, "-m", 2, "--out", root(pair) / "basis"],
+        ["decompose", *twice, "--out", root(pair) / "parts"],
+        ["negate", *twice, "--forget", "code", "--alpha", 0.5, "--out", root(pair) / "clean"],
+    ):
+        outcome = tvbases(*arguments, "--quiet")
+        assert outcome.code == 0, outcome
+        assert outcome.err.count("is the same model as") == 1 and 'warning: "again" is the same model' in outcome.err

@@ -80,6 +80,21 @@ def test_what_to_know_of_a_choice_at_either_end_is_said() -> None:
     assert everything.alpha == 1 and "a greater alpha may forget more" in everything.summary()
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_a_target_that_does_not_fall_is_said_with_its_unit(slope: float) -> None:
+    def metrics(model: nn.Module) -> dict[str, float]:
+        alpha = -float(model.x)  # type: ignore[arg-type]
+        return {"toxic": 0.1 + slope * alpha, "chat": 1.0}
+
+    units = {"toxic": "toxic_rate of generations", "chat": "acc"}
+    found = negate(point(), one, metrics, "toxic", units=units)
+    assert not found.fell and "the target did not fall" in found.summary()
+    assert '"toxic" (toxic_rate of generations) 0.1 ->' in found.summary() and "control (acc) 1 ->" in found.summary()
+    assert Negation.from_json(json.loads(json.dumps(found.to_json()))).summary() == found.summary()
+    falls = negate(point(), one, control(lambda alpha: 1.0), "toxic")
+    assert falls.fell and "did not fall" not in falls.summary()
+
+
 def test_a_control_that_becomes_nan_is_lost() -> None:
     assert negate(point(), one, control(lambda a: math.nan if a > 0.3 else 1.0), "toxic", patience=None).alpha == 0.3
 

@@ -241,6 +241,57 @@ def test_a_task_vector_much_longer_than_the_others_is_named() -> None:
     assert '"long"' in warning
 
 
+def far(base: dict[str, Tensor], seed: int, ratio: float) -> dict[str, Tensor]:
+    """A model whose change has a random direction and ``ratio`` of the base's norm."""
+    return tune(base, seed, ratio * (whole(base) / count(base)) ** 0.5)
+
+
+def whole(state: dict[str, Tensor]) -> float:
+    return sum(float(t.double().square().sum()) for t in state.values() if t.is_floating_point())
+
+
+def count(state: dict[str, Tensor]) -> int:
+    return sum(t.numel() for t in state.values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.3, 0.8])
+@pytest.mark.parametrize("tasks", [1, 2, 4])
+def test_small_models_that_are_all_trained_far_bring_no_warning(tasks: int, ratio: float) -> None:
+    base = random_state(14)
+    gram = gram_matrix(in_memory(base, {f"task{i}": far(base, i, ratio * (1 + i / 8)) for i in range(tasks)}))
+    assert gram.norm_ratios is not None and float(gram.norm_ratios.min()) > 0.1
+    assert gram.warnings() == []
+
+
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_fine_tunes_that_are_all_of_another_base_are_all_named(tasks: int) -> None:
+    other = random_state(15)
+    lines = gram_matrix(in_memory(random_state(16), {f"task{i}": tune(other, i) for i in range(tasks)})).warnings()
+    assert [line.split('"')[1] for line in lines] == [f"task{i}" for i in range(tasks)]
+    assert all("another base" in line and "cosine with the base is" in line for line in lines)
+
+
+def test_cosines_with_the_base_are_those_of_the_whole_models() -> None:
+    base = random_state(17)
+    states = {"near": tune(base, 0), "far": far(base, 1, 0.7), "foreign": random_state(18), "copy": base}
+    found = gram_matrix(in_memory(base, states)).base_cosine
+    assert found is not None
+    for task, state in states.items():
+        inner = sum(float((base[n].double() * t.double()).sum()) for n, t in state.items() if t.is_floating_point())
+        cosine = inner / (whole(base) * whole(state)) ** 0.5
+        assert float(found[list(states).index(task)]) == pytest.approx(cosine, abs=100 * EPS)
+
+
+def test_a_model_given_twice_is_named_and_a_near_one_is_not() -> None:
+    base = random_state(19)
+    first = tune(base, 0)
+    near = {name: tensor.clone() for name, tensor in first.items()}
+    near["model.norm.weight"][3] += 1e-4
+    gram = gram_matrix(in_memory(base, {"a": first, "near": near, "b": first, "c": tune(base, 1), "d": first}))
+    assert [line.split('"')[1::2] for line in gram.warnings()] == [["b", "a"], ["d", "a"]]
+    assert all("counts twice" in line for line in gram.warnings())
+
+
 def test_a_model_equal_to_the_base_is_named() -> None:
     base = random_state(13)
     (warning,) = gram_matrix(in_memory(base, {"a": tune(base, 0), "copy": base})).warnings()

@@ -56,7 +56,7 @@ def compress(
     how: dict[str, Any] = {"method": method, "budget": budget, "rank": rank, "alpha": alpha, **options}
     Basis.build(vectors, num_bases, dtype=dtype, gram=gram, **how).save_pretrained(out)
     found = compression(Basis.from_pretrained(out), vectors, gram, Path(out))
-    return {**found, "warnings": [*vectors.coverage.notes(), *gram.warnings()]}
+    return {**found, "warnings": list(dict.fromkeys([*vectors.coverage.notes(), *gram.warnings()]))}
 
 
 def _check_run(vectors: Vectors, request: Request) -> None:

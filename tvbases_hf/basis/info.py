@@ -15,6 +15,7 @@ from ..bases import BasisWeights
 from ..errors import CheckpointError, ParameterError
 from ..models.gram import Gram
 from ..models.vectors import Vectors
+from ..storage.files import without_revision
 from ..storage.output import contains_only
 from ..version import library_version
 from .adapters.codec import Spec
@@ -204,7 +205,8 @@ def model_card(info: BasisInfo) -> str:
         f"| {task} | {weight:.3f} | {error:.1%} |"
         for task, weight, error in zip(info.tasks, info.effective_weights, info.task_error, strict=True)
     )
-    base = f"base_model: {info.base_id}\n" if "/" in info.base_id and not Path(info.base_id).exists() else ""
+    on_hub = "/" in info.base_id and not Path(info.base_id).exists()
+    base = f"base_model: {without_revision(info.base_id)[0]}\n" if on_hub else ""
     return f"""---
 library_name: tvbases-hf
 tags: [task-arithmetic, model-merging]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .options import Dtype, Json, Quiet, parse_dtype, tell
+from .options import Dtype, Json, Quiet, Revision, hub_ids, parse_dtype, tell
 
 Target = Annotated[
     list[str] | None,
@@ -53,13 +53,16 @@ def lm_eval_tasks() -> None:
 
 @app.command(epilog="Example: tvbases evaluate basis/ --task math --target gsm8k --control text:prose.txt")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A checkpoint, an adapter or a basis directory.", metavar="MODEL")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint, an adapter or a basis directory.", metavar="MODEL", callback=hub_ids)
+    ],
     base: Annotated[
         str | None,
         typer.Option(
             "--base",
             help="The pretrained model: a directory or a Hub id; default: what MODEL names.",
             metavar="PATH_OR_ID",
+            callback=hub_ids,
         ),
     ] = None,
     task: Annotated[
@@ -76,6 +79,7 @@ def evaluate(
     batch_size: BatchSize = 16,
     device: EvaluationDevice = None,
     dtype: Dtype = "auto",
+    revision: Revision = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

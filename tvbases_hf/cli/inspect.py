@@ -19,6 +19,7 @@ from .options import (
     Memory,
     Out,
     Quiet,
+    Revision,
     Side,
     Subspace,
     Task,
@@ -68,6 +69,7 @@ def inspect(
     device: Device = "cpu",
     threads: Threads = None,
     memory: Memory = None,
+    revision: Revision = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
@@ -137,6 +139,7 @@ def decompose(
     rank: Annotated[str, rank_option("the dimensions of a task's subspace, of full fine-tunes.")] = defaults.RANK,
     device: Device = "cpu",
     dry_run: DryRun = False,
+    revision: Revision = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

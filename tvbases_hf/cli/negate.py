@@ -30,6 +30,7 @@ from .options import (
     NumBases,
     Out,
     Quiet,
+    Revision,
     Side,
     Subspace,
     Task,
@@ -98,6 +99,7 @@ def negate(
     threads: Threads = None,
     memory: Memory = None,
     dry_run: DryRun = False,
+    revision: Revision = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from .app import app, console
 from .derived import DerivedCommand, given
-from .options import DryRun, Dtype, Json, OptionalBase, OptionalTask, Out, Quiet, parse_dtype, tell
+from .options import DryRun, Dtype, Json, OptionalBase, OptionalTask, Out, Quiet, Revision, parse_dtype, tell
 
 
 class OnlineCommand(DerivedCommand):
@@ -43,6 +43,7 @@ def online(
     seed: Annotated[int | None, typer.Option("--seed", help="Of whatever is drawn at random. Default: 0.")] = None,
     dtype: Dtype = "auto",
     dry_run: DryRun = False,
+    revision: Revision = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

@@ -18,6 +18,8 @@ from .. import defaults
 from ..errors import OutputError, ParameterError
 from .app import console
 
+REVISION = "tvbases_hf.revision"
+
 
 def _in_run(context: typer.Context, **how: Any) -> None:
     """The rest of the command works so; only then is anything imported that is not needed to parse."""
@@ -70,13 +72,43 @@ def file_option(help: str, metavar: str = "FILE") -> Any:
     return typer.Option(help=help, metavar=metavar, callback=_writable)
 
 
-_BASE = typer.Option("--base", help="The pretrained model: a directory or a Hub id.", metavar="PATH_OR_ID")
-_TASK = typer.Option("--task", help="A fine-tuned model; repeat for each.", metavar="NAME=PATH_OR_ID")
+def _keep_revision(context: typer.Context, revision: str | None) -> str | None:
+    context.meta[REVISION] = revision
+    return revision
+
+
+def hub_ids(context: typer.Context, value: Any) -> Any:
+    """The ids of a command, with --revision where they name none: it is parsed first, wherever it stands."""
+    revision = context.meta.get(REVISION)
+    if not revision or not value:
+        return value
+    from ..storage.files import at_revision
+
+    if isinstance(value, str):
+        return at_revision(value, revision)
+    named = (item.partition("=") for item in value)
+    return [f"{name}{equals}{at_revision(source, revision)}" for name, equals, source in named]
+
+
+_BASE = typer.Option(
+    "--base", help="The pretrained model: a directory or a Hub id.", metavar="PATH_OR_ID", callback=hub_ids
+)
+_TASK = typer.Option("--task", help="A fine-tuned model; repeat for each.", metavar="NAME=PATH_OR_ID", callback=hub_ids)
 Base = Annotated[str, _BASE]
 Task = Annotated[list[str], _TASK]
 # Of commands that can do without in some of their uses.
 OptionalBase = Annotated[str | None, _BASE]
 OptionalTask = Annotated[list[str] | None, _TASK]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        help="Of Hub ids that name none themselves, as in owner/name@revision.",
+        metavar="BRANCH_TAG_OR_COMMIT",
+        is_eager=True,
+        callback=_keep_revision,
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", help="The directory to write.", metavar="DIR")]
 NumBases = Annotated[
     float, typer.Option("--num-bases", "-m", help="How many bases; a number below 1 is a fraction of the tasks.")

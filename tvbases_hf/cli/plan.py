@@ -9,7 +9,7 @@ import typer
 
 from .. import defaults
 from .app import app, console
-from .options import Base, Dtype, Json, NumBases, Quiet, Threads, parse_dtype, parse_size, write_report
+from .options import Base, Dtype, Json, NumBases, Quiet, Revision, Threads, parse_dtype, parse_size, write_report
 
 
 @app.command(epilog="Example: tvbases plan --base meta-llama/Llama-3.1-8B --models 8 --job ae_bases --bandwidth 2GB")
@@ -29,6 +29,7 @@ def plan(
             help="Of the disk that all processes share, per second, as 2GB; default: measured, of a local base."
         ),
     ] = None,
+    revision: Revision = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

@@ -17,7 +17,7 @@ from ..bases.weights import resolve_num_bases
 from ..defaults import NUM_BASES, Job
 from ..errors import CheckpointError, ParameterError
 from ..storage.checkpoint import DTYPES, Checkpoint, TensorInfo
-from ..storage.files import HUB_ID
+from ..storage.files import HUB_ID, without_revision
 from ..storage.parallel import default_workers
 from ..storage.run import current, shares
 from ..storage.tensor_files import file_bytes
@@ -153,12 +153,13 @@ def headers(source: str) -> Infos:
     path = Path(source).expanduser()
     if path.name.endswith(".json") and path.is_file():
         return _of_config(path)
-    if path.exists() or not HUB_ID.match(source):
+    repository, revision = without_revision(source)
+    if path.exists() or not HUB_ID.match(repository):
         return Checkpoint.open(source).tensors
     from huggingface_hub import get_safetensors_metadata
 
     try:
-        found = get_safetensors_metadata(source)
+        found = get_safetensors_metadata(repository, revision=revision)
     except Exception as error:  # the network, a private repository, no safetensors in it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..defaults import ALPHAS, KEEP
@@ -24,12 +24,16 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Negation:
-    """The chosen alpha, and the metrics of target and controls over all that were measured; the first alpha is 0."""
+    """The chosen alpha, and the metrics of target and controls over all that were measured; the first alpha is 0.
+
+    ``units`` tells what the numbers of target and controls are, where that is known.
+    """
 
     target: str
     controls: tuple[str, ...]
     keep: float
     curve: Curve
+    units: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def alpha(self) -> float:
@@ -48,18 +52,33 @@ class Negation:
         """Share of the control metric that is left at the chosen alpha."""
         return self.control_at(self.alpha) / self.control_at(0.0)
 
+    @property
+    def fell(self) -> bool:
+        """Whether the target is lower at the chosen alpha than without any change."""
+        return self.target_at(self.alpha) < self.target_at(0.0)
+
     def summary(self) -> str:
         """What was reached, in one line, and what a reader should know about it."""
         before, after = self.target_at(0.0), self.target_at(self.alpha)
         line = (
-            f'alpha {self.alpha:g}: "{self.target}" {before:.4g} -> {after:.4g}, '
-            f"control {self.control_at(0.0):.4g} -> {self.control_at(self.alpha):.4g} ({self.kept:.1%} kept)"
+            f"alpha {self.alpha:g}: {self._named(self.target)} {before:.4g} -> {after:.4g}, "
+            f"{self._control_named()} {self.control_at(0.0):.4g} -> {self.control_at(self.alpha):.4g} "
+            f"({self.kept:.1%} kept)"
         )
         if self.alpha == 0:
             return f"{line}; every alpha above 0 costs the control more than {1 - self.keep:.0%}: nothing is forgotten"
+        if not self.fell:
+            line += "; the target did not fall: by this metric nothing is forgotten"
         if self.alpha == self.curve.alphas[-1]:
             return f"{line}; the grid ends here, a greater alpha may forget more"
         return line
+
+    def _named(self, task: str) -> str:
+        return f'"{task}" ({self.units[task]})' if self.units.get(task) else f'"{task}"'
+
+    def _control_named(self) -> str:
+        units = list(dict.fromkeys(self.units[task] for task in self.controls if task in self.units))
+        return f"control ({', '.join(units)})" if units else "control"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +87,7 @@ class Negation:
             "keep": self.keep,
             "kept": self.kept,
             "curve": self.curve.to_json(),
+            "units": dict(self.units),
         }
 
     @classmethod
@@ -75,8 +95,8 @@ class Negation:
         """The inverse of to_json; CheckpointError for anything else."""
         try:
             head = str(value["target"]), tuple(value["controls"]), float(value["keep"])
-            return cls(*head, Curve.from_json(value["curve"]))
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(*head, Curve.from_json(value["curve"]), dict(value.get("units") or {}))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not a negation ({type(error).__name__}: {error})") from error
 
 
@@ -90,6 +110,7 @@ def negate(
     alphas: Sequence[float] = ALPHAS,
     expected: float | None = None,
     patience: int | None = PATIENCE,
+    units: Mapping[str, str] | None = None,
 ) -> Negation:
     """theta_0 - alpha * change with the largest alpha for which the control keeps its share ``keep`` of theta_0's.
 
@@ -99,6 +120,7 @@ def negate(
         metrics: of the target and of the controls, which are all the other tasks; their mean is the control metric.
         expected: what the control metric of theta_0 should be, where that is known.
         patience: the grid is left after so many alphas in a row that cost too much; None measures all of it.
+        units: what the numbers of target and controls are, for the reader.
 
     Raises:
         ParameterError: no such target, no control, alphas or a share outside their domain; a control metric that is
@@ -127,7 +149,7 @@ def negate(
     controls = tuple(task for task in found[0.0] if task != target)
     columns = {task: tuple(metrics[task] for metrics in found.values()) for task in found[0.0]}
     scores = tuple(_control(metrics, target) for metrics in found.values())
-    return Negation(target, controls, keep, Curve(tuple(found), columns, scores, chosen))
+    return Negation(target, controls, keep, Curve(tuple(found), columns, scores, chosen), dict(units or {}))
 
 
 def change_of(vectors: Vectors, label: str) -> Change:

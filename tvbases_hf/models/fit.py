@@ -18,7 +18,8 @@ class Coverage:
     """The tensors that carry task vectors, and what they leave out: tensors that a fine-tune lacks, that the base
     lacks, or of another shape. ``heads`` are those of adapters that the base lacks; see Adapter.head_names.
     ``integers`` finds (it reads them) tensors of whole numbers that differ from the base's; ``formats`` is what the
-    weights of a model are quantised as where the base's are not, or the other way round.
+    weights of a model are quantised as where the base's are not, or the other way round. ``twice`` is {task: the task
+    that was given the same model}.
     """
 
     names: tuple[str, ...] = ()
@@ -28,10 +29,11 @@ class Coverage:
     heads: dict[str, tuple[str, ...]] = field(default_factory=dict)
     integers: Callable[[], dict[str, tuple[str, ...]]] = dict
     formats: dict[str, str] = field(default_factory=dict)
+    twice: dict[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """One line per finding, for the user."""
-        lines = []
+        lines = [given_twice(task, first) for task, first in self.twice.items()]
         for task, names in self.missing.items():
             lines.append(
                 f'"{task}": {len(names)} tensors of the base are absent (first: {names[0]}); counted as unchanged'
@@ -53,6 +55,11 @@ class Coverage:
         if self.skipped:
             lines.append(f"{len(self.skipped)} tensors differ in shape (first: {self.skipped[0]}); left out")
         return lines
+
+
+def given_twice(task: str, first: str) -> str:
+    """What to say of a model under two names."""
+    return f'"{task}" is the same model as "{first}", which counts twice so; leave one of them out'
 
 
 def check_fit(base: Checkpoint, models: Mapping[str, Checkpoint | Adapter], skip_mismatched: bool = False) -> Coverage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -12,24 +13,30 @@ from ..algebra.delta import PIECE_BYTES, Delta, Dense, blocks, gram, pieces
 from ..errors import CheckpointError
 from ..storage.parallel import rows
 from .finite import not_finite_in
+from .fit import given_twice
 from .vectors import Vectors
 
-# A fine-tune moves a model by well under a per cent to a few per cent (AE paper, Table 6); another base by about its
-# whole norm (Table 7, Figure 6).
-WRONG_BASE_RATIO = 0.1
+# A fine-tune moves a model by well under a per cent to a few per cent, another base by about its whole norm (AE paper,
+# Tables 6 and 7, Figure 6). A small model that is trained long moves far as well, but it still points where its base
+# does: a change of the base's own length, in any direction, leaves a cosine of 0.7, and another base one of about 0.
+WRONG_BASE_COSINE = 0.5
 WRONG_BASE_OUTLIER = 5.0
+# Two sums of the same d products, in whatever order: eps sqrt(d) for d = 1e7, of squares.
+SAME = 1e-12
 
 
 @dataclass(frozen=True)
 class Gram:
     """G = T^T T of the task vectors ``tasks``, [T, T] float64, and the norm of the base over the same tensors.
 
-    ``base_norm`` is None for adapters: they cannot be told from those of another base by their length.
+    ``base_norm`` is None for adapters: they cannot be told from those of another base by their length. ``along`` is
+    T^T theta_0, [T] float64, where it was computed.
     """
 
     tasks: tuple[str, ...]
     matrix: Tensor
     base_norm: float | None
+    along: Tensor | None = None
 
     @property
     def norms(self) -> Tensor:
@@ -47,24 +54,49 @@ class Gram:
         norms = torch.where(self.norms > 0, self.norms, torch.ones_like(self.norms))
         return self.matrix / norms[:, None] / norms[None, :]
 
+    @property
+    def base_cosine(self) -> Tensor | None:
+        """[T] cosine of each fine-tuned model with the base; None where their inner products are not known."""
+        if self.along is None or not self.base_norm:
+            return None
+        square = self.base_norm**2
+        tuned = (square + 2 * self.along + self.matrix.diagonal()).clamp_min(0).sqrt()
+        return (square + self.along) / (self.base_norm * tuned.clamp_min(torch.finfo(torch.float64).tiny))
+
     def warnings(self) -> list[str]:
-        """What looks wrong with the inputs, one line each: a base that is not theirs, a model equal to its base."""
-        lines = [
-            f'"{t}" equals the base: its task vector is zero'
-            for t, n in zip(self.tasks, self.norms, strict=True)
-            if not n
-        ]
-        ratios = self.norm_ratios
-        if ratios is None:
-            return lines
-        for task, ratio in zip(self.tasks, ratios.tolist(), strict=True):
-            others = [r for t, r in zip(self.tasks, ratios.tolist(), strict=True) if t != task]
+        """What looks wrong with the inputs, one line each: copies of the base or of a task, another base."""
+        zero = [t for t, n in zip(self.tasks, self.norms.tolist(), strict=True) if not n]
+        lines = [f'"{task}" equals the base: its task vector is zero' for task in zero]
+        lines += [given_twice(task, first) for task, first in self._copies().items()]
+        return lines + self._of_another_base()
+
+    def _copies(self) -> dict[str, str]:
+        """{task: the first task whose vector is the same}"""
+        found: dict[str, str] = {}
+        squares = self.matrix.diagonal()
+        for i, j in itertools.combinations(range(len(self.tasks)), 2):
+            total = float(squares[i] + squares[j])
+            if squares[i] > 0 and abs(total - 2 * float(self.matrix[i, j])) <= SAME * total:
+                found.setdefault(self.tasks[j], self.tasks[i])
+        return found
+
+    def _of_another_base(self) -> list[str]:
+        """Tasks that stand out by their length, or whose model does not point where the base does."""
+        if self.norm_ratios is None:
+            return []
+        ratios = self.norm_ratios.tolist()
+        cosines = [1.0] * len(ratios) if self.base_cosine is None else self.base_cosine.tolist()
+        lines = []
+        for index, (task, ratio, cosine) in enumerate(zip(self.tasks, ratios, cosines, strict=True)):
+            others = ratios[:index] + ratios[index + 1 :]
             usual = float(torch.tensor(others).median()) if others else ratio
-            if ratio > WRONG_BASE_RATIO or (len(others) > 1 and ratio > WRONG_BASE_OUTLIER * usual > 0):
+            foreign = cosine < WRONG_BASE_COSINE
+            if foreign or (len(others) > 1 and ratio > WRONG_BASE_OUTLIER * usual > 0):
                 lines.append(
                     f'"{task}" differs from the base by {ratio:.1%} of its norm'
                     + (f" (the others: {usual:.2%})" if others else "")
-                    + "; a fine-tune differs by a few per cent at most, so this is probably a fine-tune of another base"
+                    + (f", and its cosine with the base is {cosine:.2f}" if foreign else "")
+                    + "; a fine-tune stays close to its base, so this is probably a fine-tune of another base"
                 )
         return lines
 
@@ -82,32 +114,40 @@ def gram_matrix(vectors: Vectors) -> Gram:
     def products(name: str) -> list[float]:
         deltas = vectors.deltas(name)
         if vectors.are_adapters:
-            part, square = gram(deltas), 0.0
+            part, along, square = gram(deltas), torch.zeros(count), 0.0
         else:
             own = (delta.base for delta in deltas if isinstance(delta, Dense) and delta.base is not None)
             base = next(own, None)
-            part, square = _with_base(deltas, vectors.base.read(name) if base is None else base)
+            part, along, square = _with_base(deltas, vectors.base.read(name) if base is None else base)
         if not (torch.isfinite(part).all() and math.isfinite(square)):
             raise not_finite(vectors, name, deltas)
-        return [*part.flatten().tolist(), square]
+        return [*part.flatten().tolist(), *along.tolist(), square]
 
     size = lambda name: vectors.base.tensors[name].nbytes * (count + 1)  # noqa: E731
-    width, need = count * count + 1, lambda name: PIECE_BYTES + vectors.copied(name)
+    width, need = count * count + count + 1, lambda name: PIECE_BYTES + vectors.copied(name)
     table = rows(vectors.names, products, width, "Gram matrix", size, need, vectors.stored)
     total = table.sum(dim=0)
-    base_norm = None if vectors.are_adapters else float(total[-1]) ** 0.5
-    return Gram(vectors.tasks, total[:-1].reshape(count, count), base_norm)
+    matrix = total[: count * count].reshape(count, count)
+    if vectors.are_adapters:
+        return Gram(vectors.tasks, matrix, None)
+    return Gram(vectors.tasks, matrix, float(total[-1]) ** 0.5, total[count * count : -1])
 
 
-def _with_base(deltas: list[Delta], base: Tensor) -> tuple[Tensor, float]:
-    """The inner products of changes that are not all low-rank, and the base's squared norm, in one pass over both."""
+def _with_base(deltas: list[Delta], base: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The inner products of changes that are not all low-rank, theirs with the base, and the base's squared norm.
+
+    One pass over all of them.
+    """
     products = torch.zeros(len(deltas), len(deltas), dtype=torch.float64, device=deltas[0].device)
+    along = products.new_zeros(len(deltas))
     square, start, flat = 0.0, 0, base.reshape(-1)
     for part in blocks(deltas):
+        own = flat[start : start + part.shape[1]].to(part.device, torch.float64)
         products += part @ part.T
-        square += float(flat[start : start + part.shape[1]].to(part.device, torch.float64).square().sum())
+        along += part @ own
+        square += float(own.square().sum())
         start += part.shape[1]
-    return products, square
+    return products, along, square
 
 
 def not_finite(vectors: Vectors, name: str, deltas: list[Delta]) -> CheckpointError:

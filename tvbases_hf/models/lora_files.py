@@ -16,6 +16,7 @@ from ..algebra.delta import Delta, LowRank, dense, zeros
 from ..algebra.finite import count_not_finite
 from ..errors import ParameterError
 from ..storage.checkpoint import Checkpoint
+from ..storage.files import without_revision
 from ..storage.output import contains_only, write_json
 from .adapter import BIAS, MAGNITUDE, PREFIX, TRANSPOSED, Adapter, Layout
 from .lora_config import CONFIG_FILE, WEIGHT_FILES
@@ -57,7 +58,10 @@ class Template:
         found = {name: layout for a in reversed(adapters) for name in a.names if (layout := a.layout(name))}
         layouts = {n: Layout(renamed(n), layout.kind, layout.kernel) for n, layout in found.items()}
         biases = {name: renamed(name) for a in adapters for name in a.names if a.module_of_bias(name)}
-        config: dict[str, Any] = {"base_model_name_or_path": base_id}
+        repository, revision = without_revision(base_id)
+        config: dict[str, Any] = {"base_model_name_or_path": repository}
+        if revision:
+            config["revision"] = revision
         for word in ("task_type", "auto_mapping"):
             values = [adapter.config.get(word) for adapter in adapters]
             if all(value == values[0] for value in values):

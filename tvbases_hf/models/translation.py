@@ -145,6 +145,22 @@ class Translation:
         return found
 
 
+def absent_from(model: nn.Module, wanted: Iterable[str], given: Iterable[str]) -> list[str]:
+    """Those of the stored tensors ``wanted`` that a parameter of the model would miss if only ``given`` were loaded.
+
+    Parameters that are tied are one, and tensors that the model does not have are not missed.
+    """
+    state = _tensors(model.state_dict(keep_vars=True))
+    find = _finder(model, state)
+
+    def filled(name: str) -> set[int]:
+        stored = find(name)
+        return set() if stored is None else {id(state[part.parameter]) for part in stored.parts}
+
+    loaded = {parameter for name in given for parameter in filled(name)}
+    return [name for name in wanted if not filled(name) <= loaded]
+
+
 class _Scatter(torch.autograd.Function):
     """Numbers of stored tensors put into a parameter. A permutation: its gradient is the way back."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..algebra.delta import Delta, Dense, zeros
 from ..algebra.sums import mix
 from ..bases import BasisWeights
-from ..errors import ParameterError
+from ..errors import MismatchError, ParameterError
 from ..storage import run
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import locate
@@ -55,7 +55,8 @@ class Vectors:
         place = run.find_device(device) if isinstance(device, str) else device
         opened = Checkpoint.open(base)
         models = {task: open_model(source, opened) for task, source in tasks.items()}
-        return cls.of_models(opened, models, device=place)
+        vectors = cls.of_models(opened, models, device=place)
+        return replace(vectors, coverage=replace(vectors.coverage, twice=_given_twice(tasks)))
 
     @classmethod
     def of_models(
@@ -163,7 +164,17 @@ class Vectors:
 
 
 def open_model(source: str | Path, base: Checkpoint, *, revision: str | None = None) -> Model:
-    """A checkpoint or an adapter, whichever is there."""
+    """A checkpoint or an adapter, whichever is there, or the adapter of ``base+adapter``.
+
+    Raises MismatchError for an adapter on another base than this one.
+    """
+    below, plus, adapter = str(source).partition("+")
+    if plus and not Path(source).expanduser().exists():
+        if below != base.label and (base.path is None or locate(below).resolve() != base.path.resolve()):
+            raise MismatchError(
+                f'"{source}": the adapter is on {below}, but the base is {base.label}; its change cannot be added there'
+            )
+        return Adapter.open(adapter, base, revision=revision, label=str(source))
     path = locate(str(source), revision)
     if is_adapter(path):
         return Adapter.open(path, base, label=str(source))
@@ -181,6 +192,13 @@ def parse_tasks(items: Iterable[str]) -> dict[str, str]:
             raise ParameterError(f'two tasks are named "{name}" ({tasks[name]} and {source}); give each its own name')
         tasks[name] = source
     return tasks
+
+
+def _given_twice(tasks: Mapping[str, str | Path]) -> dict[str, str]:
+    """{task: the first task that was given the same path or Hub id}"""
+    first: dict[str, str] = {}
+    places = {task: str(Path(source).expanduser().resolve()) for task, source in tasks.items()}
+    return {task: first[place] for task, place in places.items() if first.setdefault(place, task) != task}
 
 
 def basis_labels(count: int) -> tuple[str, ...]:

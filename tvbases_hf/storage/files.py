@@ -17,6 +17,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB = "hf://"
+# After the @ of hf://owner/name@revision/folder.
+REVISION = re.compile(r"(refs/(?:pr|convert)/[^/]+|[^/]+)/?(.*)", re.DOTALL)
 SHOWN = 5
 
 # Files of training runs that hold parts of a model, and the command that makes one of them.
@@ -34,21 +36,23 @@ PARTS = {
 def locate(source: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
     """The local path of a directory, a file or a Hub id (downloaded to ``cache_dir``, by default the Hub's own).
 
-    ``hf://owner/name/folder`` is a folder of what the Hub holds.
+    ``hf://owner/name/folder`` is a folder of what the Hub holds. The revision of an id, ``owner/name@revision`` or
+    ``hf://owner/name@revision/folder``, goes before ``revision``.
     """
     path = Path(source).expanduser()
     if path.exists():
         return path
-    owner, _, rest = source.removeprefix(HUB).partition("/")
-    name, _, folder = rest.strip("/").partition("/")
-    if not HUB_ID.match(f"{owner}/{name}") or (folder and not source.startswith(HUB)) or ".." in folder.split("/"):
-        raise CheckpointError(f'"{source}": no such file or directory (a Hub id has the form "owner/name")')
+    repository, named, folder = _hub_parts(source)
+    if not HUB_ID.match(repository) or (folder and not source.startswith(HUB)) or ".." in folder.split("/"):
+        raise CheckpointError(
+            f'"{source}": no such file or directory (a Hub id has the form "owner/name", or "owner/name@revision")'
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = [f"{folder}/{pattern}" for pattern in HUB_PATTERNS] if folder else HUB_PATTERNS
     try:
-        found = snapshot_download(f"{owner}/{name}", revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
+        found = snapshot_download(repository, revision=named or revision, cache_dir=cache_dir, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -57,8 +61,42 @@ def locate(source: str, revision: str | None = None, cache_dir: str | None = Non
         ) from error
     inside = Path(found) / folder
     if not inside.exists():
-        raise CheckpointError(f'"{source}": {owner}/{name} is on the Hub, but has no folder {folder}')
+        raise CheckpointError(f'"{source}": {repository} is on the Hub, but has no folder {folder}')
     return inside
+
+
+def _hub_parts(source: str) -> tuple[str, str | None, str]:
+    """(owner/name, the revision, the folder) of an id."""
+    head, at, tail = source.removeprefix(HUB).partition("@")
+    owner, _, rest = head.partition("/")
+    name, _, folder = rest.strip("/").partition("/")
+    if not at:
+        return f"{owner}/{name}", None, folder
+    found = REVISION.fullmatch(tail) if source.startswith(HUB) else None
+    revision, inside = found.groups() if found else (tail, "")
+    return f"{owner}/{name}", revision or None, inside if not folder else f"{folder}/{inside}"
+
+
+def without_revision(source: str) -> tuple[str, str | None]:
+    """An id and its revision, for those who want them apart; a path as it is."""
+    if "@" not in source or Path(source).expanduser().exists():
+        return source, None
+    repository, revision, folder = _hub_parts(source)
+    return (repository, revision) if HUB_ID.match(repository) and not folder else (source, None)
+
+
+def at_revision(source: str, revision: str) -> str:
+    """A Hub id with a revision where it names none itself; anything else as it is. Both ids of ``base+adapter``."""
+    if Path(source).expanduser().exists():
+        return source
+    parts = source.split("+")
+    if len(parts) > 1:
+        return "+".join(at_revision(part, revision) for part in parts)
+    repository, named, folder = _hub_parts(source)
+    if named or not HUB_ID.match(repository) or (folder and not source.startswith(HUB)):
+        return source
+    inside = f"/{folder}" if folder else ""
+    return f"{HUB if source.startswith(HUB) else ''}{repository}@{revision}{inside}"
 
 
 def weight_files(path: Path, label: str) -> tuple[list[Path], dict[str, str] | None]:

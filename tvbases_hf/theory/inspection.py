@@ -42,7 +42,7 @@ class Inspection:
 
     @property
     def warnings(self) -> list[str]:
-        return [*self.vectors.coverage.notes(), *self.gram.warnings()]
+        return list(dict.fromkeys([*self.vectors.coverage.notes(), *self.gram.warnings()]))
 
     @property
     def _total(self) -> float:

@@ -18,7 +18,7 @@ from tvbases_hf.errors import CheckpointError, ParameterError
 from tvbases_hf.learning.directions import COMPONENTS
 from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.storage.checkpoint import Checkpoint
-from tvbases_lm_eval.forget import TARGET, negate_task, worth
+from tvbases_lm_eval.forget import TARGET, negate_task, units, worth
 from tvbases_lm_eval.plan import Plan
 from tvbases_lm_eval.variants import Where, load, variants
 from zoo.hf_models import Family, make_family, make_llama, read_state, save_state
@@ -248,6 +248,25 @@ def test_one_number_is_made_of_every_task() -> None:
     }
     plan = Plan(targets=("toxicity",), controls=("gsm8k", "more"))
     assert worth(measured, plan) == {TARGET: 0.4, "gsm8k": 0.5, "text:a": 0.25}  # type: ignore[arg-type]
+    named = {TARGET: "toxic_rate of toxicity", "gsm8k": "exact_match (strict-match)", "text:a": "1/byte_perplexity"}
+    assert units(measured, plan) == named  # type: ignore[arg-type]
+    both = Plan(targets=("toxicity", "gsm8k"), controls=("more",))
+    mean = "mean of toxic_rate of toxicity, exact_match (strict-match) of gsm8k"
+    assert units(measured, both)[TARGET] == mean  # type: ignore[arg-type]
+
+
+def test_a_target_that_did_not_fall_is_warned_of_with_its_unit(family: Family, tmp_path: Path, text: Path) -> None:
+    """The control is the target's own text, and has to stay as it is."""
+    again = tmp_path / "again.txt"
+    again.write_text(text.read_text())
+    outcome = tvbases(
+        *("negate", *options(family), "--forget", "toxic", "--target", f"text:{text}", "--control", f"text:{again}"),
+        *("--alphas", "0.5,1", "--keep", "1", "--device", "cpu", "--quiet", "--out", tmp_path / "clean"),
+    )
+    assert outcome.code == 0, outcome
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
+    assert f'"target" (1/byte_perplexity of text:{text})' in line and "control (1/byte_perplexity)" in line
+    assert "did not fall" in line or "nothing is forgotten" in line
 
 
 def test_a_target_without_a_score_is_no_success() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...storage.files import without_revision
 from ..info import AdapterInfo, BasisInfo
 
 # Two errors closer than this (as a ratio, and in absolute terms) are the same: rounding tells them apart at most.
@@ -78,8 +79,9 @@ def adapter_card(info: BasisInfo) -> str:
     assert info.adapters is not None
     adapters, first = info.adapters, info.tasks[0]
     local = Path(info.base_id).exists() or "/" not in info.base_id
-    header = "" if local else f"base_model: {info.base_id}\n"
-    base = f'"{info.base_id}"' if not local else '"path/to/the/base"'
+    repository, _ = without_revision(info.base_id)
+    header = "" if local else f"base_model: {repository}\n"
+    base = f'"{repository}"' if not local else '"path/to/the/base"'
     rows = "\n".join(
         f"| {task} | {weight * adapters.alpha:.3f} | {error:.1%} | {trivial:.1%} |"
         for task, weight, error, trivial in zip(
