@@ -211,13 +211,13 @@ def _delete(paths: Iterator[Path] | Sequence[Path]) -> None:
 hook_app = typer.Typer(
     name="hook",
     no_args_is_help=True,
-    help="Let plain mergekit-yaml, mergekit-multi and mergekit-pytorch find the merge methods of this package.",
+    help="Let plain mergekit find our merge methods. These are mergekit-yaml, mergekit-multi and mergekit-pytorch.",
 )
 
 
 @hook_app.command("install", epilog="Example: tvbases hook install && mergekit-yaml merge.yml out/")
 def install_command() -> None:
-    """Write the start-up hook into the site-packages of this Python, or refresh it.
+    """Write the start-up hook, or refresh it. It goes into the site-packages of this Python.
 
     From then on mergekit's own commands know ae_bases and the others.
     It acts when mergekit is asked for a method that mergekit lacks,
@@ -232,7 +232,7 @@ def install_command() -> None:
 
 @hook_app.command("status", epilog="Example: tvbases hook status")
 def status_command() -> None:
-    """Say whether the hook is installed, where, and whether it fits this version and this interpreter."""
+    """Say whether the hook is installed, and where. Also whether it fits this version and this interpreter."""
     found = status()
     typer.echo(f"{found.state}: {found.where}")
     for path in found.files:
@@ -244,7 +244,7 @@ def status_command() -> None:
 
 @hook_app.command("remove", epilog="Example: tvbases hook remove")
 def remove_command() -> None:
-    """Delete the hook and everything that came from it. Do this before you uninstall the package."""
+    """Delete the hook and all that came from it. Do this before you uninstall the package."""
     gone = remove()
     for path in gone:
         typer.echo(f"deleted {path}")

@@ -12,7 +12,7 @@ from ..version import library_version
 app = typer.Typer(
     help="Task-vector bases: compress, merge and edit fine-tuned models.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # rich's help takes as long to load as all the rest of `tvbases --help`
     pretty_exceptions_enable=False,
 )
 app.add_typer(hook_app, name="hook")

@@ -89,7 +89,7 @@ def compress(
     json: Json = None,
     online: Annotated[str | None, typer.Option(hidden=True, is_eager=True, callback=_moved)] = None,
 ) -> None:
-    """Replace T fine-tuned models by M vectors and a small decoder: a basis directory.
+    """Replace T fine-tuned models by M vectors and a decoder. Written is a basis directory.
 
     Of adapters, the directory is itself a LoRA that PEFT loads: the merged multi-task adapter.
     """

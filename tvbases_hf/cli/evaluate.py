@@ -45,7 +45,7 @@ EvaluationDevice = Annotated[
 
 @app.command("lm-eval-tasks", epilog='Example: tvbases lm-eval-tasks; lm_eval ls tasks --include_path "$(...)"')
 def lm_eval_tasks() -> None:
-    """Print the directory of the toxicity and negation tasks, for lm_eval --include_path."""
+    """Print the directory of our lm-eval tasks. Toxicity and negation: it is for lm_eval --include_path."""
     from tvbases_lm_eval import include_path
 
     print(include_path())
@@ -83,7 +83,7 @@ def evaluate(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """lm-eval before and after: targets and controls of the base, and of MODEL, in one table."""
+    """Run lm-eval before and after: on the base, and on MODEL. Targets and controls stand in one table."""
     from tvbases_lm_eval.evaluate import evaluate_model
     from tvbases_lm_eval.plan import Plan, parse_prompts
     from tvbases_lm_eval.table import print_table

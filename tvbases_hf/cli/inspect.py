@@ -73,7 +73,7 @@ def inspect(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """How long and how similar task vectors are, how many bases they need, and whether the base is theirs."""
+    """Measure task vectors: lengths, similarities, the base. It also says how many bases they need."""
     from ..models.vectors import Vectors, parse_tasks
     from ..theory.inspection import inspect as examine
     from .tables import warn
@@ -143,7 +143,7 @@ def decompose(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Split task vectors into what they share and what is unique to each (DeVec): OUT/unique/TASK and OUT/shared."""
+    """Split task vectors into shared and unique parts (DeVec). Written are OUT/unique/TASK and OUT/shared."""
     from ..merging.components import write_components
     from ..methods.devec import Options
     from ..models.vectors import Vectors, parse_tasks

@@ -41,7 +41,7 @@ def merge(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """A mergekit YAML, executed on the changes of weights: no model is built, adapters stay adapters.
+    """Merge as a mergekit YAML says, on the changes of weights. No model is built, adapters stay adapters.
 
     --dtype auto is the YAML's, else the base's own; factors of adapters are then float32.
     """
@@ -60,7 +60,7 @@ def merge(
     epilog="Example: tvbases mergekit-yaml merge.yml merged/ --cuda",
 )
 def mergekit_yaml(context: typer.Context) -> None:
-    """mergekit-yaml with ae_bases and friends: CONFIG OUT and every option that mergekit has."""
+    """Run mergekit-yaml with ae_bases and friends. It takes CONFIG OUT and every option that mergekit has."""
     from tvbases_mergekit.command import merge
 
     if previewed := merge(context.args):

@@ -103,7 +103,7 @@ def negate(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Forget a task: the base minus alpha times its vector, what is unique to it, or its AE reconstruction."""
+    """Forget a task: write the base minus alpha times its vector. Or what is unique to it, or its AE reconstruction."""
     from tvbases_lm_eval.forget import negate_task
     from tvbases_lm_eval.plan import Plan, parse_prompts
 

@@ -47,7 +47,7 @@ def online(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Add tasks that come one after another to a basis of a fixed number of vectors: each is on disk when it is told.
+    """Add tasks, one after another, to a basis of fixed size. Each is on disk when it is told.
 
     --base and the options are said with the first task, and stay.
     """

@@ -33,7 +33,7 @@ def plan(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Bytes read and written, peak memory, arithmetic and time of a job; weights are not read, nor downloaded.
+    """Foretell a job: bytes, peak memory, arithmetic and time. Weights are not read, nor downloaded.
 
     --base may also be the config.json of a causal language model.
     """

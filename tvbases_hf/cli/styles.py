@@ -76,7 +76,7 @@ def mix_styles(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Mix style LoRAs by what is unique to each, so that what they share does not add up. No model is loaded.
+    """Mix style LoRAs by what is unique to each. So what they share does not add up. No model is loaded.
 
     --device is where the picture is drawn.
     """

@@ -14,7 +14,7 @@ from .options import Json, Quiet, file_option, write_report
 
 @app.command(epilog="Example: tvbases doctor")
 def doctor(json: Json = None) -> None:
-    """Versions of everything that matters, which extras are here, whether the hook is installed, free disk."""
+    """Show versions, extras, the hook and the free disk."""
     from .doctor import examine, print_findings
 
     found = examine()
@@ -29,7 +29,7 @@ def demo(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """The main job on real weights: fine-tune a small model on eight tasks, compress, merge with mergekit, compare."""
+    """Run the main job on real weights, in minutes. Fine-tune a small model on eight tasks, compress, merge with mergekit, compare."""
     try:
         from tvbases_demo import run_demo
     except ImportError as error:
