@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from tvbases_hf.errors import MissingExtraError
 
+# Of the methods in tvbases_hf.methods, those that a YAML has from mergekit, with mergekit's own parameters.
+MERGEKITS = frozenset({"task_arithmetic", "ties"})
+
 
 def register() -> None:
     """Make the methods known to mergekit in this process; calling it again changes nothing.

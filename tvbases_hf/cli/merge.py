@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .app import app
 from .options import (
@@ -25,7 +26,30 @@ from .options import (
 )
 
 
-@app.command(epilog="Example: tvbases merge merge.yml merged-lora/ --adapter --rank 16")
+class MergeCommand(TyperCommand):
+    """Its help lists the methods and constructions of the registries, which are read only then."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from tvbases_mergekit.registration import MERGEKITS
+
+        from ..bases.registry import CONSTRUCTIONS
+        from ..methods.registry import METHODS
+
+        methods = [(name, _described(method)) for name, method in METHODS.items() if name not in MERGEKITS]
+        bases = [(bases.yaml, bases.summary) for bases in CONSTRUCTIONS.values()]
+        with formatter.section("Our merge_method, and its parameters (tvbases schema has mergekit's too)"):
+            formatter.write_dl(methods)
+        with formatter.section("Over bases, with the parameters of tvbases compress"):
+            formatter.write_dl(bases)
+        super().format_epilog(ctx, formatter)
+
+
+def _described(method: Any) -> str:
+    options = [f"{name}: {option.help}, default: {option.default}" for name, option in method.options.items()]
+    return " ".join([method.summary, *(f"{option};" for option in options)]).rstrip(";")
+
+
+@app.command(cls=MergeCommand, epilog="Example: tvbases merge merge.yml merged-lora/ --adapter --rank 16")
 def merge(
     config: Annotated[Path, typer.Argument(help="A mergekit YAML; models may be adapters.", metavar="CONFIG")],
     out: Annotated[Path, typer.Argument(help="The directory to write.", metavar="OUT")],

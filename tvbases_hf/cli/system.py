@@ -29,7 +29,7 @@ def demo(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Run the main job on real weights, in minutes. Fine-tune a small model on eight tasks, compress, merge with mergekit, compare."""
+    """Run the main job on real weights, in minutes. Fine-tune, compress, merge with mergekit, compare."""
     try:
         from tvbases_demo import run_demo
     except ImportError as error:

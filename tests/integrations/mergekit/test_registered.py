@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,12 +30,11 @@ from tvbases_mergekit.constructions import RENAMED
 from tvbases_mergekit.methods import BasisMerge
 from tvbases_mergekit.native import merge
 from tvbases_mergekit.registered import RegisteredMerge
+from tvbases_mergekit.registration import MERGEKITS
 from tvbases_mergekit.schema import yaml_schema
 from zoo.hf_models import Family, read_state
 
 pytest_plugins = ["zoo.hf_fixtures"]
-# mergekit has methods of these names, which stay its own.
-MERGEKITS = {"task_arithmetic", "ties"}
 OWN = sorted(set(METHODS) - MERGEKITS)
 EPS = torch.finfo(torch.float32).eps
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -91,6 +91,17 @@ def test_python_and_yaml_know_the_same_options_and_defaults(name: str) -> None:
     assert all(p.description == declared.options[key].help for key, p in parameters.items())
     assert all(p.scope == ParameterScope.SHARED for p in parameters.values())
     assert (spec.pretty_name, spec.reference_url) == (declared.title, declared.source)
+
+
+def test_help_knows_the_same_methods_options_and_defaults() -> None:
+    entries = re.split(r"\n {2}(?=\w)", tvbases("merge", "--help").out)
+    shown = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
+    for name in OWN:
+        options = METHODS[name].options.items()
+        words = [METHODS[name].summary, *(f"{key}: {o.help}, default: {o.default}" for key, o in options)]
+        assert all(text in shown[name] for text in words), shown[name]
+    assert not MERGEKITS & shown.keys()
+    assert all(construction.summary in shown[construction.yaml] for construction in CONSTRUCTIONS.values())
 
 
 def test_every_own_method_is_an_inner_method_of_the_bases() -> None:
