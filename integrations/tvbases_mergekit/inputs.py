@@ -10,7 +10,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
-from tvbases_hf.models.adapter import Adapter, is_adapter
+from tvbases_hf.models.adapter import Adapter, adapter_folder, is_adapter
 from tvbases_hf.models.vectors import Model, Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.files import locate
@@ -82,7 +82,7 @@ def _base_reference(config: MergeConfiguration, listed: list[ModelReference]) ->
 def _locate(model: ModelReference, base: ModelReference, base_path: Path) -> Path:
     """Where the adapter or the checkpoint is; MismatchError for an adapter on another model than the base."""
     if model.lora is None:
-        return locate(model.model.path, model.model.revision)
+        return adapter_folder(locate(model.model.path, model.model.revision))
     if model.model != base.model and locate(model.model.path, model.model.revision).resolve() != base_path.resolve():
         raise MismatchError(
             f'"{model}": the adapter is on {model.model}, but the base of this merge is {base}; its change cannot be '

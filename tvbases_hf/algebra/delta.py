@@ -238,6 +238,15 @@ def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
     return delta.block(0, math.prod(delta.shape)).reshape(delta.shape).to(dtype)
 
 
+def is_zero(delta: Delta) -> bool:
+    """Whether nothing changes, up to the rounding of what a Dora scales its rows with."""
+    if delta.low is None:
+        return not any(piece.any() for piece in pieces(delta))
+    rows = torch.zeros(()) if delta.row_scale is None else delta.row_scale
+    noise = 8 * torch.finfo(torch.float32).eps
+    return not (delta.low.left.any() and delta.low.right.any()) and not (rows.abs() > noise).any()
+
+
 def premultiplied(matrix: Tensor, delta: Delta) -> Tensor:
     """``matrix`` [s, n] times the change [n, m], in the matrix's dtype: O(s r (n + m)) for a low-rank one."""
     if isinstance(delta, LowRank):

@@ -58,8 +58,8 @@ class AdapterInfo:
     bias_modules: dict[str, str] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     head: list[str] = field(default_factory=list)
-    naming: dict[str, str] = field(default_factory=dict)
-    """How the adapters call the base's tensors; it and the three before as in adapter_out.Template."""
+    naming: dict[str, Any] = field(default_factory=dict)
+    """How the adapters call the base's tensors; it and the three before as in lora_files.Template."""
     base_sample: dict[str, list[float]] = field(default_factory=dict)
     """The first numbers of a few weights of the base, to tell another model when the basis is attached."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, Dora, LowRank, dense
+from ..algebra.delta import Delta, Dense, Dora, LowRank, dense, is_zero
+from ..algebra.finite import count_not_finite
 from ..errors import CheckpointError, MismatchError, TvbasesError
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import INDEX, locate
 from ..storage.files import WEIGHT_FILES as CHECKPOINT_FILES
 from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
-from .names import Naming, is_conv1d, is_shared, is_tied_away
+from .lora_parts import BIAS, MAGNITUDE, PAIRS, Parts
+from .names import Naming, has_names, is_conv1d, is_shared, is_tied_away
+from .skeleton import names_in_memory
 
-PREFIX = "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"
-BIAS = "lora_B.bias"
-PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
-FACTOR = re.compile(
-    r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.(?P<kind>weight|bias))?$"
-)
 # Kinds whose weight the base stores as [in, out], the transpose of B A.
 TRANSPOSED = ("conv1d", "embedding")
 
@@ -76,15 +70,18 @@ class Adapter:
         self.label, self.config = label, dict(config)
         self._stored, self._base = stored, base
         self._options = LoraOptions.parse(self.config, label)
-        parts, saved = _group(stored, label)
-        for module, found in parts.items():
-            self._check_parts(module, found)
-        self._head = {name: saved.pop(name) for name in self._find_head(saved)} if parts else {}
-        self.naming = self._resolve([f"{module}.weight" for module in parts], list(saved))
+        found = Parts.of(stored, label)
+        parts, saved = found.factors, found.saved
+        for module, own in parts.items():
+            self._check_parts(module, own)
+        weights = [f"{module}.weight" for module in parts]
+        memory = {} if has_names(weights or saved, base) else names_in_memory(base)
+        self._head = {name: saved.pop(name) for name in self._find_head(saved, memory)} if parts else {}
+        self.naming = self._resolve(weights, list(saved), memory)
         self._modules: dict[str, LoraModule] = {}
         self._biases: dict[str, LoraModule] = {}
-        for module, found in parts.items():
-            self._add_module(module, found)
+        for module, own in parts.items():
+            self._add_module(module, own)
         self._saved = self._match_saved(saved)
         self.names = tuple(dict.fromkeys([*self._modules, *self._biases, *self._saved]))
         self._refuse_shared()
@@ -95,7 +92,7 @@ class Adapter:
     ) -> Adapter:
         """Open a PEFT directory or Hub id. Pickled weights are read with ``weights_only`` and never run code."""
         label = label or str(source)
-        path = locate(str(source), revision)
+        path = adapter_folder(locate(str(source), revision))
         config = read_config(path, label)
         file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
         if file is None:
@@ -115,6 +112,11 @@ class Adapter:
     @property
     def has_dora(self) -> bool:
         return any(MAGNITUDE in module.parts for module in self._modules.values())
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether it leaves the base as it is, up to rounding, as an adapter does before it is trained."""
+        return all(delta is None or is_zero(delta) for delta in map(self.delta, self.names))
 
     @property
     def saved_names(self) -> tuple[str, ...]:
@@ -184,12 +186,11 @@ class Adapter:
     def _factor(self, stored: str) -> Tensor:
         """A stored tensor in float32 at least."""
         tensor = self._read(stored)
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return tensor.to(torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype)
 
     def _read(self, stored: str) -> Tensor:
         tensor = self._stored.read(stored)
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
+        if bad := count_not_finite(tensor):
             raise CheckpointError(
                 f'"{self.label}": {stored} holds {bad} NaN or infinite numbers of {tensor.numel()}; the training run '
                 "diverged or the file is damaged: use an earlier checkpoint"
@@ -230,7 +231,7 @@ class Adapter:
                 "the two files do not belong together"
             )
 
-    def _resolve(self, weights: list[str], saved: list[str]) -> Naming:
+    def _resolve(self, weights: list[str], saved: list[str], memory: Mapping[str, str]) -> Naming:
         """How the adapter's names become the base's. Names of tied outputs, which the base lacks, are refused."""
         saved = [name.replace(".base_layer.", ".") for name in saved]
         for name in (*weights, *saved):
@@ -239,17 +240,17 @@ class Adapter:
             if f"{name.removesuffix('.weight')}.in_proj_weight" in self._base.tensors:
                 raise CheckpointError(f'"{self.label}": LoRA on {name}, an nn.MultiheadAttention, is not supported')
         try:
-            return Naming.resolve(list(dict.fromkeys([*weights, *saved])), self._base)
+            return Naming.resolve(list(dict.fromkeys([*weights, *saved])), self._base, memory)
         except MismatchError as error:
             trained_on = f" ({self.base_id})" if self.base_id else ""
             raise MismatchError(
                 f'"{self.label}": {error}; give the base that the adapter was trained on{trained_on}, with its head'
             ) from error
 
-    def _find_head(self, saved: Iterable[str]) -> list[str]:
+    def _find_head(self, saved: Iterable[str], memory: Mapping[str, str]) -> list[str]:
         """Names of tensors in ``modules_to_save`` of which the base has none, behind any prefix."""
         modules = self.config.get("modules_to_save") or []
-        trunk = [f".{own}" for own in self._base.tensors]
+        trunk = [f".{memory.get(own, own)}" for own in self._base.tensors]
         return [
             name
             for name in saved
@@ -358,9 +359,20 @@ class Adapter:
 
 def is_adapter(path: Path) -> bool:
     """Whether a local directory holds an adapter, or one half of its two files, and not a whole model."""
-    whole = [name + index for name in CHECKPOINT_FILES for index in ("", INDEX)]
-    files = {name for name in (CONFIG_FILE, *WEIGHT_FILES, *whole) if (path / name).is_file()}
-    return bool(files) and files.isdisjoint(whole)
+    return not _has_model(path) and any((path / name).is_file() for name in (CONFIG_FILE, *WEIGHT_FILES))
+
+
+def adapter_folder(path: Path) -> Path:
+    """The one folder in ``path`` that holds an adapter, as in a training run; ``path`` where it is not as clear."""
+    if not path.is_dir() or is_adapter(path) or _has_model(path) or any(path.glob("*.safetensors")):
+        return path
+    folders = [folder for folder in path.iterdir() if folder.is_dir()]
+    found = [folder for folder in folders if (folder / CONFIG_FILE).is_file() and is_adapter(folder)]
+    return found[0] if len(found) == 1 and not any(map(_has_model, folders)) else path
+
+
+def _has_model(path: Path) -> bool:
+    return any((path / f"{name}{index}").is_file() for name in CHECKPOINT_FILES for index in ("", INDEX))
 
 
 def dora_change(product: LowRank, magnitude: Tensor, base: Tensor) -> Dora:
@@ -374,22 +386,3 @@ def dora_change(product: LowRank, magnitude: Tensor, base: Tensor) -> Dora:
     updated = base.reshape(product.shape).to(product.left.dtype) + product.left @ product.right
     factor = magnitude / updated.norm(dim=1)
     return Dora(factor - 1, base, LowRank(factor[:, None] * product.left, product.right))
-
-
-def _group(stored: Checkpoint, label: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Stored names by module and part, and other saved tensors by name. Anything unknown is refused."""
-    parts: dict[str, dict[str, str]] = {}
-    saved: dict[str, str] = {}
-    for stored_name in stored.tensors:
-        name = stored_name.removeprefix(PREFIX)
-        match = FACTOR.match(name)
-        if match:
-            part = match["part"] + (".bias" if match["kind"] == "bias" else "")
-            parts.setdefault(match["module"], {})[part] = stored_name
-        elif "lora_" in name:
-            raise CheckpointError(f'"{label}": tensor {stored_name} is of a LoRA variant that is not known here')
-        else:
-            saved[name] = stored_name
-    if not parts and not saved:
-        raise CheckpointError(f'"{label}": the adapter holds no tensors')
-    return parts, saved

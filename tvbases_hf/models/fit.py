@@ -11,6 +11,7 @@ from ..errors import MismatchError, ParameterError
 from ..storage.checkpoint import Checkpoint
 from ..storage.tied import is_output
 from .adapter import Adapter
+from .identity import model_name, other_base
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Coverage:
     lacks, or of another shape. ``heads`` are those of adapters that the base lacks; see Adapter.head_names.
     ``integers`` finds (it reads them) tensors of whole numbers that differ from the base's; ``formats`` is what the
     weights of a model are quantised as where the base's are not, or the other way round. ``twice`` is {task: the task
-    that was given the same model}.
+    that was given the same model}. ``adapters`` finds (it reads them) what to say of adapters that change nothing, or
+    were trained on another base.
     """
 
     names: tuple[str, ...] = ()
@@ -30,10 +32,11 @@ class Coverage:
     integers: Callable[[], dict[str, tuple[str, ...]]] = dict
     formats: dict[str, str] = field(default_factory=dict)
     twice: dict[str, str] = field(default_factory=dict)
+    adapters: Callable[[], list[str]] = list
 
     def notes(self) -> list[str]:
         """One line per finding, for the user."""
-        lines = [given_twice(task, first) for task, first in self.twice.items()]
+        lines = [given_twice(task, first) for task, first in self.twice.items()] + self.adapters()
         for task, names in self.missing.items():
             lines.append(
                 f'"{task}": {len(names)} tensors of the base are absent (first: {names[0]}); counted as unchanged'
@@ -60,6 +63,11 @@ class Coverage:
 def given_twice(task: str, first: str) -> str:
     """What to say of a model under two names."""
     return f'"{task}" is the same model as "{first}", which counts twice so; leave one of them out'
+
+
+def changes_nothing(task: str) -> str:
+    """What to say of a model whose task vector is zero."""
+    return f'"{task}" equals the base: its task vector is zero, like that of an adapter before its training'
 
 
 def check_fit(base: Checkpoint, models: Mapping[str, Checkpoint | Adapter], skip_mismatched: bool = False) -> Coverage:
@@ -154,14 +162,25 @@ def _shape_error(task: str, names: list[str], model: Checkpoint, base: Checkpoin
 
 
 def _check_same_base(adapters: Mapping[str, Adapter]) -> None:
-    """Adapters name the base they were trained on; the last part of the name must agree, wherever it is kept."""
-    named = {task: adapter.base_id.rstrip("/").split("/")[-1] for task, adapter in adapters.items() if adapter.base_id}
-    if len(set(named.values())) > 1:
-        found = ", ".join(f'"{task}" on {adapters[task].base_id}' for task in named)
+    """Adapters name the base they were trained on: it must be one model, wherever and in whatever format it is kept."""
+    named = {task: adapter.base_id for task, adapter in adapters.items() if adapter.base_id}
+    if len({model_name(base) for base in named.values()}) > 1:
+        found = ", ".join(f'"{task}" on {base}' for task, base in named.items())
         raise MismatchError(
             f"the adapters were trained on different bases: {found}; their changes cannot be added. If it is one model "
             "under several names, set base_model_name_or_path in adapter_config.json to the same name"
         )
+
+
+def _adapter_notes(adapters: Mapping[str, Adapter], base: Checkpoint) -> list[str]:
+    lines = [changes_nothing(task) for task, adapter in adapters.items() if adapter.changes_nothing]
+    reasons = {task: other_base(adapter.base_id, base) for task, adapter in adapters.items() if adapter.base_id}
+    lines += [
+        f'"{task}" was trained on {adapters[task].base_id}, and {reason}; its change means little there'
+        for task, reason in reasons.items()
+        if reason
+    ]
+    return lines
 
 
 def _coverage(
@@ -182,6 +201,7 @@ def _coverage(
         skipped=skipped,
         heads={task: adapter.head_names for task, adapter in adapters.items() if adapter.head_names},
         integers=lambda: {t: found for t, model in checkpoints.items() if (found := _other_integers(model, base))},
+        adapters=lambda: _adapter_notes(adapters, base),
         formats={task: found for task, model in checkpoints.items() if (found := _other_format(model, base))},
     )
 

@@ -13,7 +13,7 @@ from ..algebra.delta import PIECE_BYTES, Delta, Dense, blocks, gram, pieces
 from ..errors import CheckpointError
 from ..storage.parallel import rows
 from .finite import not_finite_in
-from .fit import given_twice
+from .fit import changes_nothing, given_twice
 from .vectors import Vectors
 
 # A fine-tune moves a model by well under a per cent to a few per cent, another base by about its whole norm (AE paper,
@@ -66,7 +66,7 @@ class Gram:
     def warnings(self) -> list[str]:
         """What looks wrong with the inputs, one line each: copies of the base or of a task, another base."""
         zero = [t for t, n in zip(self.tasks, self.norms.tolist(), strict=True) if not n]
-        lines = [f'"{task}" equals the base: its task vector is zero' for task in zero]
+        lines = [changes_nothing(task) for task in zero]
         lines += [given_twice(task, first) for task, first in self._copies().items()]
         return lines + self._of_another_base()
 

@@ -135,6 +135,9 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
     if not file.is_file():
         present = [name for name in WEIGHT_FILES if (path / name).is_file()]
         detail = f"{present[0]} is here but not {CONFIG_FILE}" if present else f"it has no {CONFIG_FILE}"
+        inside = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
+        if inside and not present:
+            detail += f", but {len(inside)} of its folders have: {', '.join(inside[:5])}; give one of them"
         raise CheckpointError(f'"{label}": not a PEFT adapter: {detail}')
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,42 +24,72 @@ CONV1D_NAMES = ("c_attn", "c_fc", "c_proj", "q_attn")
 
 @dataclass(frozen=True)
 class Naming:
-    """An adapter's name without ``strip``, or with ``add`` in front, is the base's name. At most one is not empty."""
+    """An adapter's name without ``strip``, or with ``add`` in front, is the base's name. At most one is not empty.
+
+    ``memory`` is {the base's name: what transformers calls that tensor in memory}, where an adapter that was trained
+    there means the latter; empty where it means the names of the files.
+    """
 
     strip: str = ""
     add: str = ""
+    memory: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def to_base(self, name: str) -> str | None:
-        return self.add + name[len(self.strip) :] if name.startswith(self.strip) else None
+        if not name.startswith(self.strip):
+            return None
+        inner = self.add + name[len(self.strip) :]
+        return self._files.get(inner, inner)
 
     def to_adapter(self, name: str) -> str:
-        return self.strip + name.removeprefix(self.add)
+        return self.strip + self.memory.get(name, name).removeprefix(self.add)
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        return {inner: own for own, inner in self.memory.items()}
 
     @classmethod
-    def resolve(cls, names: Sequence[str], base: Checkpoint) -> Naming:
+    def resolve(cls, names: Sequence[str], base: Checkpoint, memory: Mapping[str, str] | None = None) -> Naming:
         """The one way to read all ``names`` (of weights and biases) as tensors of the base.
 
         A model with a head and its trunk alone differ by a prefix such as ``bert.`` or ``model.``.
 
+        Args:
+            memory: what the tensors of the base are called in memory, where ``names`` are those; see names_in_memory.
+
         Raises MismatchError where no prefix does, or more than one.
         """
-        if all(name in base.tensors for name in names):
-            return cls()
+        renamed = memory or {}
+        own_names = {renamed.get(own, own) for own in base.tensors}
+        if all(name in own_names for name in names):
+            return cls(memory=renamed)
         first = names[0]
-        found = {cls(add=own.removesuffix(first)) for own in base.tensors if own.endswith(f".{first}")}
-        found |= {cls(strip=first.removesuffix(own)) for own in base.tensors if first.endswith(f".{own}")}
-        fitting = [way for way in found if all(way.to_base(name) in base.tensors for name in names)]
+        found = {("", own.removesuffix(first)) for own in own_names if own.endswith(f".{first}")}
+        found |= {(first.removesuffix(own), "") for own in own_names if first.endswith(f".{own}")}
+        ways = [cls(strip, add, renamed) for strip, add in sorted(found)]
+        lacking = {way: [name for name in names if way.to_base(name) not in base.tensors] for way in [cls(), *ways]}
+        fitting = [way for way in ways if not lacking[way]]
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
-            ways = ", ".join(sorted(str(way.to_base(first)) for way in fitting)[:2])
-            raise MismatchError(f"{first} may mean {len(fitting)} tensors of the base ({base.label}): {ways}")
-        best = max([cls(), *found], key=lambda way: sum(way.to_base(name) in base.tensors for name in names))
-        missing = [name for name in names if best.to_base(name) not in base.tensors]
+            meant = ", ".join(sorted(str(way.to_base(first)) for way in fitting)[:2])
+            raise MismatchError(f"{first} may mean {len(fitting)} tensors of the base ({base.label}): {meant}")
+        missing = min(lacking.values(), key=len)
         raise MismatchError(
             f"changes {len(missing)} of {len(names)} tensors that the base ({base.label}) does not have "
             f"(first: {missing[0]})"
         )
+
+
+def has_names(names: Iterable[str], base: Checkpoint) -> bool:
+    """Whether all ``names`` are names of the base's tensors, behind any prefix of theirs or of its own."""
+    ends = {end for own in base.tensors for end in _ends(own)}
+    return all(name in ends or any(end in base.tensors for end in _ends(name)) for name in names)
+
+
+def _ends(name: str) -> list[str]:
+    """The name, and what is left of it after each of its dots but the last."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(max(1, len(parts) - 1))]
 
 
 def is_tied_away(name: str, base: Checkpoint, config: Mapping[str, Any]) -> bool:

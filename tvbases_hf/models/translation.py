@@ -83,6 +83,11 @@ class Stored:
     def is_view(self) -> bool:
         return len(self.parts) == 1 and self.parts[0].outer is None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is one parameter, all of it and in its shape."""
+        return self.is_view and self.parts[0].inner is None
+
 
 class Translation:
     """The tensors ``names`` of a checkpoint, read and written in the memory of a model, by the checkpoint's names."""
@@ -143,6 +148,12 @@ class Translation:
             parts = [part for _, part in holders]
             found[parameter] = _Scatter.apply(parts, start, *(tensors[name] for name, _ in holders))
         return found
+
+
+def stored_in(model: nn.Module, names: Iterable[str]) -> dict[str, Stored]:
+    """Where the tensors ``names`` of a checkpoint are in the model's memory; those that it lacks are left out."""
+    find = _finder(model, _tensors(model.state_dict(keep_vars=True)))
+    return {name: stored for name in names if (stored := find(name)) is not None}
 
 
 def absent_from(model: nn.Module, wanted: Iterable[str], given: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from ..errors import MismatchError, ParameterError
 from ..storage import run
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import locate
-from .adapter import Adapter, is_adapter
+from .adapter import Adapter, adapter_folder, is_adapter
 from .finite import finite_values
 from .fit import Coverage, check_fit, same_outputs
 
@@ -175,7 +175,7 @@ def open_model(source: str | Path, base: Checkpoint, *, revision: str | None = N
                 f'"{source}": the adapter is on {below}, but the base is {base.label}; its change cannot be added there'
             )
         return Adapter.open(adapter, base, revision=revision, label=str(source))
-    path = locate(str(source), revision)
+    path = adapter_folder(locate(str(source), revision))
     if is_adapter(path):
         return Adapter.open(path, base, label=str(source))
     return Checkpoint.open(path, label=str(source))

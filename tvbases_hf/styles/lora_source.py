@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..models.adapter import PREFIX
 from ..models.lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
+from ..models.lora_parts import PREFIX, own_names
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import locate
 
@@ -29,8 +29,17 @@ UNET_BLOCK = re.compile(r"^(down_blocks|mid_block|up_blocks)\.")
 def open_source(source: Source, label: str) -> tuple[Checkpoint, Options]:
     """The stored tensors, by the names they have, and PEFT's options per component where the source gives them.
 
-    Raises CheckpointError if there is nothing, several files, or something that is no checkpoint.
+    Raises CheckpointError if there is nothing, several files, several adapters, or something that is no checkpoint.
     """
+    stored, options = _open(source, label)
+    names = own_names(stored.tensors, label)
+    if all(name == own for own, name in names.items()):
+        return stored, options
+    infos = {own: stored.tensors[name] for own, name in names.items()}
+    return Checkpoint(label, infos, lambda own: stored.read(names[own]), stored.path), options
+
+
+def _open(source: Source, label: str) -> tuple[Checkpoint, Options]:
     if isinstance(source, Mapping):
         if not source:
             raise CheckpointError(f'"{label}": an empty state dict')

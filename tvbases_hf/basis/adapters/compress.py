@@ -11,6 +11,7 @@ from torch import Tensor
 from ...algebra.rank import RankRule
 from ...bases import CONSTRUCTIONS, BasisWeights, Construction
 from ...errors import ParameterError
+from ...models.fit import changes_nothing
 from ...models.gram import Gram
 from ...models.vectors import Vectors
 from ...version import library_version
@@ -40,6 +41,10 @@ def compress_adapters(
 
     Raises ParameterError for a request that cannot be met, such as a budget below what has to be kept.
     """
+    if not gram.norms.any():
+        raise ParameterError(
+            f"nothing to compress: {changes_nothing(vectors.tasks[0])}, and there is no other (of {len(vectors)})"
+        )
     pool = Pool.of(vectors, gram, dtype, **{n: v for n, v in request.options.items() if n in POOL_OPTIONS})
     found = survey(pool)
     plans = _plans(pool, found, request)
@@ -179,7 +184,7 @@ def _describe(
         bias_modules=pool.template.bias_modules,
         saved=sorted(pool.template.saved),
         head=list(pool.template.head),
-        naming=asdict(pool.template.naming),
+        naming={word: value for word, value in asdict(pool.template.naming).items() if value or word != "memory"},
         base_sample=pool.base_sample(),
     )
     return BasisInfo(

@@ -14,9 +14,10 @@ from torch import Tensor
 from ...algebra.delta import Delta, Dense, Dora, LowRank, blocks, zeros
 from ...algebra.sums import total
 from ...errors import CheckpointError, ParameterError
-from ...models.adapter import MAGNITUDE, Adapter
+from ...models.adapter import Adapter
 from ...models.lora_config import WEIGHT_FILES, read_config
 from ...models.lora_files import Template, adapter_tensors, nonzero, write_adapter
+from ...models.lora_parts import MAGNITUDE
 from ...storage.checkpoint import Checkpoint, TensorInfo
 from ..info import VECTORS_STEM, BasisInfo
 from .codec import MIX, REST, Spec, Stored, restored, stock_factors

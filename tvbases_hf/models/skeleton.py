@@ -1,0 +1,48 @@
+"""The model in memory that a checkpoint's configuration describes, without its numbers: for names and shapes."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..storage.checkpoint import Checkpoint
+from .translation import stored_in
+
+
+def skeleton(base: Checkpoint) -> nn.Module | None:
+    """transformers' model of the base's configuration on the meta device; do not change it.
+
+    None where the configuration names no class that the installed transformers has, or transformers is not there.
+    """
+    return _skeleton(json.dumps(base.config, sort_keys=True, default=str))
+
+
+def names_in_memory(base: Checkpoint) -> dict[str, str]:
+    """{the base's name: the model's name} of the tensors that transformers keeps whole under another name in memory."""
+    model = skeleton(base)
+    if model is None:
+        return {}
+    found = stored_in(model, base.tensors)
+    return {
+        name: stored.parts[0].parameter
+        for name, stored in found.items()
+        if stored.is_whole and stored.shape == base.tensors[name].shape and stored.parts[0].parameter != name
+    }
+
+
+@lru_cache(maxsize=4)
+def _skeleton(config: str) -> nn.Module | None:
+    words: dict[str, Any] = json.loads(config)
+    architectures = words.get("architectures") or [None]
+    try:
+        import transformers
+
+        kind: Any = getattr(transformers, str(architectures[0]))
+        with torch.device("meta"):
+            return kind(kind.config_class.from_dict(words))
+    except Exception:  # whatever another library has against a configuration, its names are not known then
+        return None
