@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +18,19 @@ from ..errors import CheckpointError, MismatchError, TvbasesError
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import INDEX, locate
 from ..storage.files import WEIGHT_FILES as CHECKPOINT_FILES
-from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
+from ..storage.tied import is_token_matrix
+from .lora_config import (
+    BIAS,
+    CONFIG_FILE,
+    MAGNITUDE,
+    PAIRS,
+    WEIGHT_FILES,
+    LoraOptions,
+    grouped,
+    read_config,
+)
 from .names import Naming, is_conv1d, is_shared, is_tied_away
 
-PREFIX = "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"
-BIAS = "lora_B.bias"
-PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
-FACTOR = re.compile(
-    r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.(?P<kind>weight|bias))?$"
-)
 # Kinds whose weight the base stores as [in, out], the transpose of B A.
 TRANSPOSED = ("conv1d", "embedding")
 
@@ -76,7 +77,7 @@ class Adapter:
         self.label, self.config = label, dict(config)
         self._stored, self._base = stored, base
         self._options = LoraOptions.parse(self.config, label)
-        parts, saved = _group(stored, label)
+        parts, saved = grouped(stored, label)
         for module, found in parts.items():
             self._check_parts(module, found)
         self._head = {name: saved.pop(name) for name in self._find_head(saved)} if parts else {}
@@ -108,6 +109,11 @@ class Adapter:
         return str(self.config.get("base_model_name_or_path") or "")
 
     @property
+    def directory(self) -> Path | None:
+        """The folder that it was read from."""
+        return None if self._stored.path is None else self._stored.path.parent
+
+    @property
     def rank(self) -> int:
         """The largest rank of any module."""
         return max((self._rank(module) for module in self._modules.values()), default=0)
@@ -120,6 +126,15 @@ class Adapter:
     def saved_names(self) -> tuple[str, ...]:
         """The base's tensors that the adapter carries whole: ``modules_to_save`` and trained biases."""
         return tuple(self._saved)
+
+    @property
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of ``saved_names``: other than the base's where the vocabularies differ."""
+        return {name: self._shape(stored) for name, stored in self._saved.items()}
+
+    def saved(self, name: str) -> Tensor:
+        """The tensor that the adapter carries for the base's ``name``."""
+        return self._read(self._saved[name])
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -153,7 +168,7 @@ class Adapter:
         """
         if name in self._modules:
             return self._change(self._modules[name], name)
-        saved = Dense(self._read(self._saved[name]), self._base.read(name)) if name in self._saved else None
+        saved = Dense(self.saved(name), self._base.read(name)) if name in self._saved else None
         if name not in self._biases:
             return saved
         module = self._biases[name]
@@ -176,7 +191,7 @@ class Adapter:
             return LowRank(product.right.T, product.left.T) if transposed else product
         base = self._base.read(name)
         magnitude = self._factor(module.parts[MAGNITUDE]).reshape(-1)
-        change = dora_change(product, magnitude, base.T if transposed else base)
+        change = Dora.of(product, magnitude, base.T if transposed else base)
         if not torch.isfinite(change.row_scale).all():
             raise CheckpointError(f'"{self.label}": {name} plus its factors has rows of zeros, which DoRA divides by')
         return Dense(dense(change, product.left.dtype).T) if transposed else change
@@ -327,7 +342,7 @@ class Adapter:
         found = {}
         for name, stored in saved.items():
             own = self._name(name.replace(".base_layer.", "."))
-            if self._shape(stored) != self._base.tensors[own].shape:
+            if self._shape(stored) != self._base.tensors[own].shape and not self._differs_in_rows(own, stored):
                 raise MismatchError(
                     f'"{self.label}": saved module {name} is {list(self._shape(stored))}, in the base '
                     f"({self._base.label}) it is {list(self._base.tensors[own].shape)}; resize the base first"
@@ -342,6 +357,11 @@ class Adapter:
                     "give the base that the adapter was trained on"
                 )
         return found
+
+    def _differs_in_rows(self, own: str, stored: str) -> bool:
+        """Whether a saved tensor has other rows of tokens than the base's, which ``models.vocabulary`` can level."""
+        theirs, ours = self._shape(stored), self._base.tensors[own].shape
+        return theirs[1:] == ours[1:] and own not in self._modules and is_token_matrix(own, ours)
 
     def _refuse_shared(self) -> None:
         for name in self.names:
@@ -361,35 +381,3 @@ def is_adapter(path: Path) -> bool:
     whole = [name + index for name in CHECKPOINT_FILES for index in ("", INDEX)]
     files = {name for name in (CONFIG_FILE, *WEIGHT_FILES, *whole) if (path / name).is_file()}
     return bool(files) and files.isdisjoint(whole)
-
-
-def dora_change(product: LowRank, magnitude: Tensor, base: Tensor) -> Dora:
-    """diag(g) (W + s B A) - W with g = magnitude / |rows of W + s B A|.
-
-    Args:
-        product: s B A, [n, m].
-        magnitude: [n].
-        base: W, [n, *] with m numbers in a row.
-    """
-    updated = base.reshape(product.shape).to(product.left.dtype) + product.left @ product.right
-    factor = magnitude / updated.norm(dim=1)
-    return Dora(factor - 1, base, LowRank(factor[:, None] * product.left, product.right))
-
-
-def _group(stored: Checkpoint, label: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Stored names by module and part, and other saved tensors by name. Anything unknown is refused."""
-    parts: dict[str, dict[str, str]] = {}
-    saved: dict[str, str] = {}
-    for stored_name in stored.tensors:
-        name = stored_name.removeprefix(PREFIX)
-        match = FACTOR.match(name)
-        if match:
-            part = match["part"] + (".bias" if match["kind"] == "bias" else "")
-            parts.setdefault(match["module"], {})[part] = stored_name
-        elif "lora_" in name:
-            raise CheckpointError(f'"{label}": tensor {stored_name} is of a LoRA variant that is not known here')
-        else:
-            saved[name] = stored_name
-    if not parts and not saved:
-        raise CheckpointError(f'"{label}": the adapter holds no tensors')
-    return parts, saved

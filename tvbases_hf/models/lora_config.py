@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..storage.checkpoint import Checkpoint
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+BIAS = "lora_B.bias"
+PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+FACTOR = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<kind>weight|bias))?$"
+)
 
 # These concern training, or say in other words what the names of the stored tensors say.
 HARMLESS = frozenset(
@@ -215,3 +224,22 @@ def _matches(names: tuple[str, ...] | str | None, module: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def grouped(stored: Checkpoint, label: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Stored names by module and part, and other saved tensors by name. Anything unknown is refused."""
+    parts: dict[str, dict[str, str]] = {}
+    saved: dict[str, str] = {}
+    for stored_name in stored.tensors:
+        name = stored_name.removeprefix(PREFIX)
+        match = FACTOR.match(name)
+        if match:
+            part = match["part"] + (".bias" if match["kind"] == "bias" else "")
+            parts.setdefault(match["module"], {})[part] = stored_name
+        elif "lora_" in name:
+            raise CheckpointError(f'"{label}": tensor {stored_name} is of a LoRA variant that is not known here')
+        else:
+            saved[name] = stored_name
+    if not parts and not saved:
+        raise CheckpointError(f'"{label}": the adapter holds no tensors')
+    return parts, saved

@@ -18,8 +18,8 @@ from ..errors import ParameterError
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import without_revision
 from ..storage.output import contains_only, write_json
-from .adapter import BIAS, MAGNITUDE, PREFIX, TRANSPOSED, Adapter, Layout
-from .lora_config import CONFIG_FILE, WEIGHT_FILES
+from .adapter import TRANSPOSED, Adapter, Layout
+from .lora_config import BIAS, CONFIG_FILE, MAGNITUDE, PREFIX, WEIGHT_FILES
 from .names import Naming
 
 OUR_FILES = (CONFIG_FILE, "adapter_model*", "README.md", ".gitattributes")

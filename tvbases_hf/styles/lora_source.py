@@ -12,8 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..models.adapter import PREFIX
-from ..models.lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
+from ..models.lora_config import CONFIG_FILE, PREFIX, WEIGHT_FILES, LoraOptions, read_config
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import locate
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ...algebra.delta import LowRank
 from ...errors import ParameterError
-from ...models.adapter import PREFIX, Layout
+from ...models.adapter import Layout
+from ...models.lora_config import PREFIX
 from .cores import Shared
 
 SIDES = ("", "right", "left")

@@ -14,8 +14,8 @@ from torch import Tensor
 from ...algebra.delta import Delta, Dense, Dora, LowRank, blocks, zeros
 from ...algebra.sums import total
 from ...errors import CheckpointError, ParameterError
-from ...models.adapter import MAGNITUDE, Adapter
-from ...models.lora_config import WEIGHT_FILES, read_config
+from ...models.adapter import Adapter
+from ...models.lora_config import MAGNITUDE, WEIGHT_FILES, read_config
 from ...models.lora_files import Template, adapter_tensors, nonzero, write_adapter
 from ...storage.checkpoint import Checkpoint, TensorInfo
 from ..info import VECTORS_STEM, BasisInfo

@@ -14,7 +14,7 @@ from ...algebra.delta import Delta, LowRank, zeros
 from ...algebra.sums import total
 from ...algebra.svd import svd
 from ...errors import ParameterError
-from ...models.adapter import PREFIX
+from ...models.lora_config import PREFIX
 from ...models.lora_files import Layout, Template, adapter_tensors, is_adapter_directory, write_adapter
 from ...models.names import Naming
 from ...storage.checkpoint import Checkpoint
