@@ -8,6 +8,9 @@ from typing import Literal
 # How weights are stored; "auto" is as the inputs are.
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+# Rows of a vocabulary that not all models have.
+ExtraRows = Literal["drop", "keep"]
+
 # Shared and unique components (DeVec): what the paper recommends.
 Subspace = Literal["chain", "mean", "angles"]
 Pool = Literal["joint", "iterative", "pairs"]

@@ -10,6 +10,8 @@ from .registration import register
 if TYPE_CHECKING:
     import torch
 
+    from tvbases_hf.defaults import ExtraRows
+
 
 def merge(
     config: str | Path,
@@ -19,6 +21,7 @@ def merge(
     rank: str | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    extra_rows: ExtraRows | None = None,
     device: str | torch.device = "cpu",
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -28,6 +31,8 @@ def merge(
         adapter: adapters in: write an adapter, cut by the rank rule ``rank`` (None: nothing is cut).
         dtype: None: the YAML's, else the base's own; of an adapter's factors float32.
         seed: of methods that draw at random, such as dare_ties.
+        extra_rows: of vocabularies of other lengths: drop (the common rows), keep (those of the longest); None
+            refuses them.
         dry_run: check everything and report what would be written.
 
     Raises:
@@ -38,7 +43,7 @@ def merge(
     from .native import Request
     from .native import merge as run
 
-    return run(Path(config), Path(out), Request(adapter, rank, dtype, seed, device, dry_run))
+    return run(Path(config), Path(out), Request(adapter, rank, dtype, seed, extra_rows, device, dry_run))
 
 
 __all__ = ["merge", "register"]

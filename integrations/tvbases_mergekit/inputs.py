@@ -9,6 +9,7 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
+from tvbases_hf.defaults import ExtraRows
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.models.adapter import Adapter, adapter_folder, is_adapter
 from tvbases_hf.models.vectors import Model, Vectors
@@ -44,7 +45,12 @@ class Inputs:
         return [model for model in self.models if isinstance(opened[str(model)], Checkpoint)]
 
 
-def open_inputs(config: MergeConfiguration, out: Path, device: str | torch.device = "cpu") -> Inputs:
+def open_inputs(
+    config: MergeConfiguration,
+    out: Path,
+    device: str | torch.device = "cpu",
+    extra_rows: ExtraRows | None = None,
+) -> Inputs:
     """Open everything, headers only; changes of weights will be on ``device``.
 
     Raises:
@@ -64,7 +70,7 @@ def open_inputs(config: MergeConfiguration, out: Path, device: str | torch.devic
     paths = {model: _locate(model, reference, base_path) for model in models}
     check_distinct({ref: (path, None) for ref, path in {reference: base_path, **paths}.items()}, out)
     opened: dict[str, Model] = {str(model): _open(model, path, base) for model, path in paths.items()}
-    vectors = Vectors.of_models(base, opened, device=device)
+    vectors = Vectors.of_models(base, opened, device=device, extra_rows=extra_rows)
     _check_changeable(vectors)
     return Inputs(vectors, tuple(models), reference, config.base_model is not None or reference in listed)
 

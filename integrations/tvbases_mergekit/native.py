@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tvbases_hf.algebra.delta import Delta, Dense
 from tvbases_hf.algebra.rank import RankRule
+from tvbases_hf.defaults import ExtraRows
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Limits
 from tvbases_hf.merging.merge import Merge, is_merge
@@ -44,6 +45,7 @@ class Request:
     rank: str | None = None
     dtype: torch.dtype | None = None
     seed: int = 0
+    extra_rows: ExtraRows | None = None
     device: str | torch.device = "cpu"
     dry_run: bool = False
 
@@ -71,7 +73,7 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
     check_structure(config, method)
     dtype = request.dtype or _dtype(config)
     with reported():
-        inputs = open_inputs(config, out, place)
+        inputs = open_inputs(config, out, place, request.extra_rows)
         if request.dry_run:
             return _preview(config, method, inputs, out, request.adapter, dtype)
         planned = plan(config, method, inputs, file.read_text(encoding="utf-8"), request)

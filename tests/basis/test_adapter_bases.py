@@ -134,7 +134,7 @@ def test_another_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
     case = Case("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
     adapter = make_adapter(tmp_path / "a", base, case)
     resized = make_base(tmp_path / "resized", Case("llama", {}, {"vocab_size": 48}))
-    assert "resize the base" in refusal(adapter, resized, MismatchError)
+    assert "--extra-rows drop" in refusal(adapter, resized, MismatchError)
 
 
 def test_a_copy_of_another_base_in_the_adapter_is_refused(base: Path, tmp_path: Path) -> None:

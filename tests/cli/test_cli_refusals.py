@@ -93,7 +93,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "vocabulary": (
         lambda p: replace_tensors(p, "code", lambda s: s.update({"lm_head.weight": torch.ones(70, 32)})),
-        ['"code" (', "the vocabularies differ (70 and 64 tokens)", "resize_token_embeddings(64)"],
+        ['"code" (', "the vocabularies differ (70 and 64 tokens)", "--extra-rows drop"],
     ),
     "nan": (
         lambda p: replace_tensors(p, "code", lambda s: s["model.layers.0.mlp.up_proj.weight"].fill_(float("nan"))),

@@ -148,6 +148,13 @@ class Dora:
     base: Tensor
     low: LowRank
 
+    @classmethod
+    def of(cls, product: LowRank, magnitude: Tensor, base: Tensor) -> Dora:
+        """diag(g) (W + s B A) - W of ``product`` s B A [n, m], magnitude [n], and W with m numbers in a row."""
+        updated = base.reshape(product.shape).to(product.left.dtype) + product.left @ product.right
+        factor = magnitude / updated.norm(dim=1)
+        return cls(factor - 1, base, LowRank(factor[:, None] * product.left, product.right))
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.low.shape

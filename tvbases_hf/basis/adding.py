@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..defaults import ExtraRows
 from ..errors import ParameterError
 from ..models.vectors import Vectors, open_model
 from ..storage.output import preview
@@ -23,6 +24,7 @@ def add_tasks(
     method: str | None = None,
     dtype: torch.dtype | None = None,
     seed: int | None = None,
+    extra_rows: ExtraRows | None = None,
     dry_run: bool = False,
     added: Callable[[str, OnlineBasis], object] = lambda name, basis: None,
     **options: Any,
@@ -35,6 +37,8 @@ def add_tasks(
         base: needed for the first task; later where the base is no longer where it was.
         num_bases, method, dtype, seed, options: as in ``OnlineBasis.create``; of one that exists they may only repeat
             what it was begun with.
+        extra_rows: of tasks whose vocabulary has more or fewer rows than the base's, which stays as it is; see
+            models.vocabulary.
         dry_run: check everything but the numbers, and report what would be written.
         added: called for every task once it is on disk.
     """
@@ -45,7 +49,9 @@ def add_tasks(
     for name, path in tasks.items():
         if name in basis.tasks:
             raise ParameterError(f'a task named "{name}" is there already; give it another one: --task NAME={path}')
-    models = {name: Vectors.of_models(basis.base, {name: open_model(p, basis.base)}) for name, p in tasks.items()}
+    opened = {name: {name: open_model(path, basis.base)} for name, path in tasks.items()}
+    how: dict[str, Any] = {"extra_rows": extra_rows, "rows_of_base": True}
+    models = {name: Vectors.of_models(basis.base, model, **how) for name, model in opened.items()}
     warnings = [note for model in models.values() for note in model.coverage.notes()]
     if dry_run:
         names = [info for info in basis.base.tensors.values() if info.dtype.is_floating_point]

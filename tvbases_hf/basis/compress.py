@@ -10,6 +10,7 @@ import torch
 
 from ..algebra.rank import RankRule
 from ..bases import CONSTRUCTIONS
+from ..defaults import ExtraRows
 from ..errors import ParameterError
 from ..models.gram import gram_matrix
 from ..models.vectors import Vectors
@@ -32,6 +33,7 @@ def compress(
     rank: str | float | RankRule | None = None,
     alpha: float = 1.0,
     dtype: torch.dtype | None = None,
+    extra_rows: ExtraRows | None = None,
     device: str = "cpu",
     dry_run: bool = False,
     **options: Any,
@@ -40,13 +42,15 @@ def compress(
 
     Args:
         base, tasks: paths or Hub ids; the tasks by name.
+        extra_rows: of tasks whose vocabulary has more or fewer rows than the base's, which stays as it is; see
+            models.vocabulary.
         dry_run: check everything but the numbers, and report what would be written.
         device: where full checkpoints are computed: cpu, cuda, cuda:1.
 
     The others are those of ``Basis.build``. Raises TvbasesError for whatever cannot be, where possible before reading.
     """
     check_output(out, is_basis_directory)
-    vectors = Vectors.open(base, tasks, device=device)
+    vectors = Vectors.open(base, tasks, device=device, extra_rows=extra_rows, rows_of_base=True)
     asked = Request(method, num_bases, budget, rank, alpha, options)
     request = asked.resolved(vectors.are_adapters, len(vectors))
     _check_run(vectors, request)

@@ -15,6 +15,7 @@ from .options import (
     Device,
     DryRun,
     Dtype,
+    ExtraRows,
     Json,
     Memory,
     Out,
@@ -79,6 +80,7 @@ def compress(
     ] = None,
     alpha: Annotated[float, scale_option("adapters: PEFT loads the directory as base + alpha * sum.")] = 1.0,
     dtype: Dtype = "auto",
+    extra_rows: ExtraRows = None,
     device: Device = "cpu",
     threads: Threads = None,
     memory: Memory = None,
@@ -102,4 +104,5 @@ def compress(
         options["target_weights"] = parse_weights(options["target_weights"], tasks)
     sizes: dict[str, Any] = {"num_bases": num_bases, "budget": budget, "rank": rank, "alpha": alpha}
     where: dict[str, Any] = {"dtype": parse_dtype(dtype), "device": device, "dry_run": dry_run}
-    tell(run(base, tasks, out, **sizes, **where, **options), print_compression, json)
+    found = run(base, tasks, out, extra_rows=extra_rows, **sizes, **where, **options)
+    tell(found, print_compression, json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from .options import (
     Base,
     Device,
     DryRun,
+    ExtraRows,
     Json,
     Memory,
     Out,
@@ -66,6 +67,7 @@ def inspect(
     label_column: Annotated[str, typer.Option(help="--data: the column of labels, for classifiers.")] = "label",
     max_rows: Annotated[int, typer.Option(help="--data: rows to read of each task.")] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Texts at a time.")] = 16,
+    extra_rows: ExtraRows = None,
     device: Device = "cpu",
     threads: Threads = None,
     memory: Memory = None,
@@ -80,7 +82,8 @@ def inspect(
 
     if bounds != bool(data):
         raise ParameterError("--bounds and --data NAME=FILE go together: a bound is about the losses on data")
-    vectors = Vectors.open(base, parse_tasks(task), device=device)
+    rows: Any = {"extra_rows": extra_rows, "rows_of_base": bounds}  # the base is evaluated as it is
+    vectors = Vectors.open(base, parse_tasks(task), device=device, **rows)
     found = examine(
         vectors,
         layers=bool(layers or plot or html),
@@ -137,6 +140,7 @@ def decompose(
     ] = "joint",
     side: Side = "column",
     rank: Annotated[str, rank_option("the dimensions of a task's subspace, of full fine-tunes.")] = defaults.RANK,
+    extra_rows: ExtraRows = None,
     device: Device = "cpu",
     dry_run: DryRun = False,
     revision: Revision = None,
@@ -150,6 +154,6 @@ def decompose(
     from .tables import print_components, warn
 
     options = Options(threshold, subspace, pool, side, rank)
-    vectors = Vectors.open(base, parse_tasks(task), device=device)
+    vectors = Vectors.open(base, parse_tasks(task), device=device, extra_rows=extra_rows)
     warn(vectors.coverage.notes())
     tell(write_components(vectors, options, out, dry_run=dry_run), print_components, json)

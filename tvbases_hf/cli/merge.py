@@ -14,6 +14,7 @@ from .options import (
     Device,
     DryRun,
     Dtype,
+    ExtraRows,
     Json,
     Memory,
     Quiet,
@@ -57,6 +58,7 @@ def merge(
     rank: Annotated[str | None, rank_option("what is kept of a merged adapter; default: nothing is cut.")] = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
+    extra_rows: ExtraRows = None,
     device: Device = "cpu",
     threads: Threads = None,
     memory: Memory = None,
@@ -73,8 +75,8 @@ def merge(
 
     from .tables import print_merge
 
-    stored = parse_dtype(dtype)
-    found = run(config, out, adapter=adapter, rank=rank, dtype=stored, seed=seed, device=device, dry_run=dry_run)
+    how: dict[str, Any] = {"dtype": parse_dtype(dtype), "seed": seed, "extra_rows": extra_rows, "device": device}
+    found = run(config, out, adapter=adapter, rank=rank, dry_run=dry_run, **how)
     tell(found, print_merge, json)
 
 

@@ -25,6 +25,7 @@ from .options import (
     AdapterOut,
     Base,
     DryRun,
+    ExtraRows,
     Json,
     Memory,
     NumBases,
@@ -89,6 +90,7 @@ def negate(
     even_errors: Annotated[
         bool, typer.Option("--even-errors", help="Of the bases: reconstruct every task about as well; give none up.")
     ] = False,
+    extra_rows: ExtraRows = None,
     prompts: Prompts = None,
     scorer: ScorerName = "profanity",
     continuations: Continuations = None,
@@ -119,7 +121,7 @@ def negate(
     if alpha is None or target or control:
         files = parse_prompts(prompts or ())
         plan = Plan(tuple(target or ()), tuple(control or ()), files, scorer, continuations, limit, seed, batch_size)
-    vectors = Vectors.open(base, parse_tasks(task))
+    vectors = Vectors.open(base, parse_tasks(task), extra_rows=extra_rows, rows_of_base=True)
     warn(vectors.coverage.notes())
     how: dict[str, Any] = {"component": component, "alpha": alpha, "alphas": tried, "keep": keep, "curve": curve}
     how |= {"options": options, "num_bases": num_bases, "even_errors": even_errors, "adapter": adapter}

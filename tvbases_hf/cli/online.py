@@ -10,7 +10,7 @@ import typer
 
 from .app import app, console
 from .derived import DerivedCommand, given
-from .options import DryRun, Dtype, Json, OptionalBase, OptionalTask, Out, Quiet, Revision, parse_dtype, tell
+from .options import DryRun, Dtype, ExtraRows, Json, OptionalBase, OptionalTask, Out, Quiet, Revision, parse_dtype, tell
 
 
 class OnlineCommand(DerivedCommand):
@@ -41,6 +41,7 @@ def online(
         float | None, typer.Option("--num-bases", "-m", help="How many vectors are kept, however many tasks come.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of whatever is drawn at random. Default: 0.")] = None,
+    extra_rows: ExtraRows = None,
     dtype: Dtype = "auto",
     dry_run: DryRun = False,
     revision: Revision = None,
@@ -56,7 +57,7 @@ def online(
 
     options = given(context)
     tasks = parse_tasks([*(task or ()), *(f"{Path(path).name}={path}" for path in new or ())])
-    how: dict[str, Any] = {"dtype": parse_dtype(dtype), "seed": seed, "dry_run": dry_run}
+    how: dict[str, Any] = {"dtype": parse_dtype(dtype), "seed": seed, "dry_run": dry_run, "extra_rows": extra_rows}
     tell(add_tasks(out, tasks, base, num_bases, added=_print_added, **how, **options), _print, json)
 
 

@@ -118,6 +118,13 @@ Dtype = Annotated[defaults.Dtype, typer.Option("--dtype", help="Of the weights; 
 Device = Annotated[
     str, typer.Option("--device", help="Where it is computed: cpu, cuda, or one of several as cuda:1.", metavar="NAME")
 ]
+ExtraRows = Annotated[
+    defaults.ExtraRows | None,
+    typer.Option(
+        "--extra-rows",
+        help="Of vocabularies that differ: drop takes the common rows, keep leaves a row that one model has as it is.",
+    ),
+]
 AdapterOut = Annotated[bool, typer.Option("--adapter", help="Of adapters: write an adapter, not a checkpoint.")]
 
 # Shared and unique components.

@@ -12,6 +12,7 @@ from ..algebra.delta import Delta, dense, square_norm
 from ..algebra.finite import count_not_finite
 from ..methods.devec import Decomposition, Options
 from ..models.positions import groups_of, in_order
+from ..models.travel import Files, beside
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint
 from ..storage.model import copy_side_files, not_stored
@@ -43,7 +44,8 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
     groups = groups_of(base.tensors)
     energy: dict[str, Tensor] = {}
     with transaction(out, is_components, size * len(copies)) as work:
-        files = {copy: _begin(base, work / copy) for copy in copies}
+        side = beside(base, vectors.models)
+        files = {copy: _begin(base, side.files, work / copy) for copy in copies}
         for name in track(list(base.tensors), "Decomposing", lambda n: base.tensors[n].nbytes):
             if name in vectors.names:
                 deltas = vectors.deltas(name)
@@ -56,19 +58,22 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
             tensor, dtype = base.read(name), tensors[name].dtype
             for copy, change in changes.items():
                 files[copy].write(name, _edited(base.label, name, tensor, change, dtype))
-        found = {"options": vars(options), "tasks": list(vectors.tasks), "shared_energy": _shares(energy)}
+        found: dict[str, Any] = {
+            "options": vars(options),
+            "tasks": list(vectors.tasks),
+            "shared_energy": _shares(energy),
+        }
         write_json(work / MARKER, found)
-    return found
+    return {**found, "warnings": list(side.notes)} if side.notes else found
 
 
 def is_components(directory: Path) -> bool:
     return (directory / MARKER).is_file()
 
 
-def _begin(base: Checkpoint, directory: Path) -> TensorFiles:
+def _begin(base: Checkpoint, files: Files, directory: Path) -> TensorFiles:
     directory.mkdir(parents=True)
-    if base.path is not None and base.path.is_dir():
-        copy_side_files(base.path, directory)
+    copy_side_files(files, directory)
     return TensorFiles(directory, "model", base.written())
 
 

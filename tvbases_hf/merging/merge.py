@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Merge:
     recipe: str
     stream: Stream | None = None
     seed: int = 0
+    tokenizer: Mapping[str, Path | bytes] | None = None
+    """Files of a tokenizer, or a chat template, that were made for the result; None for the models' own."""
 
     @classmethod
     def of(cls, made: Made, recipe: str = "") -> Merge:
@@ -104,6 +106,7 @@ class Merge:
             "recipe": self.recipe,
             "seed": self.seed,
             "dtype": str(dtype),
+            "rows": self.vectors.coverage.rows,
             "base": self.vectors.base.fingerprint(),
             "models": models,
             "version": library_version(),

@@ -15,6 +15,7 @@ from ..errors import ParameterError
 from ..models.adapter import Adapter
 from ..models.lora_files import Template, adapter_tensors, is_adapter_directory, write_adapter
 from ..models.positions import groups_of
+from ..models.travel import beside
 from ..storage.model import is_edited_model, stream_model
 from ..storage.output import transaction
 from ..storage.run import track
@@ -63,9 +64,12 @@ def _merged_checkpoint(merge: Merge, out: Path, dtype: torch.dtype | None) -> di
     written = base.written(dtype)
     size = sum(info.nbytes for info in written.values())
     with transaction(out, is_checkpoint_of_ours, size, merge.job(dtype)) as work:
-        stream_model(base, work, _pieces(merge), dtype=dtype, need=merge.need, reads=merge.vectors.stored)
+        files, reads = beside(base, merge.vectors.models, merge.tokenizer), merge.vectors.stored
+        stream_model(base, work, _pieces(merge), dtype=dtype, need=merge.need, reads=reads, beside=files.files)
         stored = dtype or next((written[name].dtype for name in merge.names), torch.float32)
-        return _finish(merge, work, {**merge.report("checkpoint", out), "dtype": _name(stored)})
+        report = merge.report("checkpoint", out)
+        report["warnings"] += files.notes
+        return _finish(merge, work, {**report, "dtype": _name(stored)})
 
 
 def _merged_adapter(merge: Merge, out: Path, limits: Limits) -> dict[str, Any]:
@@ -130,7 +134,7 @@ def _template(merge: Merge) -> Template:
 
 
 def _finish(merge: Merge, work: Path, report: dict[str, Any]) -> dict[str, Any]:
-    report["bytes"] = sum(file.stat().st_size for file in work.iterdir())
+    report["bytes"] = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     (work / RECIPE_FILE).write_text(merge.recipe, encoding="utf-8")
     (work / "README.md").write_text(model_card(merge, report), encoding="utf-8")
     leave_marker(work, report)

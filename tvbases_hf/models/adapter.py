@@ -19,6 +19,7 @@ from ..errors import CheckpointError, MismatchError, TvbasesError
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import INDEX, locate
 from ..storage.files import WEIGHT_FILES as CHECKPOINT_FILES
+from ..storage.tied import is_token_matrix
 from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
 from .lora_parts import BIAS, MAGNITUDE, PAIRS, Parts
 from .names import Naming, has_names, is_conv1d, is_shared, is_tied_away
@@ -105,6 +106,11 @@ class Adapter:
         return str(self.config.get("base_model_name_or_path") or "")
 
     @property
+    def directory(self) -> Path | None:
+        """The folder that it was read from."""
+        return None if self._stored.path is None else self._stored.path.parent
+
+    @property
     def rank(self) -> int:
         """The largest rank of any module."""
         return max((self._rank(module) for module in self._modules.values()), default=0)
@@ -122,6 +128,15 @@ class Adapter:
     def saved_names(self) -> tuple[str, ...]:
         """The base's tensors that the adapter carries whole: ``modules_to_save`` and trained biases."""
         return tuple(self._saved)
+
+    @property
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of ``saved_names``: other than the base's where the vocabularies differ."""
+        return {name: self._shape(stored) for name, stored in self._saved.items()}
+
+    def saved(self, name: str) -> Tensor:
+        """The tensor that the adapter carries for the base's ``name``."""
+        return self._read(self._saved[name])
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -155,7 +170,7 @@ class Adapter:
         """
         if name in self._modules:
             return self._change(self._modules[name], name)
-        saved = Dense(self._read(self._saved[name]), self._base.read(name)) if name in self._saved else None
+        saved = Dense(self.saved(name), self._base.read(name)) if name in self._saved else None
         if name not in self._biases:
             return saved
         module = self._biases[name]
@@ -178,7 +193,7 @@ class Adapter:
             return LowRank(product.right.T, product.left.T) if transposed else product
         base = self._base.read(name)
         magnitude = self._factor(module.parts[MAGNITUDE]).reshape(-1)
-        change = dora_change(product, magnitude, base.T if transposed else base)
+        change = Dora.of(product, magnitude, base.T if transposed else base)
         if not torch.isfinite(change.row_scale).all():
             raise CheckpointError(f'"{self.label}": {name} plus its factors has rows of zeros, which DoRA divides by')
         return Dense(dense(change, product.left.dtype).T) if transposed else change
@@ -328,7 +343,7 @@ class Adapter:
         found = {}
         for name, stored in saved.items():
             own = self._name(name.replace(".base_layer.", "."))
-            if self._shape(stored) != self._base.tensors[own].shape:
+            if self._shape(stored) != self._base.tensors[own].shape and not self._differs_in_rows(own, stored):
                 raise MismatchError(
                     f'"{self.label}": saved module {name} is {list(self._shape(stored))}, in the base '
                     f"({self._base.label}) it is {list(self._base.tensors[own].shape)}; resize the base first"
@@ -343,6 +358,11 @@ class Adapter:
                     "give the base that the adapter was trained on"
                 )
         return found
+
+    def _differs_in_rows(self, own: str, stored: str) -> bool:
+        """Whether a saved tensor has other rows of tokens than the base's, which ``models.vocabulary`` can level."""
+        theirs, ours = self._shape(stored), self._base.tensors[own].shape
+        return theirs[1:] == ours[1:] and own not in self._modules and is_token_matrix(own, ours)
 
     def _refuse_shared(self) -> None:
         for name in self.names:
@@ -373,16 +393,3 @@ def adapter_folder(path: Path) -> Path:
 
 def _has_model(path: Path) -> bool:
     return any((path / f"{name}{index}").is_file() for name in CHECKPOINT_FILES for index in ("", INDEX))
-
-
-def dora_change(product: LowRank, magnitude: Tensor, base: Tensor) -> Dora:
-    """diag(g) (W + s B A) - W with g = magnitude / |rows of W + s B A|.
-
-    Args:
-        product: s B A, [n, m].
-        magnitude: [n].
-        base: W, [n, *] with m numbers in a row.
-    """
-    updated = base.reshape(product.shape).to(product.left.dtype) + product.left @ product.right
-    factor = magnitude / updated.norm(dim=1)
-    return Dora(factor - 1, base, LowRank(factor[:, None] * product.left, product.right))

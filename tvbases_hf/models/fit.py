@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ..errors import MismatchError, ParameterError
 from ..storage.checkpoint import Checkpoint
-from ..storage.tied import is_output
+from ..storage.tensors import TensorInfo
+from ..storage.tied import embedding_of, is_output
 from .adapter import Adapter
 from .identity import model_name, other_base
+from .vocabulary import differing_rows, shapes_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Coverage:
     formats: dict[str, str] = field(default_factory=dict)
     twice: dict[str, str] = field(default_factory=dict)
     adapters: Callable[[], list[str]] = list
+    rows: str = ""
+    """What became of rows that not all vocabularies have."""
 
     def notes(self) -> list[str]:
         """One line per finding, for the user."""
@@ -55,6 +59,8 @@ class Coverage:
             )
         for task, formats in self.formats.items():
             lines.append(f'"{task}": {formats}; its change holds the error of that rounding as well')
+        if self.rows:
+            lines.append(self.rows)
         if self.skipped:
             lines.append(f"{len(self.skipped)} tensors differ in shape (first: {self.skipped[0]}); left out")
         return lines
@@ -81,10 +87,10 @@ def check_fit(base: Checkpoint, models: Mapping[str, Checkpoint | Adapter], skip
         _check_architecture(task, model, base, floating)
         _check_dtypes(task, model, floating)
     _check_same_base(adapters)
-    mismatched = {task: _mismatched(model, base, floating) for task, model in checkpoints.items()}
+    mismatched = {task: _mismatched(model, base, floating) for task, model in models.items()}
     for task, names in mismatched.items():
-        if names and not skip_mismatched:
-            raise _shape_error(task, names, checkpoints[task], base, len(floating))
+        if names and (not skip_mismatched or task in adapters):
+            raise _shape_error(task, names, models[task], base, len(floating))
     skipped = {name for names in mismatched.values() for name in names}
     changed = None if checkpoints else {name for adapter in adapters.values() for name in adapter.names}
     names = tuple(n for n in floating if n not in skipped and (changed is None or n in changed))
@@ -95,18 +101,21 @@ def same_outputs(
     base: Checkpoint, models: Mapping[str, Checkpoint | Adapter]
 ) -> tuple[Checkpoint, dict[str, Checkpoint | Adapter]]:
     """All with the output matrix that one of them has of its own: where it is tied, it is the embedding."""
-    wanted = {
-        name: info
-        for model in [base, *models.values()]
-        if isinstance(model, Checkpoint)
-        for name, info in model.tensors.items()
-        if is_output(name)
-    }
+    checkpoints = [base, *(model for model in models.values() if isinstance(model, Checkpoint))]
+    wanted = {name: info for model in checkpoints for name, info in _outputs(model, base)}
     level = {task: m.with_outputs(wanted) if isinstance(m, Checkpoint) else m for task, m in models.items()}
     return base.with_outputs(wanted), level
 
 
-def _quoted(task: str, model: Checkpoint) -> str:
+def _outputs(model: Checkpoint, base: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
+    """The output matrices of the vocabulary: as large as the model's embedding, or as the base's."""
+    embeddings = [{name: info.shape for name, info in m.tensors.items()} for m in (model, base)]
+    for name, info in model.tensors.items():
+        if is_output(name) and any(embedding_of(info.shape, shapes) for shapes in embeddings):
+            yield name, info
+
+
+def _quoted(task: str, model: Checkpoint | Adapter) -> str:
     return f'"{task}"' if task == model.label else f'"{task}" ({model.label})'
 
 
@@ -138,26 +147,26 @@ def _check_dtypes(task: str, model: Checkpoint, names: Sequence[str]) -> None:
         )
 
 
-def _mismatched(model: Checkpoint, base: Checkpoint, names: Sequence[str]) -> list[str]:
-    return [n for n in names if n in model.tensors and model.tensors[n].shape != base.tensors[n].shape]
+def _mismatched(model: Checkpoint | Adapter, base: Checkpoint, names: Sequence[str]) -> list[str]:
+    shapes = shapes_of(model)
+    return [name for name in names if name in shapes and shapes[name] != base.tensors[name].shape]
 
 
-def _shape_error(task: str, names: list[str], model: Checkpoint, base: Checkpoint, total: int) -> MismatchError:
-    first = names[0]
-    theirs, ours = list(model.tensors[first].shape), list(base.tensors[first].shape)
-    vocabulary = (
-        len(theirs) == 2 and theirs[1:] == ours[1:] and ("embed" in first or "lm_head" in first or "wte" in first)
-    )
+def _shape_error(
+    task: str, names: list[str], model: Checkpoint | Adapter, base: Checkpoint, total: int
+) -> MismatchError:
+    ours, theirs = shapes_of(base), shapes_of(model)
+    rows, first = differing_rows(ours, theirs), names[0]
     advice = (
-        f"the vocabularies differ ({theirs[0]} and {ours[0]} tokens): resize the fine-tune's to the base's with "
-        f"model.resize_token_embeddings({ours[0]}) and save it; in a mergekit YAML, `tokenizer: {{source: base}}` "
-        "aligns them"
-        if vocabulary
+        f"the vocabularies differ ({theirs[first][rows[first]]} and {ours[first][rows[first]]} tokens): --extra-rows "
+        "drop takes the common rows, keep leaves a row that one model has as it is; in a mergekit YAML "
+        "`tokenizer_source: union` (or base) matches tokens by name"
+        if first in rows
         else "use a fine-tune of this base"
     )
     return MismatchError(
         f"{_quoted(task, model)}: {len(names)} of {total} tensors differ in shape from the base "
-        f"(first: {first} {theirs} vs {ours}); {advice}"
+        f"(first: {first} {list(theirs[first])} vs {list(ours[first])}); {advice}"
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..algebra.delta import Delta, Dense, zeros
 from ..algebra.sums import mix
 from ..bases import BasisWeights
+from ..defaults import ExtraRows
 from ..errors import MismatchError, ParameterError
 from ..storage import run
 from ..storage.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ from ..storage.files import locate
 from .adapter import Adapter, adapter_folder, is_adapter
 from .finite import finite_values
 from .fit import Coverage, check_fit, same_outputs
+from .vocabulary import same_rows
 
 Model = Checkpoint | Adapter
 OVER = ("bases", "reconstructions")
@@ -50,12 +52,20 @@ class Vectors:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def open(cls, base: str | Path, tasks: Mapping[str, str | Path], *, device: str | torch.device = "cpu") -> Vectors:
+    def open(
+        cls,
+        base: str | Path,
+        tasks: Mapping[str, str | Path],
+        *,
+        device: str | torch.device = "cpu",
+        extra_rows: ExtraRows | None = None,
+        rows_of_base: bool = False,
+    ) -> Vectors:
         """Task vectors of checkpoints or adapters by path or Hub id; see open_model, of_models and find_device."""
         place = run.find_device(device) if isinstance(device, str) else device
         opened = Checkpoint.open(base)
         models = {task: open_model(source, opened) for task, source in tasks.items()}
-        vectors = cls.of_models(opened, models, device=place)
+        vectors = cls.of_models(opened, models, device=place, extra_rows=extra_rows, rows_of_base=rows_of_base)
         return replace(vectors, coverage=replace(vectors.coverage, twice=_given_twice(tasks)))
 
     @classmethod
@@ -66,6 +76,8 @@ class Vectors:
         *,
         skip_mismatched: bool = False,
         device: str | torch.device = "cpu",
+        extra_rows: ExtraRows | None = None,
+        rows_of_base: bool = False,
     ) -> Vectors:
         """Task vectors tau_i = theta_i - theta_0, once every model is known to fit the base.
 
@@ -77,13 +89,16 @@ class Vectors:
             models: fine-tuned models or adapters by task name, in the order of the Gram matrix.
             skip_mismatched: leave out tensors whose shapes differ instead of raising.
             device: where each weight's changes are moved to when they are read; see storage.run.find_device.
+            extra_rows: of vocabularies of other lengths: ``drop`` for the common rows, ``keep`` for those of the
+                longest; None refuses them. ``rows_of_base``: the base keeps its own; see models.vocabulary.
 
         Raises:
             ParameterError: no task.
             MismatchError: another architecture, tensors of other shapes, or quantised ones.
         """
         base, models = same_outputs(base, models)
-        coverage = check_fit(base, models, skip_mismatched)
+        base, models, note = same_rows(base, models, extra_rows, rows_of_base=rows_of_base)
+        coverage = replace(check_fit(base, models, skip_mismatched), rows=note)
         place = torch.device(device)
         return cls(
             base,

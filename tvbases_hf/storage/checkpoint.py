@@ -48,6 +48,8 @@ class Checkpoint:
         self.quantised = dict(quantised or {})
         self._read = read
         self._followers: dict[str, str] = {}
+        self._made: dict[str, Callable[[], Tensor]] = {}
+        self._stored = self
         tied = copies(self.config, _shapes(tensors), self.read)
         self.tensors = {name: info for name, info in tensors.items() if name not in tied}
 
@@ -89,6 +91,9 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The tensor as stored or dequantised, on the CPU. Do not write to it."""
         stored = self._followers.get(name, name)
+        made = self._made.get(name) or self._made.get(stored)
+        if made is not None:
+            return made()
         weight = self.quantised.get(stored)
         return self._read(stored) if weight is None else weight.dequantise()
 
@@ -102,6 +107,23 @@ class Checkpoint:
         untied._followers = {**self._followers, **found}
         return untied
 
+    def with_made(self, made: Mapping[str, tuple[TensorInfo, Callable[[], Tensor]]]) -> Checkpoint:
+        """The same model with tensors that are made of its own whenever they are read: of other rows, for example.
+
+        Its fingerprint stays that of what is stored.
+        """
+        if not made:
+            return self
+        view = copy.copy(self)
+        view.tensors = {**self.tensors, **{name: info for name, (info, _) in made.items()}}
+        view._made = {**self._made, **{name: read for name, (_, read) in made.items()}}
+        return view
+
+    @property
+    def stored(self) -> Checkpoint:
+        """The model as it is in its files."""
+        return self._stored
+
     def mapped(self, name: str) -> list[Tensor]:
         """What is stored of a tensor, mapped and not dequantised."""
         stored = self._followers.get(name, name)
@@ -110,8 +132,12 @@ class Checkpoint:
 
     def copied(self, name: str) -> int:
         """The bytes that a tensor takes when it has been read, beside the mapped file."""
-        weight = self.quantised.get(self._followers.get(name, name))
-        return 0 if weight is None else weight.info.nbytes
+        weight = self._quantised(name)
+        made = self.tensors[name].nbytes if name in self._made else 0
+        return made + (0 if weight is None else weight.info.nbytes)
+
+    def _quantised(self, name: str) -> QuantisedWeight | None:
+        return self.quantised.get(self._followers.get(name, name))
 
     def written(self, dtype: torch.dtype | None = None) -> dict[str, TensorInfo]:
         """The tensors as a model made of this one stores them: floats in ``dtype``.
@@ -120,7 +146,7 @@ class Checkpoint:
         """
         own = written_dtype(self.config)
         return {
-            name: TensorInfo(info.shape, dtype or (own if self.copied(name) else info.dtype))
+            name: TensorInfo(info.shape, dtype or (own if self._quantised(name) else info.dtype))
             if info.dtype.is_floating_point
             else info
             for name, info in self.tensors.items()
@@ -132,11 +158,11 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Digest of names, shapes, dtypes and the first numbers of every tensor: tells bases apart cheaply."""
-        digest = hashlib.sha256()
-        for name in sorted(self.tensors.keys() - self._followers.keys()):
-            info = self.tensors[name]
+        digest, stored = hashlib.sha256(), self._stored
+        for name in sorted(stored.tensors):
+            info = stored.tensors[name]
             digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
-            for tensor in self.mapped(name):
+            for tensor in stored.mapped(name):
                 head = tensor.reshape(-1)[:FINGERPRINT_ELEMENTS].contiguous()
                 digest.update(head.view(torch.uint8).numpy().tobytes() if head.numel() else b"")
         return digest.hexdigest()[:32]

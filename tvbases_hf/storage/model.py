@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,11 +15,11 @@ from ..errors import CheckpointError, ParameterError, TvbasesError
 from .checkpoint import Checkpoint
 from .output import write_json
 from .parallel import written
-from .quantised import CONFIG_FILES, without_quantisation
+from .quantised import without_quantisation
+from .side_files import put, side_files
 from .tensor_files import TensorFiles
 
 MARKER = "tvbases_edit.json"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 def stream_model(
@@ -31,17 +30,19 @@ def stream_model(
     dtype: torch.dtype | None = None,
     need: Callable[[str], int] = lambda _: 0,
     reads: Callable[[str], Iterable[Tensor]] | None = None,
+    beside: Mapping[str, Path | bytes] | None = None,
 ) -> None:
     """Put weights, configuration and tokenizer into an existing directory, on several threads.
 
     ``pieces(name)`` are those of a flattened change, in order and of any sizes; None for a tensor that stays. Each
     thread has one of them in memory, and what they are made of: ``need(name)`` bytes. What ``reads(name)`` gives of the
     next weights is read ahead. The sum is taken in the dtype of the change, or in the base's if that is wider, and
-    rounded once, to ``dtype``; see Checkpoint.written. Integers stay as they are.
+    rounded once, to ``dtype``; see Checkpoint.written. Integers stay as they are. ``beside`` are the files that travel
+    with it; None for the base's own.
 
     Raises ParameterError for numbers that do not fit into that dtype, CheckpointError for NaN in the base.
     """
-    tensors = base.written(dtype)
+    beside, tensors = side_files_of(base) if beside is None else beside, base.written(dtype)
     files = TensorFiles(directory, "model", tensors)
 
     def write(name: str) -> tuple[float, ...]:
@@ -62,10 +63,9 @@ def stream_model(
 
     needed = lambda name: need(name) + base.copied(name)  # noqa: E731
     written(files, list(tensors), write, 0, "Writing", lambda n: tensors[n].nbytes, needed, reads)
-    if base.path is not None and base.path.is_dir():
-        copy_side_files(base.path, directory)
-        if dtype is not None:
-            _declare_dtype(directory / "config.json", dtype)
+    copy_side_files(beside, directory)
+    if dtype is not None:
+        _declare_dtype(directory / "config.json", dtype)
 
 
 def _unchanged(tensor: Tensor) -> Iterable[Tensor]:
@@ -104,21 +104,15 @@ def is_edited_model(directory: Path) -> bool:
         return False
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Configuration, tokenizer and code: every small file of the base but its weights and its card.
-
-    Nothing says any more how quantised weights were stored: what is written beside these files is not.
-    """
-    for file in sorted(source.iterdir()):
-        if (
-            file.is_file()
-            and not file.name.endswith(WEIGHT_SUFFIXES)
-            and file.name != "README.md"
-            and file.name[0] != "."
-            and file.name not in CONFIG_FILES
-        ):
-            shutil.copyfile(file, target / file.name)
+def copy_side_files(files: Mapping[str, Path | bytes], target: Path) -> None:
+    """What travels with the weights, see side_files; nothing says any more how quantised weights were stored."""
+    put(files, target)
     _forget_quantisation(target / "config.json")
+
+
+def side_files_of(base: Checkpoint) -> dict[str, Path | bytes]:
+    """Those of a base that is a directory."""
+    return dict(side_files(base.path)) if base.path is not None and base.path.is_dir() else {}
 
 
 def _forget_quantisation(file: Path) -> None:

@@ -6,7 +6,7 @@ absent follows the embedding where the configuration, or its class by default, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ EMBEDDINGS = (
     "embeddings",
 )
 OUTPUTS = ("lm_head", "embed_out", "decoder", "output", "proj_out", "output_layer", "output_projection", "unembed")
+# Input embeddings, tied to an output or not.
+INPUTS = (*EMBEDDINGS, "token_embedding")
 FLAG = "tie_word_embeddings"
 
 
@@ -37,9 +39,21 @@ def is_output(name: str) -> bool:
     return name.endswith(".weight") and leaf(name) in OUTPUTS
 
 
-def embedding_of(shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The input embedding that an output matrix of this shape may be tied to."""
-    found = [name for name, own in shapes.items() if own == shape and len(own) == 2 and name.endswith(".weight")]
+def is_token_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is a matrix with a row for every token, by its name."""
+    return len(shape) == 2 and (is_output(name) or (name.endswith(".weight") and leaf(name) in INPUTS))
+
+
+def embedding_of(
+    shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], *, any_rows: bool = False
+) -> str | None:
+    """The input embedding that an output matrix of this shape, or with other rows, may be tied to."""
+    first = int(any_rows)
+    found = [
+        name
+        for name, own in shapes.items()
+        if own[first:] == shape[first:] and len(own) == len(shape) == 2 and name.endswith(".weight")
+    ]
     return next((name for word in EMBEDDINGS for name in found if leaf(name) == word), None)
 
 
@@ -60,9 +74,12 @@ def copies(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rea
 def followers(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """{output matrix: its embedding} of those ``wanted`` that the model lacks because they are its embedding."""
+    """{output matrix: its embedding} of those ``wanted`` that the model lacks because they are its embedding.
+
+    The rows of an embedding are the model's own: another vocabulary may have more or fewer.
+    """
     absent = [name for name in wanted if is_output(name) and name not in shapes]
-    found = {name: embedding for name in absent if (embedding := embedding_of(wanted[name], shapes))}
+    found = {name: embedding for name in absent if (embedding := embedding_of(wanted[name], shapes, any_rows=True))}
     return found if found and ties(config) else {}
 
 

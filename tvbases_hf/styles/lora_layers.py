@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, LowRank
+from ..algebra.delta import Delta, Dense, Dora, LowRank
 from ..errors import CheckpointError, MismatchError
-from ..models.adapter import dora_change
 from ..models.lora_config import LoraOptions
 from ..storage.checkpoint import Checkpoint
 
@@ -133,4 +132,4 @@ class LoraLayers(Mapping[str, Delta]):
         base, magnitude = self._base.read(name), self._read(module, MAGNITUDE)
         if base.numel() != low.shape[0] * low.shape[1] or magnitude.numel() != low.shape[0]:
             raise MismatchError(f"{self.label}: {module} does not fit the base's {name} {list(base.shape)}")
-        return dora_change(low, magnitude.reshape(-1), base)
+        return Dora.of(low, magnitude.reshape(-1), base)
