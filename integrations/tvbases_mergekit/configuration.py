@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from mergekit import merge_methods
-from mergekit.common import dtype_from_name
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import (
     ConditionalParameter,
     InputModelDefinition,
@@ -130,6 +130,13 @@ def input_lists(config: MergeConfiguration) -> list[Sequence[InputModelDefinitio
     """The models that are merged with one another: one list per output slice or module."""
     modules = [module.models for module in (config.modules or {}).values() if module.models]
     return [*([config.models] if config.models else []), *modules, *(part.sources for part in output_slices(config))]
+
+
+def all_models(config: MergeConfiguration) -> list[ModelReference]:
+    """All models, the base first and the others in the order of the file."""
+    listed = [item.model for models in input_lists(config) for item in models]
+    bases = [config.base_model, *(part.base_model for part in output_slices(config))]
+    return list(dict.fromkeys([*(ref for ref in bases if ref is not None), *listed]))
 
 
 def _check_parameters(where: str, parameters: Mapping[str, Any], of_model: bool, method: MergeMethod) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tvbases_hf.storage.files import locate
 
 from .kernels import not_native
 from .preflight import check_distinct
+from .tokens import aligned, asks_for_tokens, made_files
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Inputs:
     models: tuple[ModelReference, ...]
     base: ModelReference
     base_is_model: bool
+    made: Mapping[str, Path | bytes] | None = None
+    """The files of a tokenizer or a chat template that the YAML asks for."""
 
     @property
     def floating(self) -> tuple[str, ...]:
@@ -70,9 +74,19 @@ def open_inputs(
     paths = {model: _locate(model, reference, base_path) for model in models}
     check_distinct({ref: (path, None) for ref, path in {reference: base_path, **paths}.items()}, out)
     opened: dict[str, Model] = {str(model): _open(model, path, base) for model, path in paths.items()}
+    tokenizer = None
+    if asks_for_tokens(config):
+        _check_alone(extra_rows)
+        base, opened, tokenizer = aligned(config, reference, base, {model: opened[str(model)] for model in models})
     vectors = Vectors.of_models(base, opened, device=device, extra_rows=extra_rows)
     _check_changeable(vectors)
-    return Inputs(vectors, tuple(models), reference, config.base_model is not None or reference in listed)
+    is_model = config.base_model is not None or reference in listed
+    return Inputs(vectors, tuple(models), reference, is_model, made_files(config, tokenizer))
+
+
+def _check_alone(extra_rows: ExtraRows | None) -> None:
+    if extra_rows is not None:
+        raise ParameterError("a tokenizer in the YAML matches rows by token; leave --extra-rows out, or the tokenizer")
 
 
 def _base_reference(config: MergeConfiguration, listed: list[ModelReference]) -> ModelReference:

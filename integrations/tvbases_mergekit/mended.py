@@ -1,4 +1,7 @@
-"""Defects of mergekit 0.1.5: two end a merge that has nothing wrong with it, two let NaN through, one is tracebacks."""
+"""Defects of mergekit 0.1.5: two end a merge that has nothing wrong with it, two let NaN through, one is tracebacks.
+
+And one: the tokens of a union are numbered otherwise in every process.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,24 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import transformers
 from mergekit import card
+from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import GatherTensors
 from mergekit.io.tensor_writer import TensorWriter
 from mergekit.plan import MergePlanner
+from mergekit.tokenizer import build
 from torch import Tensor
 
 from tvbases_hf.algebra.finite import count_not_finite
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.models.finite import finite_values
 
-from .configuration import one_line
+from .configuration import all_models, one_line
 
 LOG = logging.getLogger("tvbases_mergekit")
 # Where mergekit logs what it goes on without, such as a tokenizer that the base does not have.
@@ -71,7 +78,27 @@ def mended_mergekit() -> Iterator[None]:
         patch.object(MergePlanner, "plan_tensor", plan_optional_tensor),
         patch.object(GatherTensors, "execute", gather_finite),
         patch.object(TensorWriter, "save_tensor", save_finite_tensor),
+        tokens_in_order(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def tokens_in_order() -> Iterator[None]:
+    """Tokenizers are put together in the order of the file, their tokens too: not in that of a set or a hash table.
+
+    And without a bar, which mergekit shows whatever it is told.
+    """
+    ask = transformers.PreTrainedTokenizerFast.get_vocab
+
+    def get_vocab(self: Any) -> dict[str, int]:
+        return dict(sorted(ask(self).items(), key=lambda entry: entry[1]))
+
+    with (
         _without_tracebacks(),
+        patch.object(transformers.PreTrainedTokenizerFast, "get_vocab", get_vocab),
+        patch.object(MergeConfiguration, "referenced_models", all_models),
+        patch.object(build, "tqdm", SimpleNamespace(tqdm=lambda items, **_: items)),
     ):
         yield
 
@@ -89,10 +116,12 @@ def _without_tracebacks() -> Iterator[None]:
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """The reason in place of the traceback."""
+    """The reason in place of the traceback, and reasons of several lines in one."""
     if record.exc_info and record.exc_info[1] is not None:
         record.msg, record.args = f"{record.getMessage()} ({one_line(record.exc_info[1])})", ()
         record.exc_info = record.exc_text = None
+    elif isinstance(record.msg, Exception):
+        record.msg = one_line(record.msg)
     return True
 
 

@@ -69,7 +69,7 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
     rank = None if request.rank is None else RankRule.parse(request.rank)
     config = read_config(file)
     method = find_method(config.merge_method)
-    _check_supported(config)
+    _check_supported(config, request.adapter)
     check_structure(config, method)
     dtype = request.dtype or _dtype(config)
     with reported():
@@ -127,7 +127,8 @@ def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe
         return kernel.pieces(Pieces(deltas), settings[name], weights[name])
 
     streams = bool(names) and kernel.streams(settings[names[0]])
-    return Merge(vectors, combine, tuple(names), method.spec.name, recipe, stream if streams else None, request.seed)
+    stream_of = stream if streams else None
+    return Merge(vectors, combine, tuple(names), method.spec.name, recipe, stream_of, request.seed, inputs.made)
 
 
 def _in_order(method: MergeMethod, bound: Mapping[str, Bound]) -> dict[str, Bound]:
@@ -169,10 +170,13 @@ def resolve(
     return found
 
 
-def _check_supported(config: MergeConfiguration) -> None:
-    for key in ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template"):
+def _check_supported(config: MergeConfiguration, adapter: bool) -> None:
+    for key in ("slices", "modules"):
         if getattr(config, key):
             raise ParameterError(not_native(key))
+    for key in ("tokenizer", "tokenizer_source", "chat_template"):
+        if adapter and getattr(config, key):
+            raise ParameterError(f"{key} is of a whole model, which an adapter is not; leave it or --adapter out")
 
 
 def _dtype(config: MergeConfiguration) -> torch.dtype | None:

@@ -22,7 +22,7 @@ from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.files import locate
 
 from .complete import check_complete
-from .configuration import DTYPE_BYTES, find_method, input_lists, one_line, output_slices
+from .configuration import DTYPE_BYTES, all_models, find_method, input_lists, one_line, output_slices
 from .methods import BasisMerge
 from .registered import RegisteredMerge
 
@@ -37,7 +37,7 @@ def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -
     """
     method = find_method(config.merge_method)
     check_structure(config, method)
-    opened = {ref: _open(ref, options) for ref in _models(config)}
+    opened = {ref: _open(ref, options) for ref in all_models(config)}
     check_distinct({ref: (model.path, ref.lora) for ref, model in opened.items()}, out)
     _check_fit(config, method, {ref: model for ref, model in opened.items() if ref.lora is None}, options)
     tasks = _plan(config, options)
@@ -67,13 +67,6 @@ def check_structure(config: MergeConfiguration, method: MergeMethod) -> None:
                 f"{method.spec.name} compares the same layers of all models; one slice has layer_range "
                 + " and ".join(str(list(layers)) for layers in ranges)
             )
-
-
-def _models(config: MergeConfiguration) -> list[ModelReference]:
-    """All models, the base first and the others in the order of the file."""
-    listed = [item.model for models in input_lists(config) for item in models]
-    bases = [config.base_model, *(part.base_model for part in output_slices(config))]
-    return list(dict.fromkeys([*(ref for ref in bases if ref is not None), *listed]))
 
 
 def _open(reference: ModelReference, options: MergeOptions) -> Checkpoint:

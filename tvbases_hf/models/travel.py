@@ -62,18 +62,18 @@ class _Subject:
 def beside(base: Checkpoint, models: Models, made: Files | None = None) -> Beside:
     """The files for a model that was merged of these, with as many rows in its vocabulary as ``base`` now has.
 
-    ``made`` are files of a tokenizer, or a chat template, that were made for it: then nobody is asked.
+    ``made`` are files of a tokenizer, or a chat template, that were made for it: of these nobody is asked.
 
     Raises CheckpointError for a link out of a model's folder among the files that are taken.
     """
     own = dict(side_files_of(base))
-    if made is not None:
-        return Beside(_sized(with_made(own, made), base))
+    if made and any(map(is_tokenizer_file, made)):
+        return Beside(_sized(_renumbered(_with_made(own, made), own), base))
     if not own:
-        return Beside({})
+        return Beside(dict(made or {}))
     said = {task: files for task, model in models.items() if (files := _files(model))}
     files, taken, left = own, [], []
-    for subject in SUBJECTS:
+    for subject in SUBJECTS if made is None else [s for s in SUBJECTS if s.name != TEMPLATES]:
         found = {task: value for task, one in said.items() if (value := subject.value(one)) is not None}
         others = [task for task, value in found.items() if value != subject.value(own)]
         donor = _donor(subject, own, said, found, base) if others else None
@@ -84,12 +84,13 @@ def beside(base: Checkpoint, models: Models, made: Files | None = None) -> Besid
             left.append(f"{subject.name} ({', '.join(others)})")
     notes = [f"as in the fine-tunes, and not as in the base: {', '.join(taken)}"] if taken else []
     notes += [f"as in the base, since the fine-tunes have others and do not agree: {', '.join(left)}"] if left else []
+    files = _with_made(files, made) if made else files
     if lost := _without_row(files, vocabulary_size(base)):
         notes.append(f"{len(lost)} tokens of the tokenizer have no row (first: {lost[0]}); do not use them")
     return Beside(_sized(_checked(files, [base, *models.values()]), base), tuple(notes))
 
 
-def with_made(files: Files, made: Files) -> dict[str, Path | bytes]:
+def _with_made(files: Files, made: Files) -> dict[str, Path | bytes]:
     """Files with those of a tokenizer in place of the old ones, or with another chat template."""
     whole = any(map(is_tokenizer_file, made))
     kept = {n: f for n, f in files.items() if not is_chat_template(n) and not (whole and is_tokenizer_file(n))}
@@ -215,6 +216,24 @@ def _take_token_ids(files: dict[str, Path | bytes], donor: Files) -> dict[str, P
     return {**files, CONFIG: _json(config)}
 
 
+def _renumbered(files: dict[str, Path | bytes], before: Files) -> dict[str, Path | bytes]:
+    """With the ids of begin, end and padding in the configurations as the tokenizer now numbers these tokens."""
+    old, new = {row: token for token, row in tokens_of(before).items()}, tokens_of(files)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(one) for one in value]
+        return new.get(old.get(value, ""), value) if isinstance(value, int) else value
+
+    found = dict(files)
+    for name in (CONFIG, GENERATION):
+        config = read_json(files.get(name))
+        ids = {key: moved(config[key]) for key in TOKEN_IDS if key in config}
+        if any(config[key] != value for key, value in ids.items()):
+            found[name] = _json({**config, **ids})
+    return found
+
+
 def _sized(files: dict[str, Path | bytes], base: Checkpoint) -> dict[str, Path | bytes]:
     """With a configuration that says how many rows the vocabulary has, where these are not the base's own."""
     rows, before = vocabulary_size(base), vocabulary_size(base.stored)
@@ -239,10 +258,10 @@ def _take_generation(files: dict[str, Path | bytes], donor: Files) -> dict[str, 
     return {**files, GENERATION: donor[GENERATION]}
 
 
-TOKENIZER = "tokenizer"
+TOKENIZER, TEMPLATES = "tokenizer", "chat template"
 SUBJECTS = (
     _Subject(TOKENIZER, _tokenizer, _take_tokenizer),
-    _Subject("chat template", _templates, _take_templates),
+    _Subject(TEMPLATES, _templates, _take_templates),
     _Subject("generation settings", _generation, _take_generation),
     _Subject("token ids", _token_ids, _take_token_ids),
 )

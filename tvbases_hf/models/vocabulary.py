@@ -65,6 +65,17 @@ def vocabulary_size(model: Checkpoint) -> int | None:
     return next((shape[0] for shape in (*inputs, *shapes.values())), None)
 
 
+def token_axes(model: Checkpoint) -> dict[str, int]:
+    """{name: axis} of the tensors with a row for every token: embeddings, output matrices, and biases of the output."""
+    shapes, size = shapes_of(model), vocabulary_size(model)
+    matrices = [name for name, shape in shapes.items() if is_token_matrix(name, shape) and shape[0] == size]
+    outputs = [name.removesuffix("weight") for name in matrices if is_output(name)]
+    biases = {f"{module}bias" for output in outputs for module in (output, f"{output.rstrip('.').rpartition('.')[0]}.")}
+    last = {name for name, shape in shapes.items() if name.endswith("final_logits_bias") and len(shape) == 2}
+    found = {name: 0 for name in (*matrices, *biases) if name in shapes and shapes[name][0] == size}
+    return found | {name: 1 for name in last if shapes[name][1] == size}
+
+
 def differing_rows(ours: Shapes, theirs: Shapes) -> dict[str, int]:
     """{name: axis} of the tensors that differ because two vocabularies have different numbers of rows.
 

@@ -77,6 +77,8 @@ class Run:
     """Threads per process; None for one per processor."""
     memory: int | None = None
     """Bytes that the work of one process may take beside the program itself; None for no limit."""
+    trust_remote_code: bool = False
+    """Run the code that comes with a model or a tokenizer, where a library loads it."""
     quiet: bool = False
     """No progress bars; there are none either where nobody watches."""
 

@@ -85,9 +85,6 @@ def another_method(config: Config, zoo: Zoo) -> None:
 
 MISTAKES: dict[str, tuple[Edit, list[str]]] = {
     "slices": (slices, ["slices", "tvbases mergekit-yaml CONFIG OUT"]),
-    "tokenizer": (lambda c, z: c.update(tokenizer={"source": "union"}), ["tokenizer", "tvbases mergekit-yaml"]),
-    "tokenizer_source": (lambda c, z: c.update(tokenizer_source="base"), ["tokenizer_source", "mergekit-yaml"]),
-    "chat_template": (lambda c, z: c.update(chat_template="auto"), ["chat_template", "tvbases mergekit-yaml"]),
     "another method": (another_method, ["merge_method: model_stock is not done on changes", "mergekit-yaml"]),
     "unknown method": (lambda c, z: c.update(merge_method="tis"), ["unknown merge_method 'tis'", "mean ties?"]),
     "unknown parameter": (lambda c, z: c.update(parameters={"lamda": 1}), ["no parameter 'lamda'", "mean lambda?"]),
@@ -104,6 +101,26 @@ MISTAKES: dict[str, tuple[Edit, list[str]]] = {
     "unknown dtype": (lambda c, z: c.update(dtype="float12"), ["unknown dtype 'float12'"]),
     "integer dtype": (lambda c, z: c.update(out_dtype="int64"), ["weights cannot be stored as int64"]),
 }
+
+
+# Of a whole model, as the tokenizers of these are absent, and of an adapter.
+TOKENS: dict[str, tuple[Edit, list[str]]] = {
+    "tokenizer": (lambda c, z: c.update(tokenizer={"source": "union"}), ["the tokenizers of these models", "beside"]),
+    "tokenizer_source": (lambda c, z: c.update(tokenizer_source="base"), ["leave tokenizer_source out"]),
+    "chat_template": (lambda c, z: c.update(chat_template="nonsense"), ["chat_template: Invalid", "give auto"]),
+}
+
+
+@pytest.mark.parametrize("key", sorted(TOKENS))
+def test_tokens_that_cannot_be_had_are_said(key: str, zoo: Zoo) -> None:
+    config = config_of(zoo, "task_arithmetic", WEIGHTS)
+    edit, words = TOKENS[key]
+    edit(config, zoo)
+    for file in zoo.base.glob("tokenizer*"):
+        file.unlink()
+    message = merge_refused(zoo, config)
+    assert all(word in message for word in words), message
+    assert f"{key} is of a whole model, which an adapter is not" in merge_refused(zoo, config, "--adapter")
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
