@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import CheckpointError, MismatchError
@@ -134,7 +134,35 @@ def test_another_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
     case = Case("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
     adapter = make_adapter(tmp_path / "a", base, case)
     resized = make_base(tmp_path / "resized", Case("llama", {}, {"vocab_size": 48}))
-    assert "--extra-rows drop" in refusal(adapter, resized, MismatchError)
+    with pytest.raises(MismatchError, match=r'"a".*lm_head\.weight.*--extra-rows drop'):
+        Vectors.open(resized, {"a": adapter})
+
+
+@pytest.mark.parametrize("extra_rows", ["drop", "keep"])
+@pytest.mark.parametrize("rows", [32, 48])
+def test_an_output_of_other_rows_in_an_adapter_is_levelled(
+    extra_rows: Any, rows: int, base: Path, tmp_path: Path
+) -> None:
+    """PEFT saves resized matrices whole; beside it a low-rank change of the same matrix, of the base's rows."""
+    words: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    long = make_adapter(tmp_path / "a", base, Case("llama", words))
+    low = make_adapter(tmp_path / "b", base, Case("llama", {"target_modules": ["lm_head"]}), seed=1)
+    file, saved = long / WEIGHTS, "base_model.model.lm_head.weight"
+    state = load_file(file)
+    grown = torch.cat([state[saved], torch.randn(16, state[saved].shape[1])])[:rows].contiguous()
+    save_file({**state, saved: grown}, file)
+    vectors = Vectors.open(base, {"a": long, "b": low}, extra_rows=extra_rows)
+    own = Checkpoint.open(base).read("lm_head.weight").double()
+    factors = {name.rpartition(".lora")[2]: t.double() for name, t in load_file(low / WEIGHTS).items()}
+    change = 5 / 3 * factors["_B.weight"] @ factors["_A.weight"]
+    count = min(rows, len(own)) if extra_rows == "drop" else max(rows, len(own))
+    bottom = torch.cat([own, grown[len(own) :].double()]) if rows > len(own) else own
+    tuned = torch.cat([grown.double(), own[rows:]])
+    a, b = (dense(delta) for delta in vectors.deltas("lm_head.weight"))
+    assert vectors.base.tensors["lm_head.weight"].shape[0] == count
+    assert torch.equal(vectors.base.read("lm_head.weight").double(), bottom[:count])
+    assert torch.equal(a, (tuned - bottom)[:count])
+    assert torch.allclose(b[: len(own)], change[:count], atol=1e-6) and not b[len(own) :].any()
 
 
 def test_a_copy_of_another_base_in_the_adapter_is_refused(base: Path, tmp_path: Path) -> None:

@@ -145,3 +145,62 @@ def test_a_folder_of_a_hub_model_can_be_named(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(CheckpointError, match="no such file or directory"):
         locate("hf://owner/name/../secret")
     assert load_file(tmp_path / "sub" / "folder" / "model.safetensors")
+
+
+REPOSITORY = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "spiece.model",
+    "source.spm",
+    "qwen.tiktoken",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "modeling_x.py",
+    "1_Pooling/config.json",
+    "2_Dense/pytorch_model.bin",
+    "LICENSE",
+)
+LEFT = (
+    "onnx/config.json",
+    "onnx/model.onnx",
+    "text_encoder/onnx/config.json",
+    "openvino/openvino_config.json",
+    "model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "fp16/model.safetensors",
+    "tf_model.h5",
+    "model.gguf",
+    "id_rsa",
+    "original/params.pth",
+)
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+@pytest.mark.parametrize("folder", ["", "sub/folder"])
+def test_of_a_hub_repository_is_fetched_what_travels_and_no_copies(
+    safetensors: bool, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pickled weights only where there are no others. huggingface_hub itself decides what a pattern matches."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = [*REPOSITORY[0 if safetensors else 2 :], "pytorch_model.bin", *LEFT]
+    fetched: list[str] = []
+
+    def download(repo: str, *, allow_patterns: list[str], ignore_patterns: list[str], **options: object) -> str:
+        stored = [f"{folder}/{name}" if folder else name for name in files]
+        chosen = filter_repo_objects(stored, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for name in map(str, chosen):
+            fetched.append(name.removeprefix(f"{folder}/"))
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    locate(f"hf://owner/name/{folder}" if folder else "owner/name")
+    assert set(fetched) == {*REPOSITORY[0 if safetensors else 2 :], *([] if safetensors else ["pytorch_model.bin"])}

@@ -193,6 +193,13 @@ class LevelAdapter(Adapter):
         self.__dict__.update(own.__dict__)
         self._own, self._level, self._rows = own, base, rows
 
+    @property
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        own = self._own.saved_shapes
+        return {
+            n: self._rows[n].shape(shape, self._rows[n].count) if n in self._rows else shape for n, shape in own.items()
+        }
+
     def delta(self, name: str) -> Delta | None:
         rows = self._rows.get(name)
         if rows is None or name not in self.names:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
+from .side_files import TERMS
 
 INDEX = ".index.json"
 # In the loaders' own order: transformers takes the one file first, diffusers the shards.
@@ -14,7 +17,24 @@ SHARDS_FIRST = "diffusion_pytorch_model.safetensors"
 WEIGHT_FILES = ("model.safetensors", SHARDS_FIRST, "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
-HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+# What is fetched of a repository, at any depth: weights, and whatever may travel with them (see side_files).
+WHOLE_SUFFIXES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.py")
+HUB_PATTERNS = [*WHOLE_SUFFIXES, "*tokenizer.model.*", "*bpe.codes", "*prophetnet.tokenizer", "?_*/pytorch_model.bin"]
+HUB_PATTERNS += TERMS
+# Of the same weights for other programs, or in fewer digits.
+HUB_COPIES = [
+    "onnx/*",
+    "*/onnx/*",
+    "openvino/*",
+    "*/openvino/*",
+    "coreml/*",
+    "*.fp16.*",
+    "*.fp16-*",
+    "fp16/*",
+    "*/fp16/*",
+]
+# Only where a repository has no safetensors.
+HUB_PICKLES = ["pytorch_model*.bin", "diffusion_pytorch_model*.bin", "adapter_model.bin"]
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB = "hf://"
 # After the @ of hf://owner/name@revision/folder.
@@ -50,16 +70,25 @@ def locate(source: str, revision: str | None = None, cache_dir: str | None = Non
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [f"{folder}/{pattern}" for pattern in HUB_PATTERNS] if folder else HUB_PATTERNS
+    start = f"{folder}/" if folder else ""
+
+    def fetched(patterns: Sequence[str]) -> Path:
+        where: dict[str, Any] = {"revision": named or revision, "cache_dir": cache_dir}
+        where["allow_patterns"] = [start + pattern for pattern in patterns]
+        where["ignore_patterns"] = [start + pattern for pattern in HUB_COPIES]
+        return Path(snapshot_download(repository, **where)) / folder
+
     try:
-        found = snapshot_download(repository, revision=named or revision, cache_dir=cache_dir, allow_patterns=patterns)
+        inside = fetched(HUB_PATTERNS)
+        described = any((inside / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+        if described and not any(inside.glob("*.safetensors")):
+            fetched(HUB_PICKLES)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f'"{source}": no such local directory, and the Hub could not give it: {reason} '
             "Check the spelling, your connection, and for private or gated models `hf auth login`."
         ) from error
-    inside = Path(found) / folder
     if not inside.exists():
         raise CheckpointError(f'"{source}": {repository} is on the Hub, but has no folder {folder}')
     return inside
