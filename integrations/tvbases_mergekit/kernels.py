@@ -172,9 +172,10 @@ class Linear(Kernel):
         return True
 
     def pieces(self, vectors: Pieces, settings: Settings, weight: Weight) -> Iterator[Tensor]:
-        weights, own = self._weights(settings)
-        shares, rest = linear_shares(weights, own, settings["normalize"])
-        whole = Dense(self.base.read(weight.name).to(vectors.device))
+        shares, rest = linear_shares(*self._weights(settings), settings["normalize"])
+        read = (delta.base for delta in vectors.deltas if delta.base is not None)
+        own = next(read, None)  # of a quantised base every reading is another copy
+        whole = Dense(self.base.read(weight.name).to(vectors.device) if own is None else own)
         everyone = torch.tensor([*shares, rest], dtype=torch.float64)
         yield from weighted(Pieces([*vectors.deltas, whole]), everyone, 1.0)
 

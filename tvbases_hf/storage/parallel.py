@@ -31,6 +31,9 @@ Result = TypeVar("Result")
 MAX_WORKERS = 8
 MADV_WILLNEED = 3
 READ_AHEAD = 1 << 28
+M_MMAP_THRESHOLD = -3
+# More than a piece of anything: whole tensors.
+LARGE = 1 << 22
 
 
 def default_workers() -> int:
@@ -58,6 +61,8 @@ def each(
     count = max(1, min(current().workers or default_workers(), len(items)))
     gate = Gate(current().memory)
     _check_needs(items, need, gate.budget)
+    if gate.budget is not None:
+        _give_back_freed()
 
     ahead = _ReadAhead(items, count, reads)
 
@@ -199,6 +204,16 @@ def read_ahead(tensors: Iterable[Tensor]) -> None:
             start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
             length = min(tensor.data_ptr() + tensor.nbytes - start, READ_AHEAD)
             _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_WILLNEED)
+
+
+def _give_back_freed() -> None:
+    """Whole tensors that are freed go back to the system, where glibc allocates: else each thread keeps some of them.
+
+    What is kept so (up to the largest tensors of every thread) would come on top of what the gate counts.
+    """
+    mallopt = getattr(_libc(), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def _libc() -> ctypes.CDLL:

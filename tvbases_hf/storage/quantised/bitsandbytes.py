@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,13 +52,18 @@ def _four_bits(stored: Stored, name: str, state_name: str) -> QuantisedWeight:
 
     def dequantise() -> Tensor:
         absmax, table = (stored.read(part) for part in parts)
-        if nested:
-            scales, codes = (stored.read(part).to(torch.float32) for part in nested)
-            blocks = scales.repeat_interleave(state["nested_blocksize"])[: absmax.numel()]
-            absmax = codes[absmax.reshape(-1).long()] * blocks + torch.tensor(float(state["nested_offset"]))
-        codes = stored.read(name).contiguous().reshape(-1).view(torch.uint8)
+        absmax, table = absmax.reshape(-1), table.to(torch.float32)
+        scales, codes = (stored.read(part).to(torch.float32) for part in nested) if nested else (absmax, table)
+
+        def of_blocks(start: int, stop: int) -> Tensor:
+            if not nested:
+                return absmax[start:stop].to(torch.float32)
+            outer = torch.arange(start, min(stop, len(absmax))) // state["nested_blocksize"]
+            return codes[absmax[start:stop].long()] * scales[outer] + torch.tensor(float(state["nested_offset"]))
+
+        packed = stored.read(name).contiguous().reshape(-1).view(torch.uint8)
         out = torch.empty(math.prod(shape), dtype=dtype)
-        _look_up(out, codes, table.to(torch.float32), absmax.to(torch.float32), state["blocksize"])
+        _look_up(out, packed, table, of_blocks, state["blocksize"])
         return out.reshape(shape)
 
     return QuantisedWeight("bitsandbytes", TensorInfo(shape, dtype), (name, state_name, *parts, *nested), dequantise)
@@ -80,12 +85,12 @@ def _state(stored: Stored, name: str, state_name: str) -> Mapping[str, Any]:
     return state
 
 
-def _look_up(out: Tensor, codes: Tensor, table: Tensor, absmax: Tensor, block: int) -> None:
+def _look_up(out: Tensor, codes: Tensor, table: Tensor, absmax: Callable[[int, int], Tensor], block: int) -> None:
     """Put table[code] * absmax of the code's block, computed in float32, into ``out`` [size]."""
     for start, stop in row_chunks(len(out), 1, 2 * block):
         part = codes[start // 2 : (stop + 1) // 2].int()
         values = table[torch.stack([part >> 4, part & 15], dim=1).reshape(-1)[: stop - start]]
-        scales = absmax[start // block : -(-stop // block)].repeat_interleave(block)[: stop - start]
+        scales = absmax(start // block, -(-stop // block)).repeat_interleave(block)[: stop - start]
         torch.mul(values, scales, out=values)
         out[start:stop] = values
 
