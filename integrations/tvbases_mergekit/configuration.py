@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import yaml
 from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import (
@@ -23,6 +22,8 @@ from pydantic import BaseModel, ValidationError
 
 from tvbases_hf.errors import ParameterError, did_you_mean
 
+from .yaml_files import load_yaml
+
 # What each part of the file is made of; mergekit ignores every key that its part does not have.
 PARTS: dict[type[BaseModel], dict[str, type[BaseModel]]] = {
     MergeConfiguration: {
@@ -33,20 +34,17 @@ PARTS: dict[type[BaseModel], dict[str, type[BaseModel]]] = {
     OutputModuleDefinition: {"models": InputModelDefinition, "slices": OutputSliceDefinition},
     OutputSliceDefinition: {"sources": InputSliceDefinition},
 }
+FILTERED = ConditionalParameter.model_fields.keys()
+# Of mergekit's own methods, what a parameter may be: it would end in a traceback otherwise, or in another merge.
+SHARES = {
+    "density": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "select_topk": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "gamma": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    "epsilon": (lambda x: x >= 0, "at least 0"),
+}
+# More numbers than any model has layers.
+LONGEST_GRADIENT = 1000
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-
-
-class KeysOnce(yaml.SafeLoader):
-    """YAML in which a key stands once in its mapping: of two the loaders would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            word = key.value if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge") else None
-            if word is not None and word in seen:
-                raise yaml.constructor.ConstructorError(problem=f"{word} is given twice", problem_mark=key.start_mark)
-            seen.add(word)
-        return super().construct_mapping(node, deep)
 
 
 def read_config(file: Path) -> MergeConfiguration:
@@ -57,14 +55,7 @@ def read_config(file: Path) -> MergeConfiguration:
     """
     if not file.is_file():
         raise ParameterError(f'"{file}": no such file; give a mergekit YAML')
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), KeysOnce)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ParameterError(f'"{file}" is not YAML: {place}{error.problem}') from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f'"{file}" is not YAML: {one_line(error)}') from error
+    content = load_yaml(file)
     if not isinstance(content, dict):
         raise ParameterError(f'"{file}" is not a mergekit configuration: it needs merge_method and models')
     try:
@@ -72,8 +63,8 @@ def read_config(file: Path) -> MergeConfiguration:
     except ValidationError as error:
         reasons = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
         raise ParameterError(f'"{file}" is not a mergekit configuration: {"; ".join(reasons[:3])}') from error
-    except RuntimeError as error:
-        raise ParameterError(f'"{file}" is not a mergekit configuration: {error}') from error
+    except Exception as error:  # of mergekit's own readers, for example of a model's name
+        raise ParameterError(f'"{file}" is not a mergekit configuration: {one_line(error)}') from error
     method = find_method(config.merge_method)
     _check_keys(content, MergeConfiguration, [spec.name for spec in method.spec.parameters], f'"{file}"')
     for where, parameters, of_model in _parameter_blocks(config):
@@ -102,13 +93,25 @@ def _check_keys(part: Mapping[str, Any], schema: type[BaseModel], parameters: Se
             raise ParameterError(
                 f"{where}: {key} is a parameter, and mergekit would ignore it here; put it under parameters:"
             )
-        if close := did_you_mean(str(key), schema.model_fields, cutoff=0.8):
+        close = did_you_mean(str(key), schema.model_fields, cutoff=0.8)
+        if close or schema is not MergeConfiguration:  # at the top, other programs have keys of their own
             raise ParameterError(f"{where}: mergekit would ignore the unknown key {key!r}{close}")
+    for name, setting in (part.get("parameters") or {}).items():
+        _check_filters(setting, f"{where}, {name}")
     for key, inner in PARTS.get(schema, {}).items():
         children = part.get(key) or []
         named = children.items() if isinstance(children, Mapping) else enumerate(children)
         for index, child in named:
             _check_keys(child, inner, parameters, f"{where}, {key}[{index}]")
+
+
+def _check_filters(setting: Any, where: str) -> None:
+    """Refuse what mergekit would ignore beside a value and its filter: the value would hold everywhere."""
+    for entry in setting if isinstance(setting, list) else [setting]:
+        odd = [str(key) for key in entry if key not in FILTERED] if isinstance(entry, Mapping) else []
+        if odd:
+            near = did_you_mean(odd[0], FILTERED)
+            raise ParameterError(f"{where}: a value has no {odd[0]!r}{near}; it is {{filter: NAME, value: ...}}")
 
 
 def _parameter_blocks(config: MergeConfiguration) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
@@ -159,18 +162,29 @@ def _check_parameters(where: str, parameters: Mapping[str, Any], of_model: bool,
 def _check_value(where: str, spec: ParameterSpec, setting: Any) -> None:
     """Every value of a setting: a number or word, a list (gradient or filters), or a filter's value."""
     if isinstance(setting, list):
+        if len(setting) > LONGEST_GRADIENT:
+            raise ParameterError(
+                f"{where}: {spec.name} is a list of {len(setting)} values, more than any model has layers "
+                f"({LONGEST_GRADIENT} are the most)"
+            )
         for part in setting:
             _check_value(where, spec, part)
         return
     value = setting.value if isinstance(setting, ConditionalParameter) else setting
     if isinstance(value, list):
         return _check_value(where, spec, value)
+    kinds = get_args(spec.value_type) or (spec.value_type,)
+    if isinstance(value, bool) and bool not in kinds:
+        raise ParameterError(f"{where}: {spec.name} is {str(value).lower()}, where a number or a word is needed")
     try:
         number = spec.validate(value)
     except ValidationError as error:
         raise ParameterError(f"{where}: {spec.name}: {error.errors()[0]['msg']} (got {value!r})") from error
     if isinstance(number, float) and not math.isfinite(number):
         raise ParameterError(f"{where}: {spec.name} is {number}; give a finite number")
+    fits, bounds = SHARES.get(spec.name, (None, ""))
+    if fits is not None and isinstance(number, float) and not fits(number):
+        raise ParameterError(f"{where}: {spec.name} is {number:g}; give a number {bounds}")
 
 
 def _check_dtype(name: str | None) -> None:

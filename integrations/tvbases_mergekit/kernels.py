@@ -28,7 +28,7 @@ from tvbases_hf.methods.sums import base_share, linear, linear_shares, normalize
 from tvbases_hf.storage.checkpoint import Checkpoint
 
 from .methods import BasisMerge, is_plain_sum, merge_vectors
-from .preflight import check_basis_parameters
+from .preflight import check_basis_parameters, check_together
 from .registered import RegisteredMerge
 from .sources import Models
 from .streamed import Pieces, can_stream, streamed, weighted
@@ -207,8 +207,9 @@ def check_native(method: MergeMethod, bound: Mapping[str, Settings]) -> None:
     own = (BasisMerge, RegisteredMerge, GeneralizedTaskArithmeticMerge)
     if not isinstance(method, own) and method.spec.name != LINEAR:
         raise ParameterError(not_native(f"merge_method: {method.spec.name}"))
-    if isinstance(method, RegisteredMerge):
-        for parameters in bound.values():
+    for parameters in bound.values():
+        check_together(method, parameters)
+        if isinstance(method, RegisteredMerge):
             method.check(parameters)
     if isinstance(method, BasisMerge):
         check_basis_parameters(method, bound)

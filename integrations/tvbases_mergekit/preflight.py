@@ -17,6 +17,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, TvbasesError
+from tvbases_hf.methods.sums import NO_SUM, base_share
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.files import locate
@@ -25,6 +26,8 @@ from .complete import check_complete
 from .configuration import DTYPE_BYTES, all_models, find_method, input_lists, one_line, output_slices
 from .methods import BasisMerge
 from .registered import RegisteredMerge
+
+DELLA = ("della", "della_linear")
 
 
 def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -> int:
@@ -42,8 +45,9 @@ def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -
     _check_fit(config, method, {ref: model for ref, model in opened.items() if ref.lora is None}, options)
     tasks = _plan(config, options)
     _check_whole(config, tasks, opened, options)
-    if isinstance(method, RegisteredMerge):
-        for task in tasks:
+    for task in tasks:
+        check_together(method, _bound(task))
+        if isinstance(method, RegisteredMerge):
             method.check(_bound(task))
     if isinstance(method, BasisMerge):
         check_basis_parameters(method, {task.output_weight.name: _bound(task) for task in tasks})
@@ -171,6 +175,28 @@ def _bound(task: ExecuteMergeMethodTask) -> dict[str, Any]:
         for name, value in values.items():
             bound.setdefault(name, {})[model] = value
     return bound
+
+
+def check_together(method: MergeMethod, parameters: Mapping[str, Any]) -> None:
+    """Parameters of mergekit's own methods, of one tensor, that are fine each and not with one another.
+
+    Raises ParameterError for a mean whose weights cancel, and for chances of DELLA that are none.
+    """
+    weights = [weight for weight in dict(parameters.get("weight") or {}).values() if weight is not None]
+    if method.spec.name == "linear":
+        base_share(weights, parameters["normalize"])
+    if method.spec.name == "multislerp" and parameters["normalize_weights"] and abs(sum(weights)) < NO_SUM:
+        raise ParameterError(
+            f"the weights of multislerp sum to {sum(weights):g}, and it divides by their sum; set normalize_weights: "
+            "false, or choose weights that do not cancel"
+        )
+    for model, epsilon in dict(parameters["epsilon"]).items() if method.spec.name in DELLA else ():
+        density = parameters["density"][model]
+        if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+            raise ParameterError(
+                f"{method.spec.name} keeps entries with chances from density - epsilon to density + epsilon, here "
+                f"{density - epsilon:g} to {density + epsilon:g}; choose them so that both are between 0 and 1"
+            )
 
 
 def check_basis_parameters(method: BasisMerge, bound: Mapping[str, Mapping[str, Any]]) -> None:

@@ -467,7 +467,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "an empty encoder": (rewritten(lambda data: data.update(encoder=[])), "basis_config.json is damaged"),
     "no vectors": (lambda d: (d / "basis.safetensors").unlink(), "not a checkpoint"),
     "cut vectors": (cut, "basis.safetensors is truncated"),
-    "a vector too many": (rewritten(lambda data: data["decoder"].append(data["decoder"][0])), "3 vectors"),
+    "a vector too many": (rewritten(lambda data: data["decoder"].append(data["decoder"][0])), "3 entries"),
 }
 
 

@@ -110,7 +110,10 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         ],
         ["code", "not a known kind of adapter"],
     ),
-    "config": (lambda p: (p.base / "config.json").write_text("{,}"), ["base", "config.json is not JSON"]),
+    "config": (
+        lambda p: (p.base / "config.json").write_text("{,}"),
+        ["base", "config.json is damaged: it is not JSON"],
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -124,9 +125,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         Raises MismatchError if ``base`` is not the model that the basis was built on.
         """
         check_over(over)
-        model = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-        self.check_base(model)
-        model = self._with_outputs(model)
+        model = self._fitting(base if isinstance(base, Checkpoint) else Checkpoint.open(base))
         num_tasks, num_bases = self.encoder.shape
         covered = set(self.names)
         names = tuple(name for name in model.tensors if name in covered)
@@ -237,16 +236,26 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         return info.adapters is None
 
     def _base(self, base: str | Path | None) -> Checkpoint | None:
-        if base is None:
-            return None
-        model = Checkpoint.open(base)
+        return None if base is None else self._fitting(Checkpoint.open(base))
+
+    def _fitting(self, model: Checkpoint) -> Checkpoint:
+        """The base, once it is known to be the one; MismatchError for another, or for vectors of other shapes."""
         self.check_base(model)
-        return self._with_outputs(model)
+        model = self._with_outputs(model)
+        for name in self.names:
+            shape, own = self._source.shape(name), model.tensors.get(name)
+            if own is None or (own.shape[:1], own.numel) != (shape[:1], math.prod(shape)):
+                held = f"is {list(own.shape)}" if own else "does not exist"
+                raise MismatchError(
+                    f'"{model.label}": {name} {held} there, but the basis holds changes of shape {list(shape)}; the '
+                    "files of the basis do not belong together: copy or download it again"
+                )
+        return model
 
     def _with_outputs(self, model: Checkpoint) -> Checkpoint:
         """The base with the output matrix that a task has of its own, where in the base it is the embedding."""
         absent = [name for name in self.names if name not in model.tensors]
-        return model.with_outputs({name: TensorInfo(self.deltas(name)[0].shape, torch.float32) for name in absent})
+        return model.with_outputs({name: TensorInfo(self._source.shape(name), torch.float32) for name in absent})
 
     def check_base(self, model: Checkpoint) -> None:
         """MismatchError unless ``model`` is the one that this basis was built on."""

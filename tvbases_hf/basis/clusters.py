@@ -63,6 +63,9 @@ class MergedVectors:
         rows, base = len(self.vectors), self.vectors.base.tensors
         return {name: TensorInfo((rows, *base[name].shape), self.dtype or base[name].dtype) for name in self.names}
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.vectors.base.tensors[name].shape
+
     def deltas(self, name: str) -> list[Delta]:
         info = self.tensors[name]
         return [Dense(dense(d).reshape(info.shape[1:]).to(info.dtype)) for d in self.vectors.deltas(name)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ..bases import BasisWeights
@@ -16,13 +19,16 @@ from ..errors import CheckpointError, ParameterError
 from ..models.gram import Gram
 from ..models.vectors import Vectors
 from ..storage.files import without_revision
+from ..storage.json_files import wrong_values
 from ..storage.output import contains_only
 from ..version import library_version
-from .adapters.codec import Spec
+from .parts import STRICT, AdapterInfo, Matrix, OnlineState, Size, check_ranks, check_sizes
 
 CONFIG_FILE = "basis_config.json"
 VECTORS_STEM = "basis"
 FORMAT_VERSION = 1
+# Of an online basis, where its state is among the options.
+ONLINE = "online"
 OUR_FILES = (
     CONFIG_FILE,
     f"{VECTORS_STEM}*.safetensors",
@@ -35,63 +41,30 @@ OUR_FILES = (
 
 
 @dataclass(frozen=True)
-class AdapterInfo:
-    """The part of basis_config.json that only bases of adapters have.
-
-    Errors are |tau_hat - tau| / |tau| per task; ``candidates`` the root of their mean square, before rounding, for
-    every method that was compared within the budget; ``truncation_error`` that of cutting every adapter for itself at
-    the bytes of this basis.
-    """
-
-    alpha: float
-    """The stock file loads as theta_0 + alpha * (sum of the vectors)."""
-    dtype: str
-    adapters_bytes: int
-    error_before_rounding: list[float]
-    truncation_error: list[float]
-    candidates: dict[str, float]
-    stock_error: float
-    """How far what PEFT loads is from alpha * (sum of the vectors), relative to that: 0 but for DoRA."""
-    overlap: dict[str, float]
-    """Mean share of two adapters' input and output directions that are common, and what chance gives."""
-    modules: dict[str, Spec] = field(default_factory=dict)
-    bias_modules: dict[str, str] = field(default_factory=dict)
-    saved: list[str] = field(default_factory=list)
-    head: list[str] = field(default_factory=list)
-    naming: dict[str, Any] = field(default_factory=dict)
-    """How the adapters call the base's tensors; it and the three before as in lora_files.Template."""
-    base_sample: dict[str, list[float]] = field(default_factory=dict)
-    """The first numbers of a few weights of the base, to tell another model when the basis is attached."""
-
-    @classmethod
-    def read(cls, data: dict[str, Any]) -> AdapterInfo:
-        modules = {name: Spec(**spec) for name, spec in data["modules"].items()}
-        return cls(**{**data, "modules": modules})
-
-
-@dataclass(frozen=True)
 class BasisInfo:
-    """The contents of basis_config.json. Matrices are nested lists of float64; errors and bounds are relative.
+    """The contents of basis_config.json, and its schema. Matrices are lists of float64; errors and bounds are relative.
 
     ``loss``, ``bound`` and ``spectral_bound`` are shares of the task vectors' total squared norm, before rounding;
     ``task_error`` is |tau_hat - tau| / |tau| per task, after rounding to the stored dtype.
     """
 
+    __pydantic_config__ = STRICT
+
     method: str
     options: dict[str, Any]
-    tasks: tuple[str, ...]
-    encoder: list[list[float]]
-    decoder: list[list[float]]
+    tasks: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    encoder: Annotated[Matrix, Field(min_length=1)]
+    decoder: Annotated[Matrix, Field(min_length=1)]
     mean: list[float] | None
     loss: float
     bound: float
     spectral_bound: float
-    task_error: list[float]
-    gram: list[list[float]]
+    task_error: list[Size]
+    gram: Matrix
     base_id: str
-    base_fingerprint: str
-    base_norm: float | None
-    ranks: dict[str, list[int]] = field(default_factory=dict)
+    base_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    base_norm: Size | None
+    ranks: dict[str, list[Annotated[int, Field(ge=0)]]] = field(default_factory=dict)
     """Per weight stored in factors, the rank of each vector's part."""
     adapters: AdapterInfo | None = None
     """Of a basis of adapters."""
@@ -126,33 +99,81 @@ class BasisInfo:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def _check(self) -> None:
-        """ValueError unless all matrices are of numbers and fit the tasks."""
-        count = len(self.tasks)
-        wanted = {"encoder": (count, None), "decoder": (None, count), "gram": (count, count), "task_error": (count,)}
-        for name, sizes in wanted.items():
-            found = torch.tensor(getattr(self, name), dtype=torch.float64).shape
-            fits = len(found) == len(sizes) and all(b in (None, a) for a, b in zip(found, sizes, strict=True))
-            unknown = found == (0,) and (name == "decoder" or (name == "gram" and "online" in self.options))
-            if not fits and not unknown:
-                raise ValueError(f"{name} of shape {list(found)} for {count} tasks")
+    def check(self) -> None:
+        """ValueError unless all parts fit each other: tasks with a name each, and as many numbers as they need."""
+        count, rows = len(self.tasks), len(self.decoder)
+        if twice := [name for name, number in Counter(self.tasks).items() if number > 1]:
+            raise ValueError(f"{len(twice)} tasks are named twice (first: {twice[0]})")
+        check_sizes("encoder", self.encoder, count, self.num_bases)
+        check_sizes("decoder", self.decoder, self.num_bases + (self.mean is not None), count)
+        check_sizes("task_error", self.task_error, count)
+        if self.mean is not None:
+            check_sizes("mean", self.mean, count)
+        check_ranks(self.ranks, rows)
+        if self.adapters is not None:
+            self.adapters.check(count, rows)
+        if (state := self.online) is not None:
+            state.check(count, rows)
+        if self.gram or state is None:
+            check_sizes("gram", self.gram, count, count)
+
+    @cached_property
+    def online(self) -> OnlineState | None:
+        """The state of an online basis. ValueError for anything else under its name."""
+        found = self.options.get(ONLINE)
+        try:
+            return None if found is None else _ONLINE.validate_json(json.dumps(found))
+        except ValidationError as error:
+            raise ValueError(f"options.{ONLINE}.{wrong_values(error)}") from error
 
     @classmethod
     def read(cls, file: Path, label: str) -> BasisInfo:
-        """Raises CheckpointError when the file is damaged or from a newer format."""
+        """Raises CheckpointError when the file is damaged, or of a format that this library does not read."""
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if data.get("format_version", 0) > FORMAT_VERSION:
-                raise CheckpointError(
-                    f'"{label}": basis format {data["format_version"]} is newer than this library knows '
-                    f"({FORMAT_VERSION}); pip install -U tvbases-hf"
-                )
-            adapters = AdapterInfo.read(data["adapters"]) if data.get("adapters") else None
-            info = cls(**{**data, "tasks": tuple(data["tasks"]), "adapters": adapters})
-            info._check()
+            text = file.read_bytes()
+            _check_version(_VERSION.validate_json(text), label)
+            info = _SCHEMA.validate_json(text)
+            info.check()
             return info
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except ValidationError as error:
+            raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {wrong_values(error)}') from error
+        except (OSError, ValueError) as error:
             raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {error}') from error
+
+
+_SCHEMA = TypeAdapter(BasisInfo)
+_ONLINE = TypeAdapter(OnlineState)
+
+
+@dataclass(frozen=True)
+class _Version:
+    format_version: int
+    library_version: str = "?"
+
+
+_VERSION = TypeAdapter(_Version)
+
+
+def _check_version(found: _Version, label: str) -> None:
+    if found.format_version > FORMAT_VERSION:
+        raise CheckpointError(
+            f'"{label}": basis format {found.format_version} is newer than this library knows ({FORMAT_VERSION}); '
+            "pip install -U tvbases-hf"
+        )
+    if found.format_version < FORMAT_VERSION:
+        raise CheckpointError(
+            f'"{label}": basis format {found.format_version}, which tvbases-hf {found.library_version} wrote, is older '
+            f"than this library reads ({FORMAT_VERSION}); compress the models again, or restore the tasks with the "
+            "version that wrote it"
+        )
+
+
+def basis_schema() -> dict[str, Any]:
+    """The JSON schema of basis_config.json."""
+    schema = _SCHEMA.json_schema()
+    schema["properties"]["options"]["properties"] = {ONLINE: {"$ref": f"#/$defs/{OnlineState.__name__}"}}
+    schema["$defs"][OnlineState.__name__] = _ONLINE.json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def describe(
@@ -232,8 +253,8 @@ The licences of the base model and of the fine-tuned models apply.
 
 
 def _loss(info: BasisInfo) -> str:
-    if "online" in info.options:
-        weights = ", ".join(f"{weight:.4g}" for weight in info.options["online"]["weights"])
+    if info.online is not None:
+        weights = ", ".join(f"{weight:.4g}" for weight in info.online.weights)
         return (
             "Tasks were added one by one, so errors are\nupper bounds. The merged vector is the sum of the bases with "
             f"weights {weights}."

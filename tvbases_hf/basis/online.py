@@ -34,9 +34,9 @@ from ..storage.tensor_files import TensorFiles
 from ..version import library_version
 from .basis import Basis
 from .info import CONFIG_FILE, VECTORS_STEM, BasisInfo, is_basis_directory, model_card
+from .info import ONLINE as STATE
 from .online_inputs import Changes, changes_of
 
-KEY = "online"
 # By method, its options. The seed, and what the past weighs, an online basis sets itself.
 _OWN = ("target_weights", "even_errors", "seed")
 ONLINE: dict[str, dict[str, Option]] = {
@@ -111,7 +111,7 @@ class OnlineBasis:
         Raises CheckpointError when there is none or it is damaged, MismatchError for another base.
         """
         basis = Basis.from_pretrained(directory)
-        if KEY not in basis.info.options:
+        if basis.info.online is None:
             raise CheckpointError(
                 f'"{directory}": a basis, but not an online one: tasks cannot be added to it; start one of its own'
             )
@@ -225,6 +225,10 @@ class OnlineBasis:
                     files.write(name, values, row * size + start)
                 joint += part @ part.T
                 start += part.shape[1]
+        if not torch.isfinite(joint).all():
+            raise ParameterError(
+                f'"{read.task}": its inner products with the stored vectors overflow float64; make its change smaller'
+            )
         return joint
 
     def _update(
@@ -264,7 +268,7 @@ class OnlineBasis:
         small = {name: getattr(buffer, name).tolist() for name in ("weights", "gram", "norms", "estimates")}
         return BasisInfo(
             method=self.settings.method,
-            options={KEY: {**asdict(self.settings), **small}},
+            options={STATE: {**asdict(self.settings), **small}},
             tasks=tasks,
             encoder=buffer.encoder.tolist(),
             decoder=buffer.decoder.tolist(),
@@ -301,21 +305,29 @@ def _open_base(base: str | Path | Checkpoint) -> Checkpoint:
 
 
 def _buffer(info: BasisInfo) -> Buffer:
-    state = info.options[KEY]
+    state = info.online
+    assert state is not None
 
     def matrix(value: Any) -> Tensor:
         return torch.tensor(value, dtype=torch.float64)
 
-    weights, gram, norms, estimates = (matrix(state[name]) for name in ("weights", "gram", "norms", "estimates"))
+    weights, gram, norms, estimates = map(matrix, (state.weights, state.gram, state.norms, state.estimates))
     errors = matrix(info.task_error) * torch.where(norms > 0, norms, torch.ones_like(norms))
     return Buffer(matrix(info.encoder), matrix(info.decoder), weights, gram, norms, errors, estimates)
 
 
 def _settings(info: BasisInfo, label: str) -> Settings:
+    """Raises CheckpointError for a method that is none, and for what it cannot take."""
+    state = info.online
+    assert state is not None
     try:
-        return Settings(**{name: info.options[KEY][name] for name in Settings.__dataclass_fields__})
-    except (KeyError, TypeError) as error:
+        if state.method not in ONLINE:
+            raise ParameterError(f"unknown method {state.method!r}{did_you_mean(state.method, ONLINE)}")
+        check_budget(state.method, state.num_bases)
+        options = checked(f"online {state.method}", ONLINE[state.method], state.options)
+    except ParameterError as error:
         raise CheckpointError(f'"{label}": the state of the online basis is damaged: {error}') from error
+    return Settings(state.method, state.num_bases, state.dtype, state.seed, options)
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:

@@ -19,6 +19,7 @@ from ..algebra.linalg import GRAM_CUTOFF, solve_psd
 from ..algebra.svd import svd
 from ..bases import BasisWeights
 from ..errors import CheckpointError, ParameterError
+from ..models.finite import read_finite
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.parallel import written
@@ -41,6 +42,10 @@ class VectorSource(Protocol):
     @property
     def names(self) -> tuple[str, ...]:
         """The weights that the vectors cover."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one vector's part of a weight; [n, m] where it is kept in factors."""
         ...
 
     def deltas(self, name: str) -> list[Delta]: ...
@@ -74,6 +79,9 @@ class EncodedVectors:
     def tensors(self) -> dict[str, TensorInfo]:
         rows, base = self.encoder.shape[1], self.vectors.base.tensors
         return {name: TensorInfo((rows, *base[name].shape), self.dtype or base[name].dtype) for name in self.names}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.vectors.base.tensors[name].shape
 
     def deltas(self, name: str) -> list[Delta]:
         info, start = self.tensors[name], 0
@@ -144,6 +152,9 @@ class TruncatedVectors:
                 found[name] = TensorInfo((len(self.vectors), *base.shape), dtype)
         return found
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.vectors.base.tensors[name].shape
+
     def deltas(self, name: str) -> list[Delta]:
         dtype = self.dtype or self.vectors.base.tensors[name].dtype
         deltas = self.vectors.deltas(name)
@@ -189,10 +200,16 @@ class StoredVectors:
         factors = {name + end for name in self.ranks for end in (LEFT, RIGHT)}
         return (*self.ranks, *(name for name in self.tensors if name not in factors))
 
-    def deltas(self, name: str) -> list[Delta]:
+    def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.ranks:
-            return [Dense(row) for row in self.checkpoint.read(name)]
-        left, right = self.checkpoint.read(name + LEFT), self.checkpoint.read(name + RIGHT)
+            return self.tensors[name].shape[1:]
+        return self.tensors[name + LEFT].shape[0], self.tensors[name + RIGHT].shape[1]
+
+    def deltas(self, name: str) -> list[Delta]:
+        """Raises CheckpointError for NaN and infinity."""
+        if name not in self.ranks:
+            return [Dense(row) for row in read_finite(self.checkpoint, name)]
+        left, right = (read_finite(self.checkpoint, name + end) for end in (LEFT, RIGHT))
         sizes = list(self.ranks[name])
         return [LowRank(a, b) for a, b in zip(left.split(sizes, dim=1), right.split(sizes, dim=0), strict=True)]
 
@@ -202,24 +219,21 @@ class StoredVectors:
     def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         files = TensorFiles(directory, VECTORS_STEM, self.tensors)
         for name in track(list(self.tensors), "Writing", lambda n: self.tensors[n].nbytes):
-            files.write(name, self.checkpoint.read(name))
+            files.write(name, read_finite(self.checkpoint, name))
         return info
 
     def check(self, label: str) -> None:
         """CheckpointError unless every weight holds as many vectors as the configuration names."""
         for name in self.names:
             if name in self.ranks:
-                left, right = self.tensors.get(name + LEFT), self.tensors.get(name + RIGHT)
-                total, good = sum(self.ranks[name]), len(self.ranks[name]) == self.rows
-                good = (
-                    good
-                    and left is not None
-                    and right is not None
-                    and (left.shape[1], right.shape[0]) == (total, total)
-                )
+                sides = [self.tensors[name + end] for end in (LEFT, RIGHT) if name + end in self.tensors]
+                total = sum(self.ranks[name])
+                good = [len(side.shape) for side in sides] == [2, 2]
+                good = good and (sides[0].shape[1], sides[1].shape[0]) == (total, total)
             else:
-                good = self.tensors[name].shape[:1] == (self.rows,)
-            if not good:
+                sides = [self.tensors[name]]
+                good = sides[0].shape[:1] == (self.rows,)
+            if not good or not all(side.dtype.is_floating_point for side in sides):
                 raise CheckpointError(
                     f'"{label}": {name} does not hold the {self.rows} vectors that the configuration names'
                 )

@@ -15,9 +15,11 @@ from ..algebra.delta import ENCODE_BYTES, PIECE_BYTES
 from ..bases import ae_bases
 from ..bases.weights import resolve_num_bases
 from ..defaults import NUM_BASES, Job
-from ..errors import CheckpointError, ParameterError
+from ..errors import CheckpointError, ParameterError, TvbasesError
 from ..storage.checkpoint import DTYPES, Checkpoint, TensorInfo
 from ..storage.files import HUB_ID, without_revision
+from ..storage.json_files import read_object
+from ..storage.model_config import check_model_config
 from ..storage.parallel import default_workers
 from ..storage.run import current, shares
 from ..storage.tensor_files import file_bytes
@@ -178,11 +180,15 @@ def _of_config(file: Path) -> Infos:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        check_model_config(read_object(file, str(file)), str(file))
         config = AutoConfig.from_pretrained(str(file))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f'"{file}": no configuration of a causal language model: {error}') from error
+    except TvbasesError:
+        raise
+    except Exception as error:  # whatever transformers or torch have against a configuration
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f'"{file}": no configuration of a causal language model: {reason}') from error
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     tensors = {n: TensorInfo(tuple(t.shape), dtype) for n, t in model.named_parameters()}
     return dict(Checkpoint(str(file), tensors, _nothing, config=config.to_dict()).tensors)

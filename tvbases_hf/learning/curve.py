@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ParameterError
+from ..storage.json_files import read_json
 from ..storage.output import write_json, writing
 
 
@@ -100,7 +100,7 @@ class Curve:
     def load(cls, file: str | Path) -> Curve:
         """Read what save wrote; CheckpointError for a file that is absent or something else."""
         try:
-            value = json.loads(Path(file).read_text(encoding="utf-8"))
+            value = read_json(Path(file))
         except (OSError, ValueError) as error:
             raise CheckpointError(f'"{file}": cannot be read as a curve ({error})') from error
         return cls.from_json(value)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..storage.json_files import parse_json
 from ..storage.output import contains_only, transaction
 
 FILE = "masked_vectors.safetensors"
@@ -42,6 +43,15 @@ class Csr:
         crow[1:] = torch.bincount(rows.cpu(), minlength=len(flat)).cumsum(0)
         values = tensor.reshape(flat.shape)[rows, columns]
         return cls(tuple(tensor.shape), crow, columns.to("cpu", torch.int32), values.to("cpu", torch.float32))
+
+    def check(self) -> None:
+        """ValueError for places that are not in order, or not in a tensor of this shape."""
+        rows = _rows(self.shape)
+        counts = self.crow.diff()
+        sound = self.crow.shape == (rows + 1,) and self.columns.shape == self.values.shape == (int(self.crow[-1]),)
+        sound = sound and int(self.crow[0]) == 0 and bool((counts >= 0).all())
+        if not sound or not ((self.columns >= 0) & (self.columns < math.prod(self.shape) // max(1, rows))).all():
+            raise ValueError(f"places that are not in a tensor of shape {list(self.shape)}")
 
     def __len__(self) -> int:
         return len(self.values)
@@ -120,7 +130,7 @@ class MaskedVectors:
         try:
             with safe_open(file, framework="pt") as stream:
                 metadata = stream.metadata()
-                labels, shapes = tuple(json.loads(metadata["labels"])), json.loads(metadata["shapes"])
+                labels, shapes = tuple(parse_json(metadata["labels"])), parse_json(metadata["shapes"])
                 parts = tuple(
                     {
                         name: Csr(tuple(shape), *(stream.get_tensor(f"{k}.{part}.{name}") for part in PARTS))
@@ -128,6 +138,8 @@ class MaskedVectors:
                     }
                     for k in range(len(labels))
                 )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                for csr in (csr for part in parts for csr in part.values()):
+                    csr.check()
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
             raise CheckpointError(f'"{file}" is damaged, or was not written by this program: {error}') from error
         return cls(labels, parts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, MissingExtraError, ParameterError
 from ..storage.checkpoint import Checkpoint
+from ..storage.json_files import parse_json
 from .data import IGNORED, LABELS, TaskData
 
 SUFFIXES = (".jsonl", ".json", ".csv")
@@ -190,7 +190,7 @@ def _from_file(name: str, path: Path) -> list[Row]:
 
 def _parsed(name: str, path: Path, number: int, text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         where = f" line {number}" if number else ""
         raise ParameterError(f'the data of "{name}": "{path}"{where} is not JSON ({error})') from error

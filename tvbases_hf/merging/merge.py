@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..errors import ParameterError
 from ..models.gram import not_finite
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint
+from ..storage.json_files import read_json
 from ..storage.output import write_json
 from ..version import library_version
 from .changes import Made, digest
@@ -138,7 +138,7 @@ def is_merge(directory: Path) -> bool:
     """Whether a directory holds a merge and nothing that was put there since."""
     file = directory / MARKER
     try:
-        written = set(json.loads(file.read_text(encoding="utf-8"))["files"])
+        written = set(read_json(file)["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return all(entry.name in written for entry in directory.iterdir())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..algebra.finite import count_not_finite, is_finite
 from ..errors import CheckpointError
+from ..storage.checkpoint import Checkpoint
 
 
 def finite_values(name: str, labels: Sequence[str], values: Sequence[Tensor]) -> list[Tensor]:
@@ -35,3 +36,11 @@ def not_finite_in(label: str, name: str, bad: int, total: int) -> CheckpointErro
         f'"{label}": tensor {name} holds {bad} NaN or infinite numbers of {total}; '
         "the training run diverged or the file is damaged: use an earlier checkpoint"
     )
+
+
+def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A stored tensor; CheckpointError for NaN and infinity in it."""
+    tensor = checkpoint.read(name)
+    if bad := count_not_finite(tensor):
+        raise not_finite_in(checkpoint.label, name, bad, tensor.numel())
+    return tensor

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from ..errors import CheckpointError
+from ..storage.json_files import read_object, wrong_values
+from .patterns import Patience, PatternError, check_pattern
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -75,6 +77,24 @@ FOREIGN = frozenset({"lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "merge_weig
 BASE_CHANGING_INITS = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
+class Words(BaseModel):
+    """The kinds of what is read of adapter_config.json; the numbers are checked one by one (LoraOptions)."""
+
+    model_config = ConfigDict(strict=True)
+
+    auto_mapping: dict[str, Any] | None = None
+    base_model_name_or_path: str | None = None
+    bias: str | None = None
+    exclude_modules: str | list[str] | None = None
+    fan_in_fan_out: bool | None = None
+    lora_bias: bool | None = None
+    modules_to_save: list[str] | None = None
+    target_modules: str | list[str] | None = None
+    task_type: str | None = None
+    use_dora: bool | None = None
+    use_rslora: bool | None = None
+
+
 @dataclass(frozen=True)
 class LoraOptions:
     """The numbers of a LoRA: rank and alpha with their exceptions by pattern, and what else scales or shapes it."""
@@ -89,6 +109,9 @@ class LoraOptions:
     fan_in_fan_out: bool = False
     targets: tuple[str, ...] | str | None = None
     excluded: tuple[str, ...] | str | None = None
+    label: str = ""
+    """What messages call the adapter."""
+    patience: Patience = field(default_factory=Patience, compare=False)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], label: str) -> LoraOptions:
@@ -98,39 +121,59 @@ class LoraOptions:
         known, an initialisation that changed the base, and values of the wrong kind.
         """
         _refuse_variants(config, label)
+        _check_kinds(config, label)
         try:
             return cls(
                 rank=_whole(config.get("r", 8)),
                 alpha=_finite(config.get("lora_alpha", 8)),
-                rank_pattern={_regex(k): _whole(v) for k, v in (config.get("rank_pattern") or {}).items()},
-                alpha_pattern={_regex(k): _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+                rank_pattern={_end(k): _whole(v) for k, v in (config.get("rank_pattern") or {}).items()},
+                alpha_pattern={_end(k): _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()},
                 use_rslora=bool(config.get("use_rslora")),
                 use_dora=bool(config.get("use_dora")),
                 lora_bias=bool(config.get("lora_bias")),
                 fan_in_fan_out=bool(config.get("fan_in_fan_out")),
                 targets=_modules(config.get("target_modules")),
                 excluded=_modules(config.get("exclude_modules")),
+                label=label,
             )
-        except (TypeError, ValueError, AttributeError, re.error) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {error}') from error
 
     def rank_of(self, module: str) -> int:
-        return _first_match(self.rank_pattern, module, self.rank)
+        return self._first_match(self.rank_pattern, module, self.rank)
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        alpha = self._first_match(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def is_target(self, module: str) -> bool:
         """Whether PEFT would put an adapter on this module; True where the configuration does not say."""
         if self.targets is None or self.targets == "all-linear":
-            return not _matches(self.excluded, module)
-        return _matches(self.targets, module) and not _matches(self.excluded, module)
+            return not self._matches(self.excluded, module)
+        return self._matches(self.targets, module) and not self._matches(self.excluded, module)
+
+    def _first_match(self, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+        """PEFT's rule: the first pattern that matches the end of the module's name, at a dot."""
+        return next((value for pattern, value in patterns.items() if self._finds("match", pattern, module)), default)
+
+    def _matches(self, names: tuple[str, ...] | str | None, module: str) -> bool:
+        """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
+        if not names:
+            return False
+        if isinstance(names, str):
+            return self._finds("fullmatch", names, module)
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    def _finds(self, how: str, pattern: str, module: str) -> bool:
+        try:
+            return getattr(self.patience, how)(pattern, module)
+        except PatternError as error:
+            raise CheckpointError(f'"{self.label}": {CONFIG_FILE}: {error}') from error
 
 
 def read_config(path: Path, label: str) -> dict[str, Any]:
-    """adapter_config.json; CheckpointError when it is absent or not JSON."""
+    """adapter_config.json; CheckpointError when it is absent, not JSON, or holds values of other kinds."""
     file = path / CONFIG_FILE
     if not file.is_file():
         present = [name for name in WEIGHT_FILES if (path / name).is_file()]
@@ -139,13 +182,16 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
         if inside and not present:
             detail += f", but {len(inside)} of its folders have: {', '.join(inside[:5])}; give one of them"
         raise CheckpointError(f'"{label}": not a PEFT adapter: {detail}')
+    config = read_object(file, label)
+    _check_kinds(config, label)
+    return config
+
+
+def _check_kinds(config: Mapping[str, Any], label: str) -> None:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-        return config
-    except ValueError as error:
-        raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {error}') from error
+        Words.model_validate(dict(config))
+    except ValidationError as error:
+        raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {wrong_values(error)}') from error
 
 
 def _refuse_variants(config: Mapping[str, Any], label: str) -> None:
@@ -192,29 +238,12 @@ def _finite(value: Any) -> float:
     return float(value)
 
 
-def _regex(pattern: str) -> str:
-    re.compile(pattern)
-    return pattern
+def _end(pattern: str) -> str:
+    """PEFT's expression for a name that ends with the pattern, at a dot. Raises PatternError."""
+    return check_pattern(rf"(.*\.)?({check_pattern(pattern)})$")
 
 
-def _modules(value: Any) -> tuple[str, ...] | str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return tuple(str(name) for name in value)
-
-
-def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name, at a dot."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _matches(names: tuple[str, ...] | str | None, module: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
-    if not names:
-        return False
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+def _modules(value: list[str] | str | None) -> tuple[str, ...] | str | None:
+    if isinstance(value, str):
+        return value if value == "all-linear" else check_pattern(value)
+    return None if value is None else tuple(value)

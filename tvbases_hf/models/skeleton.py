@@ -10,14 +10,18 @@ import torch
 from torch import nn
 
 from ..storage.checkpoint import Checkpoint
+from ..storage.model_config import most_layers
 from .translation import stored_in
 
 
 def skeleton(base: Checkpoint) -> nn.Module | None:
     """transformers' model of the base's configuration on the meta device; do not change it.
 
-    None where the configuration names no class that the installed transformers has, or transformers is not there.
+    None where the configuration names no class that the installed transformers has, or transformers is not there; and
+    where it asks for more layers than the checkpoint has tensors.
     """
+    if most_layers(base.config) > len(base.tensors):
+        return None
     return _skeleton(json.dumps(base.config, sort_keys=True, default=str))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import zipfile
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .files import locate, weight_files
+from .model_config import read_model_config
 from .quantised import QuantisedWeight, numbers_of, quantisation, written_dtype
 from .tensors import DTYPES, TensorInfo
 from .tied import copies, followers
@@ -76,7 +76,7 @@ class Checkpoint:
             raise CheckpointError(f'"{label}": holds no tensors')
         directory = path if path.is_dir() else path.parent
         own = _unwrapped(tensors)
-        config = _read_config(directory, label)
+        config = read_model_config(directory, label)
         named = {name: tensors[stored] for name, stored in own.items()}
         read = lambda name: readers[owner[own[name]]].read(own[name])  # noqa: E731
         logical, quantised = numbers_of(label, named, read, config, quantisation(directory, config))
@@ -265,16 +265,3 @@ def _unwrapped(names: Iterable[str]) -> dict[str, str]:
     if own and all(name.startswith("module.") for name in own):
         own = [name.removeprefix("module.") for name in own]
     return dict(zip(own if len(set(own)) == len(own) else stored, stored, strict=True))
-
-
-def _read_config(directory: Path, label: str) -> dict[str, Any]:
-    file = directory / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f'"{label}": config.json is not JSON: {error}; copy it again') from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f'"{label}": config.json holds {type(config).__name__} instead of a model configuration')
-    return config

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .json_files import read_json
 from .side_files import TERMS
 
 INDEX = ".index.json"
@@ -181,12 +181,12 @@ def _shards(index: Path, label: str) -> tuple[list[Path], dict[str, str]]:
 
 def _read_index(index: Path, label: str) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         outside = [file for file in weight_map.values() if Path(file).name != file]
         if outside:
             raise ValueError(f"{outside[0]} is not the name of a file beside it")
         return dict(weight_map)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'"{label}": {index.name} is not a shard index: {error}') from error
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .json_files import parse_json
 
 PATTERN = "journal-*.jsonl"
 
@@ -50,10 +53,12 @@ def read_entries(directory: Path, key: str) -> dict[str, Entry]:
     found = {}
     for file in sorted(directory.glob(PATTERN)):
         if _is_of(file, key):
-            for line in file.read_text(encoding="utf-8").splitlines()[1:]:
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
                 try:
-                    entry = json.loads(line)
-                    found[entry["name"]] = Entry(entry["checksum"], tuple(entry["row"]))
+                    entry = parse_json(line)
+                    row = tuple(map(float, entry["row"]))
+                    if all(map(math.isfinite, row)):
+                        found[entry["name"]] = Entry(entry["checksum"], row)
                 except (ValueError, KeyError, TypeError):  # cut off
                     continue
     return found
@@ -67,6 +72,6 @@ def is_of(directory: Path, key: str) -> bool:
 def _is_of(file: Path, key: str) -> bool:
     try:
         with open(file, encoding="utf-8") as stream:
-            return json.loads(stream.readline())["key"] == key
+            return parse_json(stream.readline())["key"] == key
     except (OSError, ValueError, KeyError, TypeError):
         return False

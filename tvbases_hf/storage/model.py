@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ..algebra.delta import BLOCK_NUMBERS
 from ..algebra.finite import count_not_finite
 from ..errors import CheckpointError, ParameterError, TvbasesError
 from .checkpoint import Checkpoint
+from .json_files import read_json
 from .output import write_json
 from .parallel import written
 from .quantised import without_quantisation
@@ -90,7 +90,7 @@ def not_stored(label: str, name: str, before: Tensor, lost: int, dtype: torch.dt
 def _declare_dtype(file: Path, dtype: torch.dtype) -> None:
     """The configuration names the dtype that the weights are loaded in, under an older or a newer key."""
     if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         key = "dtype" if "dtype" in config else "torch_dtype"
         write_json(file, config | {key: str(dtype).removeprefix("torch.")})
 
@@ -98,7 +98,7 @@ def _declare_dtype(file: Path, dtype: torch.dtype) -> None:
 def is_edited_model(directory: Path) -> bool:
     """Whether a directory holds an edited model (merging.changes.Edit), and nothing else."""
     try:
-        files = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
+        files = read_json(directory / MARKER)["files"]
         return {file.name for file in directory.iterdir()} <= {MARKER, *files}
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -116,7 +116,7 @@ def side_files_of(base: Checkpoint) -> dict[str, Path | bytes]:
 
 
 def _forget_quantisation(file: Path) -> None:
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     plain = without_quantisation(config)
     if plain != config:
         write_json(file, plain)

@@ -127,7 +127,7 @@ def written(
 
     def row(name: str) -> Sequence[float]:
         known = files.finished(name)
-        if known is None:
+        if known is None or len(known) != width:
             known = work(name)
             files.finish(name, known)
         return known

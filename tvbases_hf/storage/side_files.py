@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
+from .json_files import parse_json
 from .tokens import read, read_json
 
 # By the names that transformers and sentencepiece give them; patterns are of one folder.
@@ -109,7 +109,7 @@ def own_file(directory: Path, file: Path) -> Path:
 def _modules(directory: Path) -> list[str]:
     """The folders that modules.json names. CheckpointError for one outside of the model."""
     try:
-        listed = json.loads((directory / MODULES).read_bytes())
+        listed = parse_json((directory / MODULES).read_bytes())
         folders = [str(part.get("path") or "") for part in listed]
     except (OSError, ValueError, TypeError, AttributeError):
         return []

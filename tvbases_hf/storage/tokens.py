@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .json_files import parse_json
 
 Files = Mapping[str, Path | bytes]
 
 
 def tokens_of(files: Files) -> dict[str, int]:
-    """{token: its row}; empty where only a binary file knows."""
+    """{token: its row}; empty where only a binary file knows, and where what is there is no tokenizer."""
+    try:
+        return _tokens(files)
+    except (OSError, ValueError, TypeError, AttributeError, IndexError, OverflowError):
+        return {}
+
+
+def _tokens(files: Files) -> dict[str, int]:
     found: dict[str, int] = {}
     whole = read_json(files.get("tokenizer.json"))
     vocabulary = (whole.get("model") or {}).get("vocab") or read_json(files.get("vocab.json"))
@@ -37,7 +45,7 @@ def read(content: Path | bytes) -> bytes:
 def read_json(content: Path | bytes | None) -> dict[str, Any]:
     """A JSON object, or an empty one where there is none."""
     try:
-        found = {} if content is None else json.loads(read(content))
+        found = {} if content is None else parse_json(read(content))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..models.lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_co
 from ..models.lora_parts import PREFIX, own_names
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import locate
+from ..storage.json_files import parse_json
 
 Source = str | Path | Mapping[str, Tensor]
 Options = dict[str, LoraOptions]
@@ -73,7 +73,7 @@ def _options(file: Path, label: str) -> Options:
     if not text:
         return {}
     try:
-        words = json.loads(text)
+        words = parse_json(text)
         parts = {c: {k.removeprefix(f"{c}."): v for k, v in words.items() if k.startswith(f"{c}.")} for c in COMPONENTS}
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f'"{label}": its {METADATA} is damaged: {error}') from error

@@ -16,6 +16,7 @@ from .. import defaults
 from ..algebra.delta import LowRank
 from ..methods.devec import Options
 from ..storage.checkpoint import TensorInfo
+from ..storage.json_files import parse_json
 from ..storage.output import check_output_file, file_transaction, preview
 from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
@@ -161,7 +162,7 @@ def read_recipe(file: str | Path) -> dict[str, Any] | None:
     try:
         with safe_open(str(Path(file).expanduser()), framework="pt") as handle:
             text = (handle.metadata() or {}).get(RECIPE)
-        return json.loads(text) if text else None
+        return parse_json(text) if text else None
     except (SafetensorError, OSError, ValueError):
         return None
 

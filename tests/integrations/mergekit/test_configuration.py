@@ -10,7 +10,7 @@ import yaml
 
 from commands.command_line import refused, root, tvbases
 from oracles.merge_oracle import merge_config, write_config
-from tvbases_mergekit.configuration import KeysOnce
+from tvbases_mergekit.yaml_files import KeysOnce
 from zoo.hf_models import Family
 from zoo.merge_refusals import Config, merge_refused, set_weights, text_refused
 

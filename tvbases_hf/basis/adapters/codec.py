@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from ...algebra.delta import LowRank
@@ -38,13 +39,23 @@ class Spec:
     [n, m] with convolutions flattened.
     """
 
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
     module: str
-    kind: str
-    kernel: list[int]
-    shape: list[int]
-    ranks: list[int]
-    shared: str = ""
-    pivots: list[int] = field(default_factory=list)
+    kind: Annotated[str, Field(pattern="^(linear|conv1d|embedding|conv)$")]
+    kernel: list[PositiveInt]
+    shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    ranks: list[NonNegativeInt]
+    shared: Annotated[str, Field(pattern="^(|right|left)$")] = ""
+    pivots: list[NonNegativeInt] = field(default_factory=list)
+
+    def check(self, name: str, num_vectors: int) -> None:
+        """ValueError unless there is a rank for each vector, and every pivot is one of the components."""
+        total = sum(self.ranks)
+        if len(self.ranks) != num_vectors:
+            raise ValueError(f"{name}.ranks has {len(self.ranks)} entries, and {num_vectors} are needed")
+        if len(set(self.pivots)) < len(self.pivots) or any(pivot >= total for pivot in self.pivots):
+            raise ValueError(f"{name}.pivots are not {len(self.pivots)} of its {total} components")
 
     @classmethod
     def of(cls, layout: Layout, shape: Sequence[int], ranks: Sequence[int], **sharing: Any) -> Spec:

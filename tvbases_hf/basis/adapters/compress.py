@@ -213,4 +213,4 @@ def _describe(
 
 def _errors(lost: Tensor, pool: Pool) -> list[float]:
     norms = torch.where(pool.square_norms > 0, pool.square_norms, torch.ones_like(pool.square_norms))
-    return (lost / norms).sqrt().tolist()
+    return (lost.clamp_min(0) / norms).sqrt().tolist()

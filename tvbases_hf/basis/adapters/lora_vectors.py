@@ -15,6 +15,7 @@ from ...algebra.delta import Delta, Dense, Dora, LowRank, blocks, zeros
 from ...algebra.sums import total
 from ...errors import CheckpointError, ParameterError
 from ...models.adapter import Adapter
+from ...models.finite import read_finite
 from ...models.lora_config import WEIGHT_FILES, read_config
 from ...models.lora_files import Template, adapter_tensors, nonzero, write_adapter
 from ...models.lora_parts import MAGNITUDE
@@ -76,24 +77,27 @@ class LoraVectors:
     def names(self) -> tuple[str, ...]:
         return (*self.specs, *self.whole)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.specs[name].shape) if name in self.specs else self.beside.tensors[name + OWN].shape[1:]
+
     def deltas(self, name: str) -> list[Delta]:
-        """One low-rank delta per vector; none for a weight that is kept whole."""
+        """One low-rank delta per vector; none for a weight that is kept whole. Raises CheckpointError for NaN."""
         if name not in self.specs:
             return []
         spec = self.specs[name]
         if not spec.width and not self._has_factors(spec):
             return [zeros(spec.shape) for _ in spec.ranks]
-        rest, mix = (self.beside.read(name + end) if spec.shared else None for end in (REST, MIX))
-        left, right = stock_factors(self.stock.read, spec)
+        rest, mix = (self._beside(name + end) if spec.shared else None for end in (REST, MIX))
+        left, right = stock_factors(self._stock, spec)
         return list(restored(Stored(left, right, rest, mix), spec, self._factor(name, len(left))))
 
     def scales(self, name: str) -> Tensor | None:
         """[T, n] how much every task scales the base's rows, or None."""
-        return self.beside.read(name + SCALE) if name + SCALE in self.beside.tensors else None
+        return self._beside(name + SCALE) if name + SCALE in self.beside.tensors else None
 
     def own(self, name: str, task: int, base: Checkpoint | None) -> list[Delta]:
         if name + OWN in self.beside.tensors:
-            return [Dense(self.beside.read(name + OWN)[task])]
+            return [Dense(self._beside(name + OWN)[task])]
         scales = self.scales(name)
         if scales is None or not scales[task].any():
             return []
@@ -107,27 +111,49 @@ class LoraVectors:
 
     def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         """Both files as they are: errors were measured on the rounded numbers."""
-        write_adapter(directory, {name: self.stock.read(name) for name in self.stock.tensors}, self.config)
-        beside = {name: self.beside.read(name).contiguous() for name in self.beside.tensors}
+        write_adapter(directory, {name: self._stock(name) for name in self.stock.tensors}, self.config)
+        beside = {name: self._beside(name).contiguous() for name in self.beside.tensors}
         if beside:
             save_file(beside, directory / BESIDE_FILE, {"format": "pt"})
         return info
 
     def check(self, label: str, info: BasisInfo) -> None:
-        """CheckpointError unless every weight holds as many vectors as the configuration names."""
+        """CheckpointError unless every weight holds as many vectors, of its shape, as the configuration names."""
+        tasks = len(info.tasks)
         for name, spec in self.specs.items():
-            count, others = len(spec.ranks), sum(spec.ranks) - spec.width
-            try:
-                sides = stock_factors(self.stock.read, spec) if self._has_factors(spec) else None
-                good = count == len(info.decoder) and (sides is not None or not spec.width)
-                if sides is not None:
-                    good &= (sides[0].shape[1], sides[1].shape[0]) == (spec.width, spec.width)
-                if spec.shared:
-                    good &= self.beside.tensors[name + MIX].shape == (others, spec.width)
-            except KeyError:
-                good = False
-            if not good:
+            if not self._holds(name, spec):
                 raise CheckpointError(f'"{label}": {name} does not hold the vectors that the configuration names')
+        for name, tensor in self.beside.tensors.items():
+            per_task = name.endswith((SCALE, OWN))
+            if not tensor.dtype.is_floating_point or (per_task and tensor.shape[:1] != (tasks,)):
+                raise CheckpointError(f'"{label}": {name} does not hold the numbers of {tasks} tasks')
+
+    def _holds(self, name: str, spec: Spec) -> bool:
+        """Whether all that is stored of a weight has the sizes that its entry says."""
+        others, (rows, columns) = sum(spec.ranks) - spec.width, spec.shape
+        try:
+            if self._has_factors(spec):
+                left, right = stock_factors(lambda stored: _empty(self.stock.tensors[stored]), spec)
+                if (left.shape, right.shape) != ((rows, spec.width), (spec.width, columns)):
+                    return False
+            elif spec.width:
+                return False
+            if spec.shared:
+                rest = (others, columns) if spec.shared == "left" else (rows, others)
+                found = [self.beside.tensors[name + end].shape for end in (REST, MIX)]
+                return found == [rest, (others, spec.width)] and self._scale_fits(name, rows)
+            return self._scale_fits(name, rows)
+        except (KeyError, RuntimeError, IndexError):
+            return False
+
+    def _scale_fits(self, name: str, rows: int) -> bool:
+        return name + SCALE not in self.beside.tensors or self.beside.tensors[name + SCALE].shape[1:] == (rows,)
+
+    def _stock(self, stored: str) -> Tensor:
+        return read_finite(self.stock, stored)
+
+    def _beside(self, stored: str) -> Tensor:
+        return read_finite(self.beside, stored)
 
     def _has_factors(self, spec: Spec) -> bool:
         # A trained bias of the module may stand there without any.
@@ -139,6 +165,11 @@ class LoraVectors:
         if scales is None:
             return torch.ones(rows, dtype=torch.float64)
         return row_factor(scales, self.alpha, self.weights)
+
+
+def _empty(info: TensorInfo) -> Tensor:
+    """A tensor of this shape and without numbers."""
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
 def stock_error(source: LoraVectors, base: Checkpoint) -> float:

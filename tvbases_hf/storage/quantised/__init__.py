@@ -6,7 +6,6 @@ codes in a way that none of them knows is refused by name: codes are never taken
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..json_files import read_json
 from ..tensors import TensorInfo
 from . import bitsandbytes, compressed, float8, gptq, mxfp4
 from .weight import QuantisedWeight, Stored
@@ -96,7 +96,7 @@ def quantisation(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
                 return dict(part[key])
     for file in CONFIG_FILES:
         try:
-            found = json.loads((directory / file).read_text(encoding="utf-8"))
+            found = read_json(directory / file)
         except (OSError, ValueError):
             continue
         if isinstance(found, dict):

@@ -7,7 +7,6 @@ magnitude of each row is code 127.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..json_files import parse_json
 from ..tensors import TensorInfo
 from .weight import QuantisedWeight, Stored, row_chunks
 
@@ -72,7 +72,7 @@ def _four_bits(stored: Stored, name: str, state_name: str) -> QuantisedWeight:
 def _state(stored: Stored, name: str, state_name: str) -> Mapping[str, Any]:
     """What is stored as JSON of a weight: its shape, dtype and sizes of blocks."""
     try:
-        state = json.loads(bytes(stored.read(state_name).tolist()))
+        state = parse_json(bytes(stored.read(state_name).tolist()))
         sizes = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)]
         sound = all(type(size) is int and size > 0 for size in sizes)
         sound &= state["dtype"] in ("float32", "float16", "bfloat16")

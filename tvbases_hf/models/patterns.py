@@ -1,0 +1,72 @@
+"""Regular expressions that come with a model, matched as Python's ``re`` does it, but not for ever.
+
+``re`` cannot be stopped, and some expressions of a few characters take it longer than the age of the universe.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import regex
+
+# Of one expression; a list of all modules of a large model, as one expression, is well below it.
+LONGEST = 100_000
+# Seconds that all matching with the expressions of one file may take; a model's modules take a few milliseconds.
+PATIENCE = 10.0
+
+
+class PatternError(ValueError):
+    """An expression that is none, is too long, or takes too long."""
+
+
+@dataclass
+class Patience:
+    """What is left of the time for all expressions of one file."""
+
+    left: float = field(default=PATIENCE)
+
+    def fullmatch(self, pattern: str, name: str) -> bool:
+        """Whether the expression is that of the whole name. Raises PatternError."""
+        return self._found(_compiled(pattern).fullmatch, pattern, name)
+
+    def match(self, pattern: str, name: str) -> bool:
+        """Whether the name begins as the expression says. Raises PatternError."""
+        return self._found(_compiled(pattern).match, pattern, name)
+
+    def _found(self, search: Callable[..., object], pattern: str, name: str) -> bool:
+        begun = time.monotonic()
+        try:
+            found = search(name, timeout=max(self.left, 0.001))
+        except TimeoutError:
+            raise PatternError(
+                f"{_shown(pattern)} takes more than {PATIENCE:g} s to match the names of modules (last: "
+                f"{_shown(name)}); write a simpler expression, or a list of names"
+            ) from None
+        self.left -= time.monotonic() - begun
+        return found is not None
+
+
+def check_pattern(pattern: str) -> str:
+    """The expression; PatternError for one that Python's ``re`` does not take."""
+    _compiled(pattern)
+    return pattern
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    if len(pattern) > LONGEST:
+        raise PatternError(f"a regular expression of {len(pattern)} characters, more than {LONGEST}")
+    try:
+        re.compile(pattern)
+        return regex.compile(pattern)
+    except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise PatternError(f"{_shown(pattern)} is not a regular expression: {reason}") from error
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "...")
