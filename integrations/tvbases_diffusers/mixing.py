@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import torch
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.methods.devec import THRESHOLD, Options, Pool, Side, Subspace
 from tvbases_hf.storage.run import track
-from tvbases_hf.styles.lora_source import Source
+from tvbases_hf.styles.lora_source import Source, name_styles
 from tvbases_hf.styles.mixed_file import bias, factors, write_mix
 from tvbases_hf.styles.mixing import Part, Recipe, Styles, combine, parse_scales, split
 from tvbases_hf.styles.report import Tally
 
-from .pipeline import AdapterState, adapters, check_fits, layer_of, open_style, remove, require_loader
+from .pipeline import AdapterState, adapters, check_fits, layer_of, load, open_style, remove, require_loader
 from .schedule import Schedule, attach, detach
 
 ADAPTER = "styles"
@@ -25,7 +25,7 @@ HANDLES = "_tvbases_styles"
 
 def mix_styles(
     pipe: Any,
-    styles: Mapping[str, Source],
+    styles: Mapping[str, Source] | Sequence[Source],
     component: str = "unique",
     *,
     scales: Mapping[str, float] | None = None,
@@ -40,9 +40,9 @@ def mix_styles(
     """Mix style LoRAs into one adapter of the pipeline and make it the active one.
 
     Args:
-        pipe: any diffusers pipeline with a LoRA loader.
+        pipe: any diffusers pipeline with a LoRA loader, or a transformer or UNet without one.
         styles: by name, a LoRA file in any of diffusers' formats, a directory, a Hub id, a state dict, or the name of
-            an adapter that is loaded (it stays loaded, and inactive).
+            an adapter that is loaded (it stays loaded, and inactive). Those of a list are called like their files.
         component: ``unique`` leaves out what the styles share, ``shared`` takes only that, ``full`` is the plain sum.
         scales: of each style; 1 where none is given. ``StyleMix.set_style_scales`` changes them later.
         threshold, subspace, pool, side: see tvbases_hf.methods.devec.Options.
@@ -54,6 +54,7 @@ def mix_styles(
         what it was.
     """
     require_loader(pipe)
+    styles = name_styles(styles)
     recipe = Recipe(component, Options(threshold, subspace, pool, side, factored_rank=rank), shared_weight)
     # PEFT keeps adapters in a ModuleDict, whose own attributes and dots are no names.
     if not adapter_name or "." in adapter_name or hasattr(torch.nn.ModuleDict(), adapter_name):
@@ -112,7 +113,7 @@ class StyleMix:
         self._scales, self._written, self._schedule = dict(scales), dict(scales), None
         self._before = AdapterState.of(pipe)
         try:
-            pipe.load_lora_weights(self._state(), adapter_name=adapter_name)
+            load(pipe, self._state(), adapter_name)
             self._check_loaded()
             pipe.set_adapters(adapter_name)
         except Exception:

@@ -13,9 +13,11 @@ from torch import nn
 from tvbases_hf.errors import CheckpointError, MismatchError, MissingExtraError, ParameterError
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.styles.diffusers_files import open_lora
+from tvbases_hf.styles.families import Family, Modules, installed, layer_shape, shapes_of
 from tvbases_hf.styles.lora_layers import ALPHA, BIAS, MAGNITUDE, A, B, LoraLayers
 from tvbases_hf.styles.lora_source import Source
-from tvbases_hf.styles.mixing import Lora, Place, Styles
+from tvbases_hf.styles.mixing import Styles
+from tvbases_hf.styles.places import Lora, Place
 
 TEXT_PREFIX = "text_model."
 
@@ -29,14 +31,50 @@ def require_loader(pipe: Any) -> None:
         raise MissingExtraError(
             f'diffusers and PEFT are needed ({error}); pip install "tvbases-hf[diffusers,peft]"'
         ) from error
-    if not hasattr(pipe, "load_lora_weights") or not getattr(pipe, "_lora_loadable_modules", None):
-        raise ParameterError(f"{type(pipe).__name__} has no LoRA loader; give a diffusers pipeline that has one")
+    loads = getattr(pipe, "_lora_loadable_modules", None) and hasattr(pipe, "load_lora_weights")
+    if not loads and not _is_bare(pipe):
+        raise ParameterError(
+            f"{type(pipe).__name__} has no LoRA loader; give a diffusers pipeline that has one, or its denoising model"
+        )
+
+
+def _is_bare(pipe: Any) -> bool:
+    """A model of diffusers without a pipeline, which loads LoRAs itself (``load_lora_adapter``)."""
+    return isinstance(pipe, nn.Module) and hasattr(pipe, "load_lora_adapter")
 
 
 def components(pipe: Any) -> dict[str, nn.Module]:
-    """The models that LoRAs can be loaded into."""
+    """The models that LoRAs can be loaded into, by what files call them."""
+    if _is_bare(pipe):
+        return {"unet" if "UNet" in type(pipe).__name__ else "transformer": pipe}
     found = {name: getattr(pipe, name, None) for name in pipe._lora_loadable_modules}
     return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+
+
+def family_of(pipe: Any) -> Family:
+    """What there is of models, and the loader that translates files for them."""
+    models = components(pipe)
+    ready = {
+        component: Modules(shapes_of(model), any_depth=False)
+        for component, model in models.items()
+        if not component.startswith("text_encoder")
+    }
+    loader = _loader_of(pipe) if _is_bare(pipe) else type(pipe)
+    return Family(type(pipe).__name__, loader, ready=ready)
+
+
+def _loader_of(model: nn.Module) -> type | None:
+    """That of the family whose class this is."""
+    kind = type(model).__name__
+    return next((own.mixin for own in installed() if kind in (name for name, _ in own.models.values())), None)
+
+
+def load(pipe: Any, state: dict[str, Any], adapter: str) -> None:
+    """Load a state dict in diffusers' format and make it the only active adapter."""
+    if _is_bare(pipe):
+        pipe.load_lora_adapter(state, prefix=next(iter(components(pipe))), adapter_name=adapter)
+    else:
+        pipe.load_lora_weights(state, adapter_name=adapter)
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -69,7 +107,7 @@ def adapters(pipe: Any) -> set[str]:
 def open_style(pipe: Any, name: str, source: Source) -> Lora:
     """A style from a file, directory, Hub id or state dict, or the adapter of this name in the pipeline."""
     if not isinstance(source, str) or source not in adapters(pipe):
-        return open_lora(source, label=source if isinstance(source, str) else name)
+        return open_lora(source, label=source if isinstance(source, str) else name, model=family_of(pipe))
     if Path(source).exists():
         raise ParameterError(f'"{source}" is both a loaded adapter and a path; rename one, or give the full path')
     return _loaded(pipe, source)
@@ -134,12 +172,9 @@ def _misfit(pipe: Any, place: Place) -> str | None:
     except AttributeError:
         return "is not in it"
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    if hasattr(layer, "in_features"):  # also of quantised layers, whose weights are packed
-        shape = (layer.out_features, layer.in_features)
-    elif hasattr(layer, "weight") and layer.weight.dim() > 1:
-        shape = (layer.weight.shape[0], layer.weight[0].numel())
-    else:
+    if not hasattr(layer, "in_features") and (not hasattr(layer, "weight") or layer.weight.dim() < 2):
         return f"is a {type(layer).__name__}"
+    shape = layer_shape(layer)
     return None if shape == place.shape else f"is {list(shape)} in it and {list(place.shape)} in the file"
 
 
@@ -174,7 +209,7 @@ class AdapterState:
 def remove(pipe: Any, adapter: str, before: AdapterState) -> None:
     """Take an adapter out, with PEFT's layers too if they hold nothing else."""
     if adapters(pipe) == {adapter}:
-        pipe.unload_lora_weights()
+        pipe.unload_lora() if _is_bare(pipe) else pipe.unload_lora_weights()
     elif adapter in adapters(pipe):
         pipe.delete_adapters(adapter)
     before.give_back(pipe)

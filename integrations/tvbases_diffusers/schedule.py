@@ -53,6 +53,9 @@ def attach(pipe: Any, name: str, schedule: Schedule, write: Callable[[dict[str, 
     """Call ``write`` with the step's scales before each step of the pipeline's denoiser."""
     from diffusers.hooks import HookRegistry, ModelHook
 
+    if not hasattr(pipe, "scheduler"):
+        raise ParameterError(f"a schedule follows a pipeline's scheduler, and {type(pipe).__name__} has none")
+
     class StyleScheduleHook(ModelHook):
         """Runs before every pass; passes of one step, as of guidance, find the scales in place."""
 

@@ -266,7 +266,9 @@ def actions(place: Workplace) -> dict[str, list[Action]]:
         "basis": [restores(place, "basis")],
         "tsv-basis": [restores(place, "tsv-basis")],
         "lora-basis": [restores(place, "lora-basis"), extracts(place, "lora-basis")],
-        "online": [["online", "--base", place / "base", "--task", f"chat={place / 'chat'}", "--out", place / "online", "-q"]],
+        "online": [
+            ["online", "--base", place / "base", "--task", f"chat={place / 'chat'}", "--out", place / "online", "-q"],
+        ],
         "style": [
             ["mix-styles", "--style", f"a={place / 'math.safetensors'}", "--style", f"b={place / 'code.safetensors'}",
              "--out", place.out / "mix.safetensors", "--quiet"],

@@ -173,10 +173,12 @@ def test_a_rank_rule_lets_leading_directions_count_alone(tmp_path: Path) -> None
     """A weak direction that two styles share is shared by the numerical rank, and not by the rule."""
     states = {}
     for seed, name in enumerate("ab"):
-        state = style(seed, {"x": (64, 32)}, rank=3, common=0)
+        state = style(seed, {"x_embedder": (64, 32)}, rank=3, common=0)
         weak = 1e-3 * torch.randn(64, 1, generator=torch.Generator().manual_seed(5))
-        state["transformer.x.lora_A.weight"] = torch.eye(4, 32)
-        state["transformer.x.lora_B.weight"] = torch.cat([state["transformer.x.lora_B.weight"], weak], dim=1)
+        state["transformer.x_embedder.lora_A.weight"] = torch.eye(4, 32)
+        state["transformer.x_embedder.lora_B.weight"] = torch.cat(
+            [state["transformer.x_embedder.lora_B.weight"], weak], dim=1
+        )
         states[name] = state
     assert mix(tmp_path, states)[1]["shared"]["all"]["a"] > 0
     ruled = Recipe(options=Options(factored_rank="energy:0.99"))
@@ -184,7 +186,9 @@ def test_a_rank_rule_lets_leading_directions_count_alone(tmp_path: Path) -> None
 
 
 def test_a_weight_that_a_style_fills_is_left_whole_and_named(tmp_path: Path) -> None:
-    states = {name: style(seed, {"proj_out": (16, 32), "x": (64, 32)}, rank=16) for seed, name in enumerate("ab")}
+    states = {
+        name: style(seed, {"proj_out": (16, 32), "x_embedder": (64, 32)}, rank=16) for seed, name in enumerate("ab")
+    }
     found, report = mix(tmp_path, states)
     assert report["left_whole"] == ["transformer.proj_out"]
     assert any("1 of 2 weights were left whole" in note for note in report["notes"])
@@ -193,9 +197,9 @@ def test_a_weight_that_a_style_fills_is_left_whole_and_named(tmp_path: Path) -> 
 
 
 def test_ranks_that_look_shared_by_chance_are_said(tmp_path: Path) -> None:
-    states = {name: style(seed, {"x": (32, 64)}, rank=14, common=0) for seed, name in enumerate("ab")}
+    states = {name: style(seed, {"x_embedder": (32, 64)}, rank=14, common=0) for seed, name in enumerate("ab")}
     _, report = mix(tmp_path, states)
-    assert report["by_chance"]["transformer.x"] > 0
+    assert report["by_chance"]["transformer.x_embedder"] > 0
     assert any("random ones would share up to" in note for note in report["notes"])
     assert mix(tmp_path, flux_styles(2))[1]["by_chance"] == {}
 

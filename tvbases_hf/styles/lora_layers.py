@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,10 +21,15 @@ BIAS_SUFFIX = ".bias"
 
 def read_checked(stored: Checkpoint, name: str) -> Tensor:
     """A tensor in float32; NaN and infinity are refused by name."""
-    tensor = stored.read(name)
+    tensor = stored.read(name).to(torch.float32)
     if not torch.isfinite(tensor).all():
         raise CheckpointError(f'"{stored.label}": {name} holds NaN or infinite numbers; use an earlier checkpoint')
-    return tensor.to(torch.float32)
+    return tensor
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """float16 holds every 8-bit float, and what is computed from such."""
+    return torch.float16 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
 
 
 class LoraLayers(Mapping[str, Delta]):
@@ -75,11 +81,9 @@ class LoraLayers(Mapping[str, Delta]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds every stored factor."""
-        found = torch.float16 if not self._parts else self._info(next(iter(self._parts)), A).dtype
-        for module in self._parts:
-            found = torch.promote_types(found, self._info(module, B).dtype)
-        return found
+        """The narrowest dtype of 16 bits or more that holds every stored factor."""
+        stored = dict.fromkeys(_arithmetic(self._info(module, part).dtype) for module in self._parts for part in (A, B))
+        return functools.reduce(torch.promote_types, stored or (torch.float16,))
 
     def shape(self, module: str) -> tuple[int, int]:
         """Of the change, flattened."""

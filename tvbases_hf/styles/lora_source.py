@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ParameterError
 from ..models.lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
 from ..models.lora_parts import PREFIX, own_names
 from ..storage.checkpoint import Checkpoint
@@ -20,9 +20,11 @@ from ..storage.json_files import parse_json
 Source = str | Path | Mapping[str, Tensor]
 Options = dict[str, LoraOptions]
 
-COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "connectors")
 METADATA = "lora_adapter_metadata"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+# Names that say nothing of the style in the file.
+ANY_FILES = (DIFFUSERS_FILE, *WEIGHT_FILES)
 UNET_BLOCK = re.compile(r"^(down_blocks|mid_block|up_blocks)\.")
 
 
@@ -99,3 +101,25 @@ def _component(config: Mapping[str, Any], names: list[str], label: str) -> str:
     if "TextModel" in made_of or "T5" in made_of:
         raise CheckpointError(f'"{label}": a PEFT adapter of a text encoder ({made_of}), which does not say of which')
     return "unet" if "UNet" in made_of or any(UNET_BLOCK.match(name) for name in names) else "transformer"
+
+
+def name_styles(sources: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
+    """Styles by name; those of a list are called like their files, or like the folder where all files have one name.
+
+    Raises ParameterError where two would have one name.
+    """
+    if isinstance(sources, Mapping):
+        return dict(sources)
+    if isinstance(sources, (str, Path)):
+        raise ParameterError(f'"{sources}" is one style; give a list of them, or a dictionary by name')
+    named: dict[str, Source] = {}
+    for number, source in enumerate(sources, start=1):
+        name = f"style {number}" if isinstance(source, Mapping) else _file_name(Path(source))
+        if name in named:
+            raise ParameterError(f'two styles would be called "{name}"; give them as a dictionary, by name')
+        named[name] = source
+    return named
+
+
+def _file_name(path: Path) -> str:
+    return path.absolute().parent.name if path.name in ANY_FILES else path.stem if path.suffix else path.name

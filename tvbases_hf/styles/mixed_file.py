@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
 from ..version import library_version
 from .lora_layers import BIAS, A, B
-from .lora_source import METADATA
-from .mixing import Part, Place, Recipe, Styles, combine, parse_scales, split
+from .lora_source import METADATA, name_styles
+from .mixing import Part, Recipe, Styles, combine, parse_scales, split
+from .places import Place
 from .report import Tally, recipe_words
 
 RECIPE = "tvbases_styles"
@@ -31,7 +32,7 @@ ONE_FILE = 1 << 60
 
 
 def mix_style_files(
-    styles: Mapping[str, str],
+    styles: Mapping[str, str] | Sequence[str],
     out: str | Path,
     *,
     scales: Mapping[str, float] | None = None,
@@ -46,10 +47,11 @@ def mix_style_files(
     pairs: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Mix style LoRAs, by name, into one LoRA file, and return the report. No model is loaded.
+    """Mix style LoRAs into one LoRA file, and return the report. No model is loaded.
 
     Args:
-        styles: a file in any of diffusers' formats, a directory or a Hub id each.
+        styles: by name, a file in any of diffusers' formats, a directory or a Hub id each; those of a list are called
+            like their files.
         scales: of each style; 1 where none is given.
         component, shared_weight: see Recipe; threshold, subspace, pool, side, rank: see Options (rank is that of
             low-rank changes; None for all directions of a style).
@@ -59,6 +61,7 @@ def mix_style_files(
     Raises ParameterError, CheckpointError, MismatchError or OutputError; nothing is written then.
     """
     check_output_file(out, is_mix)
+    styles = {name: str(source) for name, source in name_styles(styles).items()}
     recipe = Recipe(component, Options(threshold, subspace, pool, side, factored_rank=rank), shared_weight)
     numbers = parse_scales(tuple(styles), scales)
     opened = Styles.open(styles)

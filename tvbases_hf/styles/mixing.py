@@ -7,7 +7,7 @@ the directions that the styles share. The mix is the parts' factors put together
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -18,14 +18,14 @@ from .. import defaults
 from ..algebra.delta import Delta, LowRank, dense
 from ..algebra.linalg import negligible
 from ..algebra.sums import side_by_side
-from ..errors import CheckpointError, MismatchError, ParameterError
+from ..errors import CheckpointError, ParameterError
 from ..methods.devec import MIN_SIDE, Decomposition, Options, WholeSpaceError, decompose
 from .diffusers_files import open_lora
-from .lora_layers import BIAS_SUFFIX, LoraLayers
-from .lora_source import Source
+from .lora_layers import BIAS_SUFFIX
+from .lora_source import Source, name_styles
+from .places import Lora, Place, check_one_family, find_places
 
 KINDS = get_args(defaults.StyleComponent)
-Lora = Mapping[str, LoraLayers]
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,6 @@ class Recipe:
             raise ParameterError(f"shared_weight {self.shared_weight} is not a finite number")
         if self.shared_weight and self.component != "unique":
             raise ParameterError(f"shared_weight goes with the unique component, not with {self.component!r}")
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """One weight that some styles change: ``shape`` flattened, ``kernel`` of a convolution, ranks by style."""
-
-    component: str
-    module: str
-    shape: tuple[int, int]
-    kernel: tuple[int, ...]
-    ranks: Mapping[str, int]
-    has_bias: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Of the factors, in float32."""
-        return 4 * sum(self.ranks.values()) * sum(self.shape)
 
 
 @dataclass(frozen=True)
@@ -92,13 +75,19 @@ class Styles:
         self.loras = dict(loras)
         for lora in self.loras.values():
             _refuse_dora(lora)
-        self.places = tuple(_places(self.loras))
+        self.places = tuple(find_places(self.loras))
 
     @classmethod
-    def open(cls, sources: Mapping[str, Source]) -> Styles:
-        """From files, directories, Hub ids or state dicts, in any of diffusers' formats."""
+    def open(cls, sources: Mapping[str, Source] | Sequence[Source]) -> Styles:
+        """From files, directories, Hub ids or state dicts, in any of diffusers' formats; see name_styles.
+
+        Raises MismatchError also for styles of which no one model has all modules.
+        """
+        sources = name_styles(sources)
         names = {name: source if isinstance(source, (str,)) else name for name, source in sources.items()}
-        return cls({name: open_lora(source, label=str(names[name])) for name, source in sources.items()})
+        opened = cls({name: open_lora(source, label=str(names[name])) for name, source in sources.items()})
+        check_one_family(opened.loras)
+        return opened
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -257,35 +246,3 @@ def _refuse_dora(lora: Lora) -> None:
                 f"{layers.label}: {len(dora)} of {len(layers.modules)} modules are DoRA (first: {dora[0]}), which "
                 "rescales the base's rows and has no column space of its own; mix plain LoRAs"
             )
-
-
-def _places(loras: Mapping[str, Lora]) -> Iterator[Place]:
-    main = {name: {c for c in lora if not c.startswith("text_encoder")} for name, lora in loras.items()}
-    first, *others = main
-    for other in others:
-        if main[first] and main[other] and not main[first] & main[other]:
-            raise MismatchError(
-                f'"{first}" changes the {_words(main[first])}, "{other}" the {_words(main[other])}: LoRAs of different '
-                "models cannot be mixed"
-            )
-    for component in dict.fromkeys(c for lora in loras.values() for c in lora):
-        layers = {name: lora[component] for name, lora in loras.items() if component in lora}
-        for module in dict.fromkeys(m for own in layers.values() for m in own.modules):
-            yield _place(component, module, {name: own for name, own in layers.items() if module in own})
-
-
-def _words(components: set[str]) -> str:
-    return " and ".join(sorted(components))
-
-
-def _place(component: str, module: str, layers: Mapping[str, LoraLayers]) -> Place:
-    first, *others = layers
-    shape, kernel = layers[first].shape(module), layers[first].kernel(module)
-    for other in others:
-        if (layers[other].shape(module), layers[other].kernel(module)) != (shape, kernel):
-            raise MismatchError(
-                f'{component}.{module} is {list(shape)} in "{first}" and {list(layers[other].shape(module))} in '
-                f'"{other}": LoRAs of different models cannot be mixed'
-            )
-    ranks = {name: own.rank(module) for name, own in layers.items()}
-    return Place(component, module, shape, kernel, ranks, any(own.has_bias(module) for own in layers.values()))

@@ -183,12 +183,15 @@ def test_files_of_diffusers_are_read_with_the_scaling_in_their_metadata(name: st
 
 def test_files_of_diffusers_without_metadata_have_scale_one_or_their_alphas(tmp_path: Path) -> None:
     down, up = factors(0, 8, 6)
-    state = {"transformer.x.attn.to_q.lora_A.weight": down, "transformer.x.attn.to_q.lora_B.weight": up}
+    state = {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": down,
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": up,
+    }
     product = up.double() @ down.double()
-    found = read_lora_file(write(tmp_path, state))["transformer"]["x.attn.to_q"]
+    found = read_lora_file(write(tmp_path, state))["transformer"]["transformer_blocks.0.attn.to_q"]
     assert relative(dense(found), product) <= 1e-6
-    state["transformer.x.attn.to_q.alpha"] = torch.tensor(ALPHA)
-    found = read_lora_file(write(tmp_path, state))["transformer"]["x.attn.to_q"]
+    state["transformer.transformer_blocks.0.attn.to_q.alpha"] = torch.tensor(ALPHA)
+    found = read_lora_file(write(tmp_path, state))["transformer"]["transformer_blocks.0.attn.to_q"]
     assert relative(dense(found), ALPHA / RANK * product) <= 1e-6
 
 
@@ -205,25 +208,25 @@ def test_an_older_form_of_diffusers_is_read(tmp_path: Path) -> None:
 
 def test_biases_of_factors_are_changes_of_biases(tmp_path: Path) -> None:
     down, up = factors(0, 8, 6)
-    state = {"transformer.proj.lora_A.weight": down, "transformer.proj.lora_B.weight": up}
-    state["transformer.proj.lora_B.bias"] = torch.arange(8.0)
+    state = {"transformer.proj_out.lora_A.weight": down, "transformer.proj_out.lora_B.weight": up}
+    state["transformer.proj_out.lora_B.bias"] = torch.arange(8.0)
     found = read_lora_file(write(tmp_path, state, {"transformer.r": 4, "transformer.lora_alpha": 8}))["transformer"]
-    assert torch.equal(dense(found["proj.bias"]), 2 * torch.arange(8.0, dtype=torch.float64))
+    assert torch.equal(dense(found["proj_out.bias"]), 2 * torch.arange(8.0, dtype=torch.float64))
 
 
 def test_dora_needs_the_base_and_is_then_exact(tmp_path: Path) -> None:
     down, up = factors(0, 8, 6)
     magnitude, weight = torch.rand(8) + 1, torch.randn(8, 6)
     state = {
-        "transformer.proj.lora_A.weight": down,
-        "transformer.proj.lora_B.weight": up,
-        "transformer.proj.lora_magnitude_vector": magnitude,
+        "transformer.proj_out.lora_A.weight": down,
+        "transformer.proj_out.lora_B.weight": up,
+        "transformer.proj_out.lora_magnitude_vector": magnitude,
     }
     file = write(tmp_path, state)
-    with pytest.raises(MismatchError, match="proj is DoRA"):
+    with pytest.raises(MismatchError, match="proj_out is DoRA"):
         read_lora_file(file)
-    base = Checkpoint.from_state_dict({"proj.weight": weight})
-    found = read_lora_file(file, bases={"transformer": base})["transformer"]["proj"]
+    base = Checkpoint.from_state_dict({"proj_out.weight": weight})
+    found = read_lora_file(file, bases={"transformer": base})["transformer"]["proj_out"]
     updated = weight.double() + up.double() @ down.double()
     expected = magnitude.double()[:, None] * updated / updated.norm(dim=1, keepdim=True) - weight.double()
     assert relative(dense(found), expected) <= 1e-6

@@ -70,9 +70,8 @@ def template(info: AdapterInfo, source: LoraVectors) -> Template:
     config = {word: source.config[word] for word in words if word in source.config}
     head = {name: source.stock.read(f"{PREFIX}{name}") for name in info.head}
     modules = frozenset(source.config.get("modules_to_save") or ())
-    return Template(
-        layouts, dict(info.bias_modules), config, frozenset(info.saved), Naming(**info.naming), head, modules
-    )
+    naming: dict[str, Any] = dict(info.naming)
+    return Template(layouts, dict(info.bias_modules), config, frozenset(info.saved), Naming(**naming), head, modules)
 
 
 def layout(spec: Spec) -> Layout:
