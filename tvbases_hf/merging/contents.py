@@ -10,8 +10,9 @@ import torch
 
 from ..algebra.delta import LowRank
 from ..errors import ParameterError
-from ..models.adapter import BIAS, PREFIX, Layout
+from ..models.adapter import Layout
 from ..models.lora_files import Template, config_of, factors
+from ..models.lora_parts import BIAS, PREFIX
 from ..models.modules import Home, Modules
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import without_revision

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import FACTOR, PREFIX
 from .lora_config import LoraOptions
+from .lora_parts import FACTOR, PREFIX
 
 # By part: the dimension that is as long as the rank. A convolution's factors have more dimensions behind these.
 RANK_DIMENSION = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}

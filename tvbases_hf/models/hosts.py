@@ -42,8 +42,9 @@ class Host:
         biases = [word for word in ("bias", "lora_bias") if config.get(word) not in (None, False, "none")]
         if not set(biases) <= set(self.biases):
             found.append(f"it reads no biases: {ELSE}")
-        modules = [m for m in config.get("modules_to_save") or [] if not re.fullmatch(self.saved or ".*", m)]
-        if modules and self.saved is not None:
+        allowed = re.compile(".*" if self.saved is None else self.saved)
+        modules = [module for module in config.get("modules_to_save") or [] if not allowed.fullmatch(module)]
+        if modules:
             found.append(f"{len(modules)} modules that are saved whole are not read (first: {modules[0]}): {ELSE}")
         return found
 
