@@ -69,7 +69,8 @@ class Pair:
         model.save_pretrained(self.tuned)
 
     def load(self, path: Path) -> Any:
-        return type(MAKERS[self.kind](**self.options)).from_pretrained(path).eval()
+        kind: Any = type(MAKERS[self.kind](**self.options))
+        return kind.from_pretrained(path).eval()
 
     def logits(self, model: Any) -> Tensor:
         with torch.no_grad():
@@ -116,7 +117,7 @@ def test_a_change_of_rank_three_comes_back_in_peft_and_merged(
     torch.testing.assert_close(pair.logits(adapted), wanted, rtol=0, atol=1e-5)
     torch.testing.assert_close(pair.logits(adapted.merge_and_unload()), wanted, rtol=0, atol=1e-5)
     assert found["error"] < 1e-6 and found["left"] == [] and list(found["ranks"]) == [RANK]
-    assert "rank_pattern" not in found and config_of(tmp_path / "out" / "t")["rank_pattern"] == {}
+    assert config_of(tmp_path / "out" / "t")["rank_pattern"] == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
