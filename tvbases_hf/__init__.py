@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot follow the table below; a t
     from .learning.with_data import DATA_METHODS as DATA_METHODS
     from .merging.apply import merged as merged
     from .merging.components import write_components as write_components
+    from .merging.extract import extract as extract
     from .merging.write import write as write
     from .methods.devec import Options as Options, decompose as decompose
     from .methods.registry import METHODS as METHODS
@@ -53,6 +54,7 @@ _NAMES = {
     "learning.with_data": "DATA_METHODS",
     "merging.apply": "merged",
     "merging.components": "write_components",
+    "merging.extract": "extract",
     "merging.write": "write",
     "methods.devec": "Options decompose",
     "methods.registry": "METHODS",

@@ -29,6 +29,12 @@ FORGETTING_POOL: Pool = "iterative"
 KEEP = 0.95
 ALPHAS = tuple(i / 20 for i in range(21))
 
+# What loads an adapter.
+Host = Literal["vllm", "llama.cpp", "diffusers", "peft"]
+
+# What an extracted adapter saves whole.
+Saved = Literal["all", "norms", "none"]
+
 # What a plan is made of.
 Job = Literal["gram", "compress", "linear", "task_arithmetic", "ties", "dare", "ae_bases"]
 NUM_BASES = 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -83,6 +84,22 @@ class RankRule:
         else:
             wanted = self.of_shape(rows, columns)
         return max(1, min(wanted, nonzero))
+
+
+def within_budget(spectra: Sequence[Tensor], costs: Sequence[float], budget: float) -> list[int]:
+    """How many of the leading values of every spectrum to keep: most square per cost first, as far as ``budget`` goes.
+
+    Args:
+        spectra: singular values, descending; ``costs`` of one component of each.
+    """
+    if not spectra:
+        return []
+    gains = [values.square() / cost for values, cost in zip(spectra, costs, strict=True)]
+    prices = [torch.full_like(values, cost) for values, cost in zip(spectra, costs, strict=True)]
+    owners = torch.cat([torch.full((len(values),), index) for index, values in enumerate(spectra)])
+    order = torch.cat(gains).argsort(descending=True, stable=True)
+    kept = int((torch.cat(prices)[order].cumsum(0) <= budget).sum())
+    return torch.bincount(owners[order[:kept]], minlength=len(spectra)).tolist()
 
 
 def _is_rule(value: str | float) -> str | float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra.rank import RankRule
+from ..algebra.rank import RankRule, within_budget
 from ..algebra.svd import singular_values
 from ..bases import BasisWeights
 from ..errors import ParameterError
@@ -76,19 +76,12 @@ def ranks_by_budget(
         raise ParameterError(
             f"budget {budget:g} is smaller than the biases and norms, which are kept whole ({whole} bytes)"
         )
-    keys, gains, costs = [], [], []
-    for name, values in found.matrices.items():
-        cost = sum(found.shapes[name]) * size[name]
-        for task, spectrum in enumerate(values):
-            keys += [(name, task)] * len(spectrum)
-            gains.append(spectrum.square() / cost)
-            costs.append(torch.full_like(spectrum, cost))
-    order = torch.cat(gains).argsort(descending=True, stable=True)
-    spent = torch.cat(costs)[order].cumsum(0)
-    ranks = {name: [0] * len(vectors) for name in found.matrices}
-    for index in order[: int((spent <= available).sum())].tolist():
-        name, task = keys[index]
-        ranks[name][task] += 1
+    keys = [(name, task) for name, values in found.matrices.items() for task in range(len(values))]
+    costs = [sum(found.shapes[name]) * size[name] for name, _ in keys]
+    counts = within_budget([found.matrices[name][task] for name, task in keys], costs, available)
+    ranks: dict[str, list[int]] = {name: [] for name in found.matrices}
+    for (name, _), count in zip(keys, counts, strict=True):
+        ranks[name].append(count)
     return _worth_factoring(found, ranks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from ..errors import TvbasesError
-from . import compress, evaluate, inspect, merge, negate, online, plan, schema, styles, system  # noqa: F401  they register their commands
+from . import compress, evaluate, extract, inspect, merge, negate, online, plan, schema, styles, system  # noqa: F401  they register their commands
 from .app import app
 from .processes import team
 

@@ -126,6 +126,14 @@ ExtraRows = Annotated[
     ),
 ]
 AdapterOut = Annotated[bool, typer.Option("--adapter", help="Of adapters: write an adapter, not a checkpoint.")]
+EqualRank = Annotated[
+    bool,
+    typer.Option("--equal-rank", help="Of adapters: one rank in all modules, padded with zeros; the same change."),
+]
+Host = Annotated[
+    defaults.Host | None,
+    typer.Option("--for", help="Of adapters: refuse what this program cannot load, and say what to change."),
+]
 
 # Shared and unique components.
 Threshold = Annotated[

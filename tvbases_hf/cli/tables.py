@@ -199,6 +199,27 @@ def print_merge(found: dict[str, Any], console: Console) -> None:
         console.print(table)
 
 
+def print_extraction(found: dict[str, Any], console: Console) -> None:
+    """By task: how much of the change is kept, in which ranks, what is saved beside it, what is left."""
+    table = Table("task", "modules", "rank", "error", "as stored", "saved", "left", "size", "of the model")
+    for task, kept in found["tasks"].items():
+        ranks = list(kept["ranks"])
+        table.add_row(
+            task,
+            str(sum(kept["ranks"].values())),
+            str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+            *(f"{kept[kind]:.3%}" for kind in ("error_before_rounding", "error")),
+            str(len(kept["modules_to_save"]) + kept["biases"]),
+            str(len(kept["left"])),
+            readable_size(kept["bytes"]),
+            f"{kept['bytes'] / kept['bytes_of_fine_tune']:.1%}",
+        )
+    console.print(table)
+    dtypes = sorted({dtype for kept in found["tasks"].values() for dtype in kept["dtypes"]})
+    count = _count(len(found["tasks"]), "LoRA", "LoRAs")
+    console.print(f"{found['out']}: {count} over {found['base']}, in {', '.join(dtypes)}", highlight=False)
+
+
 def print_preview(found: Mapping[str, Any], console: Console) -> None:
     """What a dry run would have written."""
     known = [] if found["tensors"] is None else [_count(found["tensors"], "tensor", "tensors")]

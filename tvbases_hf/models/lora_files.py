@@ -107,7 +107,7 @@ def adapter_tensors(
         layout = template.layouts[name]
         low, magnitude = _as_dora(delta, base.read(name), layout) if dora else (_low_rank(delta, name), None)
         ranks[layout.module] = max(1, low.rank)
-        tensors |= _factors(layout, _padded(low), dtype)
+        tensors |= factors(layout, _padded(low), dtype)
         if magnitude is not None:
             ones = (1,) * len(layout.kernel)
             shape = (1, -1, *ones) if layout.kind == "conv" else (-1,)
@@ -115,7 +115,7 @@ def adapter_tensors(
     words = {} if dora else _lora_biases(others, template, factored, tensors)
     trained = {name: delta for name, delta in others.items() if dora or name not in template.bias_modules}
     words |= _saved_tensors(trained, template, base, tensors, ranks)
-    return tensors, _config(template, ranks, dora, words)
+    return tensors, config_of(template, ranks, dora, words)
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -199,7 +199,7 @@ def _padded(delta: LowRank) -> LowRank:
     return LowRank(torch.zeros(delta.shape[0], 1), torch.zeros(1, delta.shape[1]))
 
 
-def _factors(layout: Layout, delta: LowRank, dtype: torch.dtype) -> dict[str, Tensor]:
+def factors(layout: Layout, delta: LowRank, dtype: torch.dtype) -> dict[str, Tensor]:
     prefix = f"{PREFIX}{layout.module}"
     left, right = delta.left.to(dtype), delta.right.to(dtype)
     match layout.kind:
@@ -285,7 +285,7 @@ def _sum(base: Checkpoint, name: str, delta: Delta) -> Tensor:
     return (base.read(name).to(torch.float64) + dense(delta).reshape(info.shape)).to(info.dtype)
 
 
-def _config(template: Template, ranks: Mapping[str, int], dora: bool, words: Mapping[str, Any]) -> dict[str, Any]:
+def config_of(template: Template, ranks: Mapping[str, int], dora: bool, words: Mapping[str, Any]) -> dict[str, Any]:
     """alpha = r everywhere, so that every scaling is 1 and the factors are the change."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT matches patterns with the ends of names: anchored, one cannot reach a longer name.

@@ -124,9 +124,16 @@ def preview(out: str | Path, tensors: int | None, needed_bytes: int | None) -> d
     return {"dry_run": True, "out": str(out), "tensors": tensors, "bytes": needed_bytes}
 
 
-def journal_of(work: Path) -> Journal | None:
-    """What is finished in the directory of a transaction that can be resumed."""
-    return _JOURNALS.get(work)
+def journal_of(work: Path) -> tuple[Journal | None, str]:
+    """What is finished in the directory of a transaction that can be resumed, or in one inside it; and its place there.
+
+    The place is a prefix of the names in the journal: nothing, or ``math/``.
+    """
+    for directory in (work, *work.parents):
+        if directory in _JOURNALS:
+            inside = work.relative_to(directory).as_posix()
+            return _JOURNALS[directory], "" if inside == "." else f"{inside}/"
+    return None, ""
 
 
 def check_output_file(out: str | Path, is_ours: Callable[[Path], bool]) -> None:

@@ -15,13 +15,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ParameterError
-from .output import readable_size
+from .output import journal_of, readable_size
 from .run import bar, current, share
 from .tensor_files import TensorFiles
 
@@ -122,17 +123,36 @@ def written(
     weight: Callable[[str], int],
     need: Callable[[str], int] = lambda _: 0,
     reads: Callable[[str], Iterable[Tensor]] | None = None,
+    tensors: Callable[[str], Sequence[str]] | None = None,
 ) -> Tensor:
-    """The same for ``work`` that writes a tensor, or several called ``name...``, to files; finished ones are left."""
+    """The same for ``work`` that writes a tensor, or the ``tensors`` of a name, to files; finished ones are left."""
 
     def row(name: str) -> Sequence[float]:
-        known = files.finished(name)
+        parts = None if tensors is None else tensors(name)
+        known = files.finished(name, parts)
         if known is None or len(known) != width:
             known = work(name)
-            files.finish(name, known)
+            files.finish(name, known, parts)
         return known
 
     return rows(names, row, width, title, weight, need, reads)
+
+
+def remembered(directory: Path, work: Callable[[str], Sequence[float]]) -> Callable[[str], Sequence[float]]:
+    """``work`` for ``rows``, of which a killed run of the job that writes ``directory`` has left some results there."""
+    journal, place = journal_of(directory)
+
+    def row(name: str) -> Sequence[float]:
+        if journal is None:
+            return work(name)
+        known = journal.entries.get(f"{place}{name} seen")
+        if known is not None:
+            return known.row
+        found = work(name)
+        journal.add(f"{place}{name} seen", 0, found)
+        return found
+
+    return row
 
 
 class _ReadAhead:

@@ -46,7 +46,7 @@ class TensorFiles:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         split = _split(stem, tensors, max_shard_size)
-        self._journal = journal_of(directory)
+        self._journal, self._place = journal_of(directory)
         self._slots: dict[str, _Slot] = {}
         headers: dict[Path, bytes] = {}
         for file, names in split.filename_to_tensors.items():
@@ -70,22 +70,26 @@ class TensorFiles:
                 # Not numpy's tofile: its OSError for a full disk does not say that the disk is full.
                 stream.write(values.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data)
 
-    def finished(self, name: str) -> tuple[float, ...] | None:
-        """The numbers that were recorded with a tensor that a killed run of this job has written, if it is intact."""
-        entry = self._journal.entries.get(name) if self._journal else None
-        return entry.row if entry is not None and entry.checksum == self._checksum(name) else None
+    def finished(self, name: str, tensors: Sequence[str] | None = None) -> tuple[float, ...] | None:
+        """The numbers that were recorded with a tensor that a killed run of this job has written, if it is intact.
 
-    def finish(self, name: str, row: Sequence[float] = ()) -> None:
-        """Record that a tensor is whole, and numbers that a later run needs of it."""
+        ``tensors`` are those that make up ``name`` where that is not a tensor itself.
+        """
+        entry = self._journal.entries.get(self._place + name) if self._journal else None
+        return entry.row if entry is not None and entry.checksum == self._checksum(tensors or (name,)) else None
+
+    def finish(self, name: str, row: Sequence[float] = (), tensors: Sequence[str] | None = None) -> None:
+        """Record that a tensor is whole, or all that make up ``name``, and numbers that a later run needs of it."""
         if self._journal is not None:
-            self._journal.add(name, self._checksum(name), row)
+            self._journal.add(self._place + name, self._checksum(tensors or (name,)), row)
 
-    def _checksum(self, name: str) -> int:
-        slot, found = self._slots[name], 0
-        with open(slot.file, "rb") as stream:
-            stream.seek(slot.offset)
-            for start in range(0, slot.info.nbytes, CHECKED_AT_ONCE):
-                found = zlib.crc32(stream.read(min(CHECKED_AT_ONCE, slot.info.nbytes - start)), found)
+    def _checksum(self, tensors: Sequence[str]) -> int:
+        found = 0
+        for slot in map(self._slots.__getitem__, tensors):
+            with open(slot.file, "rb") as stream:
+                stream.seek(slot.offset)
+                for start in range(0, slot.info.nbytes, CHECKED_AT_ONCE):
+                    found = zlib.crc32(stream.read(min(CHECKED_AT_ONCE, slot.info.nbytes - start)), found)
         return found
 
 

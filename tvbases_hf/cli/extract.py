@@ -1,0 +1,64 @@
+"""``tvbases extract``: full fine-tunes as LoRAs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .. import defaults
+from .app import app
+from .options import (
+    Base,
+    Device,
+    DryRun,
+    Dtype,
+    EqualRank,
+    Host,
+    Json,
+    Memory,
+    Out,
+    Quiet,
+    Resume,
+    Revision,
+    Task,
+    Threads,
+    parse_dtype,
+    rank_option,
+    tell,
+)
+
+
+@app.command(epilog="Example: tvbases extract --base llama/ --task math=math/ --rank 32 --out loras/")
+def extract(
+    base: Base,
+    task: Task,
+    out: Out,
+    rank: Annotated[str | None, rank_option("what is kept of the change of a matrix; energy:1 keeps all.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Instead of --rank: the share of a model's bytes that its LoRA may take.")
+    ] = None,
+    save: Annotated[
+        defaults.Saved,
+        typer.Option(help="What is saved whole: all that has no factors, as embeddings; norms and biases; or none."),
+    ] = "all",
+    equal_rank: EqualRank = False,
+    host: Host = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    memory: Memory = None,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    revision: Revision = None,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Write the change of full fine-tunes as LoRAs that PEFT loads: OUT/NAME for each task."""
+    from ..merging.extract import extract as run
+    from ..models.vectors import parse_tasks
+    from .tables import print_extraction
+
+    how: dict[str, Any] = {"save": save, "equal_rank": equal_rank, "host": host, "device": device, "dry_run": dry_run}
+    found = run(base, parse_tasks(task), out, rank=rank, budget=budget, dtype=parse_dtype(dtype), **how)
+    tell(found, print_extraction, json)

@@ -1,0 +1,95 @@
+"""What the programs that load adapters can take, checked on an adapter's configuration: before the work if known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import defaults
+from ..algebra.rank import RankRule
+from ..errors import ParameterError
+
+# vLLM's --max-lora-rank is one of these (vllm.config.lora.MaxLoRARanks).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class Host:
+    """``saved``: the modules that may be saved whole, a regular expression for the whole name; None for any.
+
+    ``patterns``: whether modules may have ranks of their own; ``biases``: the words of the configuration by which an
+    adapter may bring some; ``max_rank``: the largest rank.
+    """
+
+    saved: str | None = None
+    patterns: bool = True
+    dora: bool = True
+    biases: tuple[str, ...] = ("bias", "lora_bias")
+    max_rank: int | None = None
+
+    def complaints(self, config: Mapping[str, Any]) -> list[str]:
+        """What it has against an adapter of this configuration, each with what to do."""
+        ranks = all_ranks(config)
+        found = []
+        if not self.patterns and len(ranks) > 1:
+            found.append(f"ranks differ ({ranks[0]} to {ranks[-1]}): add --equal-rank")
+        if self.max_rank is not None and ranks[-1] > self.max_rank:
+            found.append(f"rank {ranks[-1]} is above {self.max_rank}: give a lower --rank")
+        if not self.dora and config.get("use_dora"):
+            found.append("it reads no DoRA: write a checkpoint, or train plain LoRA")
+        biases = [word for word in ("bias", "lora_bias") if config.get(word) not in (None, False, "none")]
+        if not set(biases) <= set(self.biases):
+            found.append(f"it reads no biases: {ELSE}")
+        allowed = re.compile(".*" if self.saved is None else self.saved)
+        modules = [module for module in config.get("modules_to_save") or [] if not allowed.fullmatch(module)]
+        if modules:
+            found.append(f"{len(modules)} modules that are saved whole are not read (first: {modules[0]}): {ELSE}")
+        return found
+
+
+ELSE = "leave them out (extract --save none), or write a checkpoint"
+HOSTS: dict[str, Host] = {
+    "vllm": Host("classifier|score", dora=False, biases=(), max_rank=VLLM_RANKS[-1]),
+    # convert_lora_to_gguf.py reads factors and one alpha, which is divided by the rank of each tensor; norms are
+    # converted, but not applied.
+    "llama.cpp": Host("", patterns=False, dora=False, biases=()),
+    # load_lora_adapter reads factors alone, and swaps adapters of one rank.
+    "diffusers": Host("", patterns=False, biases=("lora_bias",)),
+    "peft": Host(),
+}
+
+
+def all_ranks(config: Mapping[str, Any]) -> list[int]:
+    """The different ranks of an adapter's modules, ascending."""
+    return sorted({config["r"], *(config.get("rank_pattern") or {}).values()})
+
+
+def check_host(host: defaults.Host | None, config: Mapping[str, Any]) -> None:
+    """Raises ParameterError, with what to change, for a configuration that ``host`` cannot load as it is meant."""
+    if host is None:
+        return
+    if host not in HOSTS:
+        raise ParameterError(f"unknown host {host!r}; choose one of {', '.join(HOSTS)}")
+    if complaints := HOSTS[host].complaints(config):
+        raise ParameterError(f"--for {host}: {'; '.join(complaints)}")
+
+
+def check_rank(host: defaults.Host | None, rule: RankRule | None) -> None:
+    """The same for a rank rule alone, before anything is read."""
+    fixed = rule is not None and rule.kind == "absolute"
+    check_host(host, {"r": int(rule.value) if rule and fixed else 1})
+
+
+def host_notes(host: defaults.Host | None, config: Mapping[str, Any]) -> list[str]:
+    """What a user should know who loads an adapter of this configuration, one line each."""
+    ranks = all_ranks(config)
+    if host == "vllm":
+        return [f"start vLLM with --max-lora-rank {next(rank for rank in VLLM_RANKS if rank >= ranks[-1])}"]
+    if host is None and len(ranks) > 1:
+        return [
+            f"its modules have ranks from {ranks[0]} to {ranks[-1]} (rank_pattern), which llama.cpp ignores and "
+            "hot-swapping refuses; --equal-rank pads them"
+        ]
+    return []
