@@ -34,6 +34,14 @@ class MissingExtraError(TvbasesError, ImportError):
     """An optional dependency is absent; the message names the extra that brings it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says, in one line; where it does not run a model's own code, also what does."""
+    text = str(error).strip()
+    reason = text.splitlines()[0].rstrip(" .") if text else type(error).__name__
+    option = "; --trust-remote-code runs it: read it first" if "trust_remote_code" in text else ""
+    return reason + option
+
+
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """`` (did you mean NAME?)`` for a misspelt name, empty if no known one is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

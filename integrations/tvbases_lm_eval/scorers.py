@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from tvbases_hf.errors import MissingExtraError, ParameterError
-from tvbases_hf.storage.run import bar, track
+from tvbases_hf.errors import MissingExtraError, ParameterError, first_line
+from tvbases_hf.storage.run import bar, current, track
 
 OFFLINE = "profanity"
 PYTHON = "python:"
@@ -194,13 +194,13 @@ def _load(source: str, device: str | None) -> tuple[Any, Any]:
         raise MissingExtraError(f'a classifier needs transformers ({error}); pip install "tvbases-hf[eval]"') from error
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(source)
-        return model.to(place).eval(), AutoTokenizer.from_pretrained(source)
+        code = {"trust_remote_code": current().trust_remote_code}  # None asks on a terminal
+        model = AutoModelForSequenceClassification.from_pretrained(source, **code)
+        return model.to(place).eval(), AutoTokenizer.from_pretrained(source, **code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ParameterError(
-            f'"{source}" is not a text classifier that can be loaded ({reason}); give a directory or a Hub id, '
-            f'"{OFFLINE}" for the offline scorer, or {PYTHON}module.function'
+            f'"{source}" is not a text classifier that can be loaded ({first_line(error)}); give a directory or a Hub '
+            f'id, "{OFFLINE}" for the offline scorer, or {PYTHON}module.function'
         ) from error
 
 

@@ -16,11 +16,12 @@ import torch
 
 from tvbases_hf.basis import Basis, LoraBasis
 from tvbases_hf.basis.info import is_basis_directory
-from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError, did_you_mean
+from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError, did_you_mean, first_line
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.models.adapter import is_adapter
 from tvbases_hf.models.lora_config import read_config
 from tvbases_hf.storage.files import WEIGHT_FILES, locate
+from tvbases_hf.storage.run import current
 
 BEFORE = "before"
 AUTO = "auto"
@@ -88,12 +89,14 @@ def load(source: str | Path, where: Where) -> tuple[Any, Any]:
     path = locate(str(source))
     try:
         with _no_bars():
-            spread = {"device_map": "auto"} if where.place == AUTO else {}
+            code = {"trust_remote_code": current().trust_remote_code}  # None asks on a terminal
+            spread = code | ({"device_map": "auto"} if where.place == AUTO else {})
             model = AutoModelForCausalLM.from_pretrained(path, dtype=where.dtype or "auto", **spread)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **code)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f'"{source}" cannot be loaded as a causal language model ({reason})') from error
+        raise CheckpointError(
+            f'"{source}" cannot be loaded as a causal language model ({first_line(error)})'
+        ) from error
     if where.place != AUTO:
         model.to(torch.device(where.place))  # type: ignore[arg-type]
     return model.eval(), tokenizer

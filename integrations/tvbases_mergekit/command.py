@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from tvbases_hf.errors import ParameterError, TvbasesError
 from tvbases_hf.storage.output import check_output, contains_only, preview, transaction
 from tvbases_hf.storage.run import current, using
+from tvbases_hf.storage.side_files import TERMS, put
 
 from .registration import register
 
@@ -37,6 +38,9 @@ MERGED_FILES = (
     "*.model",
     "*.jinja",
     "*.py",
+    "additional_chat_templates",
+    "[0-9]_*",
+    *TERMS,
 )
 
 
@@ -58,7 +62,7 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
 
     from .configuration import read_config
     from .mended import mended_mergekit
-    from .preflight import check_config
+    from .preflight import check_config, side_files_left_out
 
     command = copy.copy(main)
     command.help = "mergekit-yaml with the merge methods of tvbases, a check beforehand, and a whole model or none."
@@ -90,6 +94,7 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
             command.invoke(context)
             if not (work / CONFIG_FILE).is_file():  # --no-write-model-card; it tells the next run that this is a merge
                 shutil.copyfile(file, work / CONFIG_FILE)
+            put(side_files_left_out(config, options, work), work)
 
 
 def is_merged_model(directory: Path) -> bool:

@@ -21,6 +21,7 @@ from tvbases_hf.methods.sums import NO_SUM, base_share
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.files import locate
+from tvbases_hf.storage.side_files import is_chat_template, is_tokenizer_file, side_files
 
 from .complete import check_complete
 from .configuration import DTYPE_BYTES, all_models, find_method, input_lists, one_line, output_slices
@@ -43,6 +44,7 @@ def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -
     opened = {ref: _open(ref, options) for ref in all_models(config)}
     check_distinct({ref: (model.path, ref.lora) for ref, model in opened.items()}, out)
     _check_fit(config, method, {ref: model for ref, model in opened.items() if ref.lora is None}, options)
+    _side_files(config, options)
     tasks = _plan(config, options)
     _check_whole(config, tasks, opened, options)
     for task in tasks:
@@ -166,6 +168,25 @@ def _first(
     """The base; of a merge without base the first model, which mergekit takes the configuration from."""
     reference = config.base_model or next(iter(opened))
     return reference, opened[reference]
+
+
+def _side_files(config: MergeConfiguration, options: MergeOptions) -> dict[str, Path]:
+    """What lies beside the weights of the model that mergekit copies from. CheckpointError for a link out of it."""
+    model = all_models(config)[0].model
+    return side_files(locate(model.path, model.revision, options.transformers_cache))
+
+
+def side_files_left_out(config: MergeConfiguration, options: MergeOptions, written: Path) -> dict[str, Path]:
+    """What mergekit does not copy: code, processors, folders of sentence-transformers, more chat templates, terms.
+
+    Of the tokenizer it writes what it knows; where the YAML makes another, nothing that numbers tokens is taken.
+    """
+    made = bool(config.tokenizer or config.tokenizer_source)
+    files = _side_files(config, options)
+    left = {name: file for name, file in files.items() if not is_tokenizer_file(name) and not (written / name).exists()}
+    if made or config.chat_template:
+        left = {name: file for name, file in left.items() if not is_chat_template(name)}
+    return {name: file for name, file in left.items() if not (made and name == "generation_config.json")}
 
 
 def _bound(task: ExecuteMergeMethodTask) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .options import Dtype, Json, Quiet, Revision, hub_ids, parse_dtype, tell
+from .options import Dtype, Json, Quiet, Revision, TrustRemoteCode, hub_ids, parse_dtype, tell
 
 Target = Annotated[
     list[str] | None,
@@ -80,6 +80,7 @@ def evaluate(
     device: EvaluationDevice = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

@@ -26,6 +26,7 @@ from .options import (
     Task,
     Threads,
     Threshold,
+    TrustRemoteCode,
     file_option,
     rank_option,
     scale_option,
@@ -72,6 +73,7 @@ def inspect(
     threads: Threads = None,
     memory: Memory = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

@@ -21,6 +21,7 @@ from .options import (
     Resume,
     Seed,
     Threads,
+    TrustRemoteCode,
     parse_dtype,
     rank_option,
     tell,
@@ -64,6 +65,7 @@ def merge(
     memory: Memory = None,
     resume: Resume = True,
     dry_run: DryRun = False,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

@@ -37,6 +37,7 @@ from .options import (
     Task,
     Threads,
     Threshold,
+    TrustRemoteCode,
     file_option,
     rank_option,
     scale_option,
@@ -102,6 +103,7 @@ def negate(
     memory: Memory = None,
     dry_run: DryRun = False,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

@@ -44,6 +44,12 @@ def _silent() -> Iterator[None]:
         console.quiet = before
 
 
+def _trusting(context: typer.Context, trust: bool) -> bool:
+    if trust:
+        _in_run(context, trust_remote_code=True)
+    return trust
+
+
 def _on_threads(context: typer.Context, threads: int | None) -> int | None:
     if threads is not None:
         _in_run(context, workers=threads)
@@ -148,6 +154,14 @@ Side = Annotated[defaults.Side, typer.Option("--side", help="column: output dire
 # How a command works.
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress bars, nothing printed but warnings.", callback=_quietly)
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that comes with a model, where it is loaded; it can do whatever you can.",
+        callback=_trusting,
+    ),
 ]
 Json = Annotated[Path | None, file_option("Write the report as JSON.")]
 Threads = Annotated[

@@ -181,7 +181,7 @@ def _of_config(file: Path) -> Infos:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         check_model_config(read_object(file, str(file)), str(file))
-        config = AutoConfig.from_pretrained(str(file))
+        config = AutoConfig.from_pretrained(str(file), trust_remote_code=current().trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except TvbasesError:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, MissingExtraError, ParameterError
+from ..errors import CheckpointError, MissingExtraError, ParameterError, first_line
 from ..storage.checkpoint import Checkpoint
 from ..storage.json_files import parse_json
+from ..storage.run import current
 from .data import IGNORED, LABELS, TaskData
 
 SUFFIXES = (".jsonl", ".json", ".csv")
@@ -76,11 +77,12 @@ class TaskModel:
         path = str(base.path)
         try:
             loader: Any = loaders[0]
+            code = {"trust_remote_code": current().trust_remote_code}  # None asks on a terminal
             with quiet_transformers():
-                model, found = loader.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-                tokenizer = AutoTokenizer.from_pretrained(path)
+                model, found = loader.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **code)
+                tokenizer = AutoTokenizer.from_pretrained(path, **code)
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f'"{base.label}" cannot be loaded by transformers: {_first_line(error)}') from error
+            raise CheckpointError(f'"{base.label}" cannot be loaded by transformers: {first_line(error)}') from error
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise CheckpointError(

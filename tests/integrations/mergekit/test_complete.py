@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from commands.command_line import refused, tvbases
-from oracles.merge_oracle import merge_config, write_config
+from commands.command_line import refused, root, tvbases
+from oracles.merge_oracle import merge_config, run_ours, write_config
 from zoo.hf_models import Family, read_state, save_state
 from zoo.merge_refusals import merge_refused
 from zoo.models import tune
@@ -131,3 +131,30 @@ def test_a_base_without_a_tokenizer_is_said_in_one_line(place: Family, caplog: p
     assert "Traceback" not in outcome.err and "Traceback" not in caplog.text
     (record,) = [r for r in caplog.records if "Failed to copy tokenizer" in r.getMessage()]
     assert record.exc_info is None and "\n" not in record.getMessage()
+
+
+def test_what_mergekit_does_not_copy_travels_too(place: Family) -> None:
+    """Code, processors, more templates and folders; the result is known as a merge, and replaced by the next."""
+    beside = {
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+        "1_Pooling/config.json": "{}",
+        "modules.json": '[{"path": "1_Pooling"}]',
+        "preprocessor_config.json": "{}",
+        "LICENSE": "of the base",
+    }
+    for name, text in beside.items():
+        (place.base / name).parent.mkdir(exist_ok=True)
+        (place.base / name).write_text(text)
+    (place.base / "id_rsa").write_text("secret")
+    out = root(place) / "out"
+    for _ in range(2):
+        run_ours(merge_config(place, "task_arithmetic", weight=1.0), out)
+    assert {name: (out / name).read_text() for name in beside} == beside
+    assert not (out / "id_rsa").exists()
+
+
+def test_a_link_out_of_the_base_is_refused(place: Family) -> None:
+    secret = root(place).parent / "secret"
+    secret.write_text("secret")
+    (place.base / "special_tokens_map.json").symlink_to(secret)
+    assert "special_tokens_map.json is a link to" in merge_refused(place)
