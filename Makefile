@@ -8,7 +8,7 @@ BIN       := .venv/bin
 STAMP     := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format tables bench bench-text clean
+.PHONY: help venv demo test fuzz lint format tables bench bench-text clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,6 +28,9 @@ demo: $(STAMP)  ## run the main job on the embedded data
 test: $(STAMP)  ## run the tests; choose some with ARGS="-k gram"
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+fuzz: $(STAMP)  ## damage files at random under every command: SECONDS=3600; what breaks is printed, as small as it gets
+	cd tests && ../$(BIN)/python -m attacks.fuzzing --seconds $(or $(SECONDS),600)
+
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,7 +41,7 @@ format: $(STAMP)  ## repair what can be repaired automatically
 	$(BIN)/ruff format .
 
 tables: $(STAMP)  ## write the tables of methods into the README from what they declare
-	TVBASES_WRITE_TABLES=1 $(BIN)/python -m pytest -q tests/methods/test_tables.py
+	TVBASES_WRITE_TABLES=1 $(BIN)/python -m pytest -q tests/methods/test_tables.py tests/basis/test_basis_schema.py
 
 bench: $(STAMP)  ## run every benchmark in turn, but for the one on text
 	@set -e; for script in $(filter-out %/bench_text.py,$(wildcard examples/benchmarks/bench_*.py)); do \

@@ -10,15 +10,26 @@ import yaml
 from tvbases_hf.errors import ParameterError
 
 # Bytes of the file; values once every alias has been replaced by what it stands for; mappings and lists in each other.
-LARGEST = 1_000_000
+LARGEST = 200_000
 MOST_VALUES = 100_000
 DEEPEST = 100
 # Characters of one number.
 LONGEST_NUMBER = 300
+TOO_DEEP = f"it is nested more than {DEEPEST} deep"
 
 
 class KeysOnce(yaml.SafeLoader):
     """YAML in which a key stands once in its mapping: of two the loaders would silently take the last."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= DEEPEST:
+            raise yaml.MarkedYAMLError(problem=TOO_DEEP, problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        if len(self.indents) > DEEPEST:
+            raise yaml.MarkedYAMLError(problem=TOO_DEEP, problem_mark=self.get_mark())
+        return super().add_indent(column)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -51,7 +62,7 @@ def load_yaml(file: Path) -> Any:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ParameterError(f'"{file}" is not YAML: {place}{error.problem}') from error
     except RecursionError as error:
-        raise ParameterError(f'"{file}" is not YAML: it is nested more than {DEEPEST} deep') from error
+        raise ParameterError(f'"{file}" is not YAML: {TOO_DEEP}') from error
     except (OSError, yaml.YAMLError, ValueError, OverflowError) as error:
         raise ParameterError(f'"{file}" is not YAML: {" ".join(str(error).split())}') from error
 
@@ -75,7 +86,7 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
             raise _error("an alias stands inside of what it stands for", node)
         return known[id(node)]
     if depth > DEEPEST:
-        raise _error(f"it is nested more than {DEEPEST} deep", node)
+        raise _error(TOO_DEEP, node)
     known[id(node)] = 0
     match node:
         case yaml.MappingNode(value=pairs):

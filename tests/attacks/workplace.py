@@ -26,7 +26,7 @@ from zoo.adapter_zoo import make_adapter, make_base
 from zoo.hf_models import read_state, save_state
 
 # Seconds for one command, which takes a few tenths of one here.
-PATIENCE = 10.0
+PATIENCE = 30.0
 Action = Sequence[object] | Callable[[], object]
 
 
@@ -267,11 +267,12 @@ def actions(place: Workplace) -> dict[str, list[Action]]:
         "tsv-basis": [restores(place, "tsv-basis")],
         "lora-basis": [restores(place, "lora-basis"), extracts(place, "lora-basis")],
         "online": [
-            ["online", "--base", place / "base", "--task", f"chat={place / 'chat'}", "--out", place / "online", "-q"],
+            ["online", "--base", place / "base", "--task", f"chat={place / 'chat'}", "--out", place / "online", "-q"]
         ],
         "style": [
             ["mix-styles", "--style", f"a={place / 'math.safetensors'}", "--style", f"b={place / 'code.safetensors'}",
              "--out", place.out / "mix.safetensors", "--quiet"],
         ],
+        "bases": [["merge", place / "bases.yml", place.out, "--quiet"]],
         "yaml": [merge, ["mergekit-yaml", place / "merge.yml", place.out, "--dry-run", "--quiet"]],
     }  # fmt: skip

@@ -18,7 +18,7 @@ from ..bases import BasisWeights
 from ..errors import CheckpointError, ParameterError
 from ..models.gram import Gram
 from ..models.vectors import Vectors
-from ..storage.files import without_revision
+from ..storage.files import local_path, without_revision
 from ..storage.json_files import wrong_values
 from ..storage.output import contains_only
 from ..version import library_version
@@ -226,7 +226,7 @@ def model_card(info: BasisInfo) -> str:
         f"| {task} | {weight:.3f} | {error:.1%} |"
         for task, weight, error in zip(info.tasks, info.effective_weights, info.task_error, strict=True)
     )
-    on_hub = "/" in info.base_id and not Path(info.base_id).exists()
+    on_hub = "/" in info.base_id and not local_path(info.base_id)
     base = f"base_model: {without_revision(info.base_id)[0]}\n" if on_hub else ""
     return f"""---
 library_name: tvbases-hf
@@ -235,7 +235,7 @@ tags: [task-arithmetic, model-merging]
 
 # {info.num_bases} bases of {len(info.tasks)} task vectors
 
-Method `{info.method}` over `{Path(info.base_id).name if Path(info.base_id).exists() else info.base_id}`. {_loss(info)}
+Method `{info.method}` over `{Path(info.base_id).name if local_path(info.base_id) else info.base_id}`. {_loss(info)}
 
 | task | weight in the sum of the bases | relative error of its reconstruction, as stored |
 |---|---|---|

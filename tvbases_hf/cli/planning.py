@@ -17,7 +17,7 @@ from ..bases.weights import resolve_num_bases
 from ..defaults import NUM_BASES, Job
 from ..errors import CheckpointError, ParameterError, TvbasesError
 from ..storage.checkpoint import DTYPES, Checkpoint, TensorInfo
-from ..storage.files import HUB_ID, without_revision
+from ..storage.files import HUB_ID, local_path, without_revision
 from ..storage.json_files import read_object
 from ..storage.model_config import check_model_config
 from ..storage.parallel import default_workers
@@ -152,11 +152,11 @@ def headers(source: str) -> Infos:
 
     Of a Hub repository only the headers of its safetensors files are fetched. Raises CheckpointError.
     """
-    path = Path(source).expanduser()
-    if path.name.endswith(".json") and path.is_file():
+    path = local_path(source)
+    if path is not None and path.name.endswith(".json") and path.is_file():
         return _of_config(path)
     repository, revision = without_revision(source)
-    if path.exists() or not HUB_ID.match(repository):
+    if path is not None or not HUB_ID.match(repository):
         return Checkpoint.open(source).tensors
     from huggingface_hub import get_safetensors_metadata
 
@@ -200,7 +200,9 @@ def _nothing(name: str) -> torch.Tensor:
 
 def bandwidth_of(source: str) -> float | None:
     """Of the disk that a local checkpoint is on; None where there is no file of its weights."""
-    path = Path(source).expanduser()
+    path = local_path(source)
+    if path is None:
+        return None
     files = [path] if path.suffix == ".safetensors" else sorted(path.glob("*.safetensors"))
     return measure_bandwidth(files[0]) if files and files[0].is_file() else None
 

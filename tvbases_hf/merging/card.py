@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..storage.files import local_path
 from .merge import Merge
 
 # Relative errors below this are the rounding of float32 factors.
@@ -26,7 +27,7 @@ def model_card(merge: Merge, report: dict[str, Any]) -> str:
     lines = [
         "---",
         f"library_name: {'peft' if adapter else 'transformers'}",
-        *([f"base_model: {base}"] if "/" in base and not Path(base).expanduser().exists() else []),
+        *([f"base_model: {base}"] if "/" in base and not local_path(base) else []),
         "tags: [merge, mergekit, task-arithmetic]",
         "---",
         "",
@@ -82,4 +83,4 @@ def _table(report: dict[str, Any]) -> list[str]:
 def _short(label: str) -> str:
     """``a/b/base+c/math`` as ``math``; a Hub id stays whole."""
     last = label.rpartition("+")[2]
-    return Path(last).name if Path(last).expanduser().exists() else last
+    return Path(last).name if local_path(last) else last

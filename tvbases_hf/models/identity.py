@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..storage.checkpoint import Checkpoint
-from ..storage.files import HUB_ID, without_revision
+from ..storage.files import HUB_ID, local_path, without_revision
 
 CACHED = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)")
 SNAPSHOT = re.compile(r"/snapshots/[0-9a-f]{7,40}/?$")
@@ -49,4 +49,5 @@ def other_base(named: str, base: Checkpoint) -> str:
 
 
 def _is_there(source: str) -> bool:
-    return bool(source) and Path(source).expanduser().is_dir()
+    path = local_path(source) if source else None
+    return path is not None and path.is_dir()

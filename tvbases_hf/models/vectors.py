@@ -21,7 +21,7 @@ from ..defaults import ExtraRows
 from ..errors import MismatchError, ParameterError
 from ..storage import run
 from ..storage.checkpoint import Checkpoint
-from ..storage.files import locate
+from ..storage.files import local_path, locate
 from .adapter import Adapter, adapter_folder, is_adapter
 from .finite import finite_values
 from .fit import Coverage, check_fit, same_outputs
@@ -184,7 +184,7 @@ def open_model(source: str | Path, base: Checkpoint, *, revision: str | None = N
     Raises MismatchError for an adapter on another base than this one.
     """
     below, plus, adapter = str(source).partition("+")
-    if plus and not Path(source).expanduser().exists():
+    if plus and not local_path(source):
         if below != base.label and (base.path is None or locate(below).resolve() != base.path.resolve()):
             raise MismatchError(
                 f'"{source}": the adapter is on {below}, but the base is {base.label}; its change cannot be added there'
@@ -212,7 +212,7 @@ def parse_tasks(items: Iterable[str]) -> dict[str, str]:
 def _given_twice(tasks: Mapping[str, str | Path]) -> dict[str, str]:
     """{task: the first task that was given the same path or Hub id}"""
     first: dict[str, str] = {}
-    places = {task: str(Path(source).expanduser().resolve()) for task, source in tasks.items()}
+    places = {task: str((local_path(source) or Path(source)).resolve()) for task, source in tasks.items()}
     return {task: first[place] for task, place in places.items() if first.setdefault(place, task) != task}
 
 

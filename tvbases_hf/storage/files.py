@@ -40,6 +40,8 @@ HUB = "hf://"
 # After the @ of hf://owner/name@revision/folder.
 REVISION = re.compile(r"(refs/(?:pr|convert)/[^/]+|[^/]+)/?(.*)", re.DOTALL)
 SHOWN = 5
+# Bytes of a name that file systems take.
+LONGEST = 255
 
 # Files of training runs that hold parts of a model, and the command that makes one of them.
 PARTS = {
@@ -53,14 +55,23 @@ PARTS = {
 }
 
 
+def local_path(source: str | Path) -> Path | None:
+    """The file or directory of this name, if there is one."""
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, or of a user that is not there: it may still be an id
+        return None
+
+
 def locate(source: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
     """The local path of a directory, a file or a Hub id (downloaded to ``cache_dir``, by default the Hub's own).
 
     ``hf://owner/name/folder`` is a folder of what the Hub holds. The revision of an id, ``owner/name@revision`` or
     ``hf://owner/name@revision/folder``, goes before ``revision``.
     """
-    path = Path(source).expanduser()
-    if path.exists():
+    path = local_path(source)
+    if path is not None:
         return path
     repository, named, folder = _hub_parts(source)
     if not HUB_ID.match(repository) or (folder and not source.startswith(HUB)) or ".." in folder.split("/"):
@@ -108,7 +119,7 @@ def _hub_parts(source: str) -> tuple[str, str | None, str]:
 
 def without_revision(source: str) -> tuple[str, str | None]:
     """An id and its revision, for those who want them apart; a path as it is."""
-    if "@" not in source or Path(source).expanduser().exists():
+    if "@" not in source or local_path(source):
         return source, None
     repository, revision, folder = _hub_parts(source)
     return (repository, revision) if HUB_ID.match(repository) and not folder else (source, None)
@@ -116,7 +127,7 @@ def without_revision(source: str) -> tuple[str, str | None]:
 
 def at_revision(source: str, revision: str) -> str:
     """A Hub id with a revision where it names none itself; anything else as it is. Both ids of ``base+adapter``."""
-    if Path(source).expanduser().exists():
+    if local_path(source):
         return source
     parts = source.split("+")
     if len(parts) > 1:
@@ -182,9 +193,9 @@ def _shards(index: Path, label: str) -> tuple[list[Path], dict[str, str]]:
 def _read_index(index: Path, label: str) -> dict[str, str]:
     try:
         weight_map = read_json(index)["weight_map"]
-        outside = [file for file in weight_map.values() if Path(file).name != file]
+        outside = [file for file in weight_map.values() if Path(file).name != file or len(file.encode()) > LONGEST]
         if outside:
-            raise ValueError(f"{outside[0]} is not the name of a file beside it")
+            raise ValueError(f"{outside[0][:LONGEST]} is not the name of a file beside it")
         return dict(weight_map)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'"{label}": {index.name} is not a shard index: {error}') from error

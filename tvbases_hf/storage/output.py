@@ -43,7 +43,7 @@ def transaction(
     key, team, kept = None if job is None else job_key(job), current().team, False
     check_output(out, is_ours)
     place = Path(out).expanduser().resolve()  # a link stays, and what it points to is replaced
-    with writing(place, needed_bytes):
+    with writing(place, needed_bytes), _folders_above(place):
         scratch = once(lambda: _prepare(place, needed_bytes, key))
         work = scratch / place.name  # programs that write there may put the directory's name into a file
         try:
@@ -63,9 +63,22 @@ def transaction(
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _folders_above(out: Path) -> Iterator[None]:
+    """The folders that ``out`` is to be in; those that were not there vanish again if the block fails."""
+    new = [folder for folder in out.parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # another process, or a run that can go on, has put something there
+            for folder in new:
+                folder.rmdir()
+        raise
+
+
 def _prepare(out: Path, needed_bytes: int, key: str | None) -> Path:
     """The scratch directory: a new one, or that of a killed run of the same job."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     left = _left_by_killed_runs(out)
     wanted = key is not None and current().resume
     same = [scratch for scratch in left if wanted and is_of(scratch, key or "") and (scratch / out.name).is_dir()]
@@ -100,8 +113,7 @@ def file_transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_by
     """
     check_output_file(out, is_ours)
     out = Path(out).expanduser().resolve()
-    with writing(out, needed_bytes):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out, needed_bytes), _folders_above(out):
         _sweep(out)
         _check_space(out.parent, needed_bytes)
         scratch = _scratch(out)

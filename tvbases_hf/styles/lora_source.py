@@ -46,8 +46,7 @@ def _open(source: Source, label: str) -> tuple[Checkpoint, Options]:
         if not source:
             raise CheckpointError(f'"{label}": an empty state dict')
         return Checkpoint.from_state_dict(source, label), {}
-    path = Path(source).expanduser()
-    path = path if path.is_file() else locate(str(source))
+    path = locate(str(source))
     if path.is_file():
         return Checkpoint.open(path, label=label), _options(path, label)
     if (path / CONFIG_FILE).is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...storage.files import without_revision
+from ...storage.files import local_path, without_revision
 from ..info import AdapterInfo, BasisInfo
 
 # Two errors closer than this (as a ratio, and in absolute terms) are the same: rounding tells them apart at most.
@@ -78,7 +78,7 @@ def adapter_card(info: BasisInfo) -> str:
     """README.md of a basis of adapters: what it is, the error of each task, how to use it with and without us."""
     assert info.adapters is not None
     adapters, first = info.adapters, info.tasks[0]
-    local = Path(info.base_id).exists() or "/" not in info.base_id
+    local = local_path(info.base_id) is not None or "/" not in info.base_id
     repository, _ = without_revision(info.base_id)
     header = "" if local else f"base_model: {repository}\n"
     base = f'"{repository}"' if not local else '"path/to/the/base"'

@@ -1,0 +1,193 @@
+"""Files damaged at random under every command that reads them, for as long as is asked: ``make fuzz SECONDS=3600``.
+
+Each input is one file of a workplace, damaged; one command, run in this process; and the check that it kept the promise
+of this package. What breaks it is shrunk by hypothesis, and the smallest damage is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import huggingface_hub
+import hypothesis
+import hypothesis.errors
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from attacks.strategies import of_json, of_safetensors, of_yaml
+from attacks.workplace import Broken, Workplace, actions, held, make_workplace
+
+# By the file that is damaged: the kind of its commands (see workplace.actions).
+TARGETS = {
+    "base/config.json": "model",
+    "math/config.json": "model",
+    "base/tokenizer.json": "model",
+    "math/tokenizer_config.json": "model",
+    "base/generation_config.json": "model",
+    "math/model.safetensors": "model",
+    "base/model.safetensors": "model",
+    "code/model.safetensors.index.json": "model",
+    "math-lora/adapter_config.json": "adapter",
+    "math-lora/adapter_model.safetensors": "adapter",
+    "basis/basis_config.json": "basis",
+    "basis/basis.safetensors": "basis",
+    "tsv-basis/basis_config.json": "tsv-basis",
+    "tsv-basis/basis.safetensors": "tsv-basis",
+    "lora-basis/basis_config.json": "lora-basis",
+    "lora-basis/adapter_config.json": "lora-basis",
+    "lora-basis/adapter_model.safetensors": "lora-basis",
+    "online/basis_config.json": "online",
+    "online/basis.safetensors": "online",
+    "math.safetensors": "style",
+    "merge.yml": "yaml",
+    "bases.yml": "bases",
+}
+STRATEGIES = {".json": of_json, ".safetensors": of_safetensors, ".yml": of_yaml}
+# Bytes beyond what the program holds: an input of some kilobytes explains no more.
+MEMORY = 6 << 30
+ROUND = 50
+# Seconds after which a process that does not even take a signal is ended, with the place where it is.
+DEAD = 120
+
+
+@dataclass
+class Figures:
+    """What was tried, and what broke the promise: {kind of defect: the smallest input}."""
+
+    inputs: Counter[str] = field(default_factory=Counter)
+    codes: Counter[int] = field(default_factory=Counter)
+    broken: dict[str, str] = field(default_factory=dict)
+    slowest: float = 0.0
+
+    def __str__(self) -> str:
+        kinds = Counter(kind.partition(" in ")[0] for kind in self.broken)
+        hangs, outside = kinds.pop("hang", 0), kinds.pop("changed files", 0)
+        return (
+            f"{sum(self.inputs.values())} inputs in {len(self.inputs)} kinds of files, {self.codes[0]} done, "
+            f"{self.codes[2]} refused, the slowest in {self.slowest:.1f} s: {sum(kinds.values())} tracebacks or wrong "
+            f"results, {hangs} hangs, {outside} changes of other files"
+        )
+
+
+def try_file(place: Workplace, target: str, count: int, figures: Figures, seed: int | None, until: float) -> None:
+    """``count`` damages of one file; what breaks the promise is noted once for each kind of defect.
+
+    ``seed`` None is always the same inputs.
+    """
+    file, commands = place / target, actions(place)[TARGETS[target]]
+    content = file.read_bytes()
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=seed is None,
+        suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
+        report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink),
+        print_blob=False,
+    )
+    @given(STRATEGIES[file.suffix](content), st.integers(0, len(commands) - 1))
+    def attack(damage: bytes, index: int) -> None:
+        if time.monotonic() > until:
+            return
+        with _damaged(place, target, damage):
+            figures.inputs[target] += 1
+            begun = time.monotonic()
+            try:
+                outcome = held(place, commands[index], "models/online" if TARGETS[target] == "online" else "out")
+                figures.codes[outcome.code] += 1
+            except Broken as error:
+                if error.kind not in figures.broken:
+                    raise
+            finally:
+                figures.slowest = max(figures.slowest, time.monotonic() - begun)
+
+    try:
+        (attack if seed is None else hypothesis.seed(seed)(attack))()
+    except hypothesis.errors.Flaky as error:  # only a hang can be: where another program took the machine's time
+        figures.broken.setdefault("flaky", f"{target}\n{str(error)[:1500]}")
+    except Broken as error:
+        figures.broken[error.kind] = f"{target}\n{error}\n" + "\n".join(getattr(error, "__notes__", []))[:1500]
+
+
+class _damaged:
+    """The file damaged; whatever was changed besides is put back from a copy of the workplace."""
+
+    def __init__(self, place: Workplace, target: str, damage: bytes) -> None:
+        self._place, self._file, self._damage = place, place / target, damage
+
+    def __enter__(self) -> None:
+        self._content = self._file.read_bytes()
+        self._file.write_bytes(self._damage)
+
+    def __exit__(self, *_: object) -> None:
+        place, kept = self._place, self._place.root.parent / "kept"
+        folder = self._file.parent
+        if folder.name == "online":  # the command has put a new directory there
+            shutil.rmtree(folder)
+            shutil.copytree(kept / "models" / "online", folder)
+        self._file.write_bytes(self._content)
+        shutil.rmtree(place.out, ignore_errors=True)
+
+
+def prepared(root: Path) -> Workplace:
+    """A workplace, and a copy of it to put things back from. Nothing asks the Hub from now on."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    (root / "place").mkdir()
+    place = make_workplace(root / "place")
+    shutil.copytree(place.root, root / "kept")
+    for target in dict(zip(TARGETS.values(), TARGETS, strict=True)).values():  # what takes time once, such as imports
+        for command in actions(place)[TARGETS[target]]:
+            with _damaged(place, target, (place / target).read_bytes()), contextlib.suppress(Broken):
+                held(place, command, "models/online" if TARGETS[target] == "online" else "out")
+    return place
+
+
+def fuzz(place: Workplace, seconds: float, seed: int, targets: Iterable[str], say: Callable[[str], None]) -> Figures:
+    """Rounds over all targets until the time is over."""
+    figures, until = Figures(), time.monotonic() + seconds
+    names = list(targets)
+    number = seed
+    while time.monotonic() < until:
+        number += 1
+        for target in names:
+            known = len(figures.broken)
+            try_file(place, target, ROUND, figures, number, until)
+            for kind, detail in list(figures.broken.items())[known:]:
+                say(f"== {kind}\n{detail}\n")
+        say(f"{figures}")
+    return figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=None, help="default: another one every time; it is printed")
+    parser.add_argument("--only", default="", help="targets whose names hold this")
+    given = parser.parse_args()
+    seed = random.randrange(1 << 30) if given.seed is None else given.seed
+    faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as root:
+        place = prepared(Path(root))
+        chosen = [target for target in TARGETS if given.only in target]
+        found = fuzz(place, given.seconds, seed, chosen, lambda text: print(text, flush=True))
+    print(f"seed {seed}: {found}")
+    return 1 if found.broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,379 @@
+"""The attacks that are known, one small generator each: what is done to a file, and what must be said of it.
+
+Each damages a workplace; every command that reads the file must then end with exit code 2 and one line that holds
+``says``, and must leave everything as it was. New kinds that are found are added here.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from attacks.workplace import Workplace
+
+Spoil = Callable[[Workplace], object]
+ATTACKS: dict[str, Attack] = {}
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """``commands`` is a kind of workplace.actions."""
+
+    commands: str
+    says: str
+    spoil: Spoil
+
+
+def attack(commands: str, says: str) -> Callable[[Spoil], Spoil]:
+    def note(spoil: Spoil) -> Spoil:
+        ATTACKS[getattr(spoil, "__name__", "").replace("_", " ")] = Attack(commands, says, spoil)
+        return spoil
+
+    return note
+
+
+def edit(file: Path, change: Callable[[Any], object]) -> None:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    change(data)
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = load_file(file)
+    change(state)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file, {"format": "pt"})
+
+
+def rewrite_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = file.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
+# config.json
+
+
+@attack("model", "num_hidden_layers: 1e+09")
+def a_thousand_million_layers(place: Workplace) -> None:
+    """transformers makes a list of as many entries: half a minute and a gigabyte."""
+    edit(place / "base/config.json", lambda c: c.update(num_hidden_layers=10**9))
+
+
+@attack("model", "num_hidden_layers: nan")
+def layers_that_are_no_number(place: Workplace) -> None:
+    edit(place / "base/config.json", lambda c: c.update(num_hidden_layers=NAN))
+
+
+@attack("model", "num_attention_heads: inf")
+def infinitely_many_heads(place: Workplace) -> None:
+    edit(place / "base/config.json", lambda c: c.update(num_attention_heads=INFINITY))
+
+
+@attack("model", "nested more than 100 deep")
+def deep_json(place: Workplace) -> None:
+    """Python's reader runs out of its stack."""
+    (place / "base/config.json").write_text('{"a":' * 50_000 + "1" + "}" * 50_000)
+
+
+@attack("model", "a number of 5000 digits")
+def a_number_of_5000_digits(place: Workplace) -> None:
+    (place / "base/config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}")
+
+
+@attack("model", "architectures: input should be a valid list")
+def a_word_where_a_list_belongs(place: Workplace) -> None:
+    edit(place / "base/config.json", lambda c: c.update(architectures="LlamaForCausalLM"))
+
+
+@attack("model", "damaged")
+def half_a_character(place: Workplace) -> None:
+    """JSON can spell half of a UTF-16 pair, which no terminal and no file can hold."""
+    (place / "base/config.json").write_text('{"model_type": "\\ud800"}')
+
+
+# Shard indexes
+
+
+@attack("model", "not a shard index")
+def a_shard_outside_of_the_folder(place: Workplace) -> None:
+    edit(place / "code/model.safetensors.index.json", lambda c: c["weight_map"].update(x="../base/model.safetensors"))
+
+
+@attack("model", "is not the name of a file beside it")
+def a_shard_with_a_name_of_300_characters(place: Workplace) -> None:
+    edit(place / "code/model.safetensors.index.json", lambda c: c["weight_map"].update(x="a" * 300 + ".safetensors"))
+
+
+@attack("model", "not a shard index")
+def a_weight_map_that_is_a_list(place: Workplace) -> None:
+    edit(place / "code/model.safetensors.index.json", lambda c: c.update(weight_map=["model.safetensors"]))
+
+
+# Headers of safetensors files
+
+
+@attack("model", "truncated or not a safetensors file")
+def a_header_of_exabytes(place: Workplace) -> None:
+    file = place / "math/model.safetensors"
+    file.write_bytes(struct.pack("<Q", 2**63) + file.read_bytes()[8:])
+
+
+@attack("model", "truncated or not a safetensors file")
+def a_negative_offset(place: Workplace) -> None:
+    rewrite_header(place / "math/model.safetensors", lambda h: h["model.norm.weight"].update(data_offsets=[-64, 0]))
+
+
+@attack("model", "truncated or not a safetensors file")
+def tensors_on_top_of_each_other(place: Workplace) -> None:
+    rewrite_header(place / "math/model.safetensors", lambda h: h["model.norm.weight"].update(data_offsets=[0, 64]))
+
+
+@attack("model", "truncated or not a safetensors file")
+def a_dtype_that_does_not_fit_the_bytes(place: Workplace) -> None:
+    rewrite_header(place / "math/model.safetensors", lambda h: h["model.norm.weight"].update(dtype="F64"))
+
+
+@attack("model", "stored as integers")
+def numbers_that_are_called_integers(place: Workplace) -> None:
+    rewrite_header(place / "math/model.safetensors", lambda h: h["model.norm.weight"].update(dtype="I32"))
+
+
+@attack("model", "NaN")
+def nan_in_a_fine_tune(place: Workplace) -> None:
+    rewrite(place / "math/model.safetensors", lambda s: s["model.norm.weight"].fill_(NAN))
+
+
+# adapter_config.json
+
+
+@attack("adapter", "")
+def a_pattern_that_never_ends(place: Workplace) -> None:
+    """Python's own engine takes longer for it than the universe is old."""
+    edit(place / "math-lora/adapter_config.json", lambda c: c.update(target_modules="(.*)*x"))
+
+
+@attack("adapter", "not a regular expression")
+def a_pattern_that_is_none(place: Workplace) -> None:
+    edit(place / "math-lora/adapter_config.json", lambda c: c.update(target_modules="x{1,99999999999}"))
+
+
+@attack("adapter", "a regular expression of 200000 characters")
+def a_pattern_of_200000_characters(place: Workplace) -> None:
+    edit(place / "math-lora/adapter_config.json", lambda c: c.update(target_modules="a|" * 100_000))
+
+
+@attack("adapter", "not a regular expression")
+def a_pattern_of_ranks_that_is_none(place: Workplace) -> None:
+    edit(place / "math-lora/adapter_config.json", lambda c: c.update(rank_pattern={"a)|(b(": 4}))
+
+
+@attack("adapter", "use_dora: input should be a valid boolean")
+def a_word_for_a_truth_value(place: Workplace) -> None:
+    """Every word is true to Python, "false" too."""
+    edit(place / "math-lora/adapter_config.json", lambda c: c.update(use_dora="false"))
+
+
+@attack("adapter", "auto_mapping: input should be a valid dictionary")
+def a_number_for_a_mapping(place: Workplace) -> None:
+    edit(place / "math-lora/adapter_config.json", lambda c: c.update(auto_mapping=5))
+
+
+@attack("adapter", "inf is not a finite number")
+def an_infinite_alpha(place: Workplace) -> None:
+    edit(place / "math-lora/adapter_config.json", lambda c: c.update(lora_alpha=INFINITY))
+
+
+# basis_config.json, and what it describes
+
+
+@attack("basis", "decoder.0.0: input should be a finite number")
+def nan_in_a_decoder(place: Workplace) -> None:
+    edit(place / "basis/basis_config.json", lambda c: c["decoder"][0].__setitem__(0, NAN))
+
+
+@attack("basis", "1 tasks are named twice (first: math)")
+def two_tasks_of_one_name(place: Workplace) -> None:
+    edit(place / "basis/basis_config.json", lambda c: c.update(tasks=["math", "math"]))
+
+
+@attack("basis", "tasks.0: input should be a valid string, got None")
+def a_task_without_a_name(place: Workplace) -> None:
+    edit(place / "basis/basis_config.json", lambda c: c.update(tasks=[None, "math"]))
+
+
+@attack("basis", "encoder has 1 entries, and 2 are needed")
+def a_task_that_is_in_no_basis(place: Workplace) -> None:
+    edit(place / "basis/basis_config.json", lambda c: c["encoder"].pop())
+
+
+@attack("basis", "encoder.0.0: input should be a valid number, got True")
+def a_truth_value_for_a_number(place: Workplace) -> None:
+    edit(place / "basis/basis_config.json", lambda c: c["encoder"][0].__setitem__(0, True))
+
+
+@attack("basis", "is older than this library reads")
+def a_format_before_the_first(place: Workplace) -> None:
+    edit(place / "basis/basis_config.json", lambda c: c.update(format_version=0))
+
+
+@attack("basis", "holds 128 NaN or infinite numbers")
+def infinite_vectors(place: Workplace) -> None:
+    name = "model.layers.0.self_attn.k_proj.weight"
+    rewrite(place / "basis/basis.safetensors", lambda s: s[name].fill_(INFINITY))
+
+
+@attack("basis", "the files of the basis do not belong together")
+def vectors_of_another_shape(place: Workplace) -> None:
+    name = "model.norm.weight"
+    rewrite(place / "basis/basis.safetensors", lambda s: s.update({name: torch.zeros(1, 5)}))
+
+
+@attack("tsv-basis", "does not hold the 2 vectors")
+def factors_of_one_dimension(place: Workplace) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight.left"
+    rewrite(place / "tsv-basis/basis.safetensors", lambda s: s.update({name: torch.zeros(4)}))
+
+
+@attack("lora-basis", "does not hold the vectors")
+def a_rank_that_the_factors_do_not_have(place: Workplace) -> None:
+    edit(
+        place / "lora-basis/basis_config.json",
+        lambda c: next(iter(c["adapters"]["modules"].values()))["ranks"].__setitem__(0, 99),
+    )
+
+
+@attack("lora-basis", "adapters.alpha: input should be a finite number")
+def an_infinite_scale(place: Workplace) -> None:
+    edit(place / "lora-basis/basis_config.json", lambda c: c["adapters"].update(alpha=INFINITY))
+
+
+@attack("online", "options.online.weights.0: input should be a finite number")
+def nan_in_the_state_of_an_online_basis(place: Workplace) -> None:
+    edit(place / "online/basis_config.json", lambda c: c["options"]["online"]["weights"].__setitem__(0, NAN))
+
+
+@attack("online", "NaN or infinite numbers")
+def nan_in_the_vectors_of_an_online_basis(place: Workplace) -> None:
+    """The good directory must stay."""
+    rewrite(place / "online/basis.safetensors", lambda s: s["model.norm.weight"].fill_(NAN))
+
+
+@attack("online", "holds 16 NaN or infinite numbers of 16")
+def nan_in_what_is_added_to_an_online_basis(place: Workplace) -> None:
+    rewrite(place / "chat/model.safetensors", lambda s: s["model.norm.weight"].fill_(NAN))
+
+
+# LoRA files of image models
+
+
+@attack("style", "lora_adapter_metadata is damaged")
+def deep_json_in_a_header(place: Workplace) -> None:
+    words = {"lora_adapter_metadata": "[" * 50_000}
+    rewrite_header(place / "math.safetensors", lambda h: h["__metadata__"].update(words))
+
+
+# The YAML of a merge
+
+
+def text(place: Workplace, old: str, new: str) -> None:
+    file = place / "merge.yml"
+    content = file.read_text(encoding="utf-8")
+    assert old in content
+    file.write_text(content.replace(old, new), encoding="utf-8")
+
+
+@attack("yaml", "lambda is given twice")
+def a_key_twice(place: Workplace) -> None:
+    text(place, "lambda: 0.5", "lambda: 0.5\n  lambda: 1.0")
+
+
+@attack("yaml", "lambda is true, where a number")
+def a_truth_value_as_a_scale(place: Workplace) -> None:
+    text(place, "lambda: 0.5", "lambda: true")
+
+
+@attack("yaml", "density is 2; give a number above 0 and at most 1")
+def a_density_above_one(place: Workplace) -> None:
+    text(place, "density: 0.5", "density: 2")
+
+
+@attack("yaml", "density is -0.5; give a number above 0 and at most 1")
+def a_density_below_zero(place: Workplace) -> None:
+    """It would change nothing, and say nothing."""
+    text(place, "density: 0.5", "density: -0.5")
+
+
+@attack("yaml", "linear sum to 0")
+def weights_that_cancel(place: Workplace) -> None:
+    text(place, "merge_method: ties", "merge_method: linear")
+    text(place, "  density: 0.5\n  weight: 1.0\n  lambda: 0.5", "  weight: [{filter: x, value: 1}, {value: 0}]")
+
+
+@attack("yaml", "bytes, more than 200000")
+def a_gradient_of_200000_numbers(place: Workplace) -> None:
+    text(place, "lambda: 0.5", f"lambda: [{', '.join(['1'] * 200_000)}]")
+
+
+@attack("yaml", "a list of 2000 values")
+def a_gradient_of_2000_numbers(place: Workplace) -> None:
+    text(place, "lambda: 0.5", f"lambda: [{', '.join(['1'] * 2000)}]")
+
+
+@attack("yaml", "holds more than 100000 values")
+def a_thousand_million_laughs(place: Workplace) -> None:
+    """Nine lines of aliases that stand for 10^9 values."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)]
+    text(place, "merge_method", "\n".join(lines) + "\nmerge_method")
+
+
+@attack("yaml", "an alias stands inside of what it stands for")
+def an_alias_of_itself(place: Workplace) -> None:
+    text(place, "merge_method", "a: &a [*a]\nmerge_method")
+
+
+@attack("yaml", "nested more than 100 deep")
+def deep_yaml(place: Workplace) -> None:
+    text(place, "merge_method", f"a: {'[' * 5000}{']' * 5000}\nmerge_method")
+
+
+@attack("yaml", "nested more than 100 deep")
+def deep_yaml_by_indentation(place: Workplace) -> None:
+    text(place, "merge_method", f"a:\n  {'- ' * 5000}x\nmerge_method")
+
+
+@attack("yaml", "a number of 5000 digits")
+def a_yaml_number_of_5000_digits(place: Workplace) -> None:
+    text(place, "lambda: 0.5", f"lambda: {'9' * 5000}")
+
+
+@attack("yaml", "a value has no 'filters' (did you mean filter?)")
+def a_misspelt_filter(place: Workplace) -> None:
+    """The value would hold everywhere."""
+    text(place, "lambda: 0.5", "lambda: [{filters: mlp, value: 1}, {value: 0}]")
+
+
+@attack("yaml", "mergekit would ignore the unknown key 'colour'")
+def an_unknown_key_of_a_model(place: Workplace) -> None:
+    text(place, "- model:", "- colour: red\n  model:")
+
+
+@attack("yaml", "has 1500")
+def a_file_of_megabytes(place: Workplace) -> None:
+    text(place, "merge_method", "#" * 1_500_000 + "\nmerge_method")
+
+
+@attack("yaml", "")
+def a_model_with_a_name_of_5000_characters(place: Workplace) -> None:
+    text(place, str(place / "math"), "a" * 5000)

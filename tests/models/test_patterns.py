@@ -1,0 +1,59 @@
+"""Expressions of files match what Python's ``re`` says they match, as PEFT uses it; and they come to an end."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tvbases_hf.models.patterns import Patience, PatternError, check_pattern
+
+# As PEFT's users, unsloth and LLaMA-Factory write them.
+KNOWN = (
+    r".*\.(q_proj|v_proj)",
+    r"^(?!.*visual).*(?:q_proj|k_proj).*",
+    r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\.(?:up_proj))",
+    r"model\.layers\.([0-9]|1[0-9])\..*",
+    r"(.*\.)?(down_proj)$",
+    r"(.*\.)?(^model.layers.0.self_attn.q_proj)$",
+)
+NAMES = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.11.mlp.up_proj",
+    "model.visual.blocks.0.attn.q_proj",
+    "language_model.model.layers.3.mlp.down_proj",
+    "q_proj",
+    "",
+)
+PARTS = st.sampled_from(
+    ["a", "b", ".", ".*", "a+", "(a|b)", "[^b]", r"\.", "b?", "(?!b)", "(?:ab)*", "^", "$", "a{2}", r"\b"]
+)
+
+
+@pytest.mark.parametrize("pattern", KNOWN)
+@pytest.mark.parametrize("name", NAMES)
+def test_known_expressions_match_as_with_re(pattern: str, name: str) -> None:
+    assert Patience().fullmatch(pattern, name) == (re.fullmatch(pattern, name) is not None)
+    assert Patience().match(pattern, name) == (re.match(pattern, name) is not None)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.lists(PARTS, max_size=6).map("".join), st.text("ab.", max_size=8))
+def test_any_expression_matches_as_with_re(pattern: str, name: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error:
+        with pytest.raises(PatternError):
+            check_pattern(pattern)
+        return
+    assert Patience().fullmatch(pattern, name) == (re.fullmatch(pattern, name) is not None)
+
+
+def test_an_expression_that_takes_too_long_is_given_up_and_named() -> None:
+    patience = Patience(0.05)
+    with pytest.raises(PatternError, match="takes more than"):
+        for length in range(20, 2000, 20):
+            patience.fullmatch(r"(x+x+)+y", "x" * length)
+            patience.fullmatch(r"(?:(a)|(.))*?\2\1(?:(a)|(.))*?\2\1z", "ab" * length)
