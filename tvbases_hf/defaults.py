@@ -21,6 +21,8 @@ RANK = "energy:0.95"
 # Styles are mixed by one component of each; a pool of pairs would leave them whole.
 StyleComponent = Literal["unique", "shared", "full"]
 StylePool = Literal["joint", "iterative"]
+# Whose names a mixed file has.
+StyleLoader = Literal["diffusers", "comfy"]
 
 # What is negated, how much of the control has to stay, and the alphas that are tried (the papers' protocol). Toxicity
 # is what a task does not share with any single other task, so the pool is iterative where a task is forgotten.

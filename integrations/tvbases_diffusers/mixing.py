@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tvbases_hf.defaults import StyleLoader
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.methods.devec import THRESHOLD, Options, Pool, Side, Subspace
 from tvbases_hf.storage.run import track
@@ -153,9 +154,17 @@ class StyleMix:
             attach(self._pipe, self.adapter_name, self._schedule, lambda now: self._write({**self._scales, **now}))
         self._write(self._scales)
 
-    def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Write the mix, at the scales given, as a LoRA file that diffusers loads, its recipe in the header."""
+    def save(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        loader: StyleLoader = "diffusers",
+        family: str | None = None,
+    ) -> dict[str, Any]:
+        """Write the mix, at the scales given, as a LoRA file that the loader reads, its recipe in the header."""
         how: dict[str, Any] = {"parts": self._parts, "sources": self.sources, "dtype": dtype}
+        how |= {"loader": loader, "family": family}
         return write_mix(self._styles, self.recipe, self._scales, Path(path), **how)
 
     def unload(self) -> None:

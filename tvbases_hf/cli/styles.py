@@ -36,9 +36,7 @@ from .options import (
 def mix_styles(
     style: Annotated[
         list[str],
-        typer.Option(
-            "--style", help="A style's LoRA, in any of diffusers' formats; repeat.", metavar="NAME=PATH_OR_ID"
-        ),
+        typer.Option("--style", help="A style's LoRA, of any trainer; repeat.", metavar="NAME=PATH_OR_ID"),
     ],
     out: Annotated[Path, typer.Option("--out", help="The LoRA file to write.", metavar="FILE")],
     scale: Annotated[
@@ -61,6 +59,12 @@ def mix_styles(
     side: Side = "column",
     rank: Annotated[str | None, rank_option("the leading directions of a style that count; default: all.")] = None,
     dtype: Dtype = "auto",
+    loader: Annotated[
+        defaults.StyleLoader, typer.Option("--loader", help="Whose names the file has; comfy: ComfyUI's and kohya's.")
+    ] = "diffusers",
+    family: Annotated[
+        str | None, typer.Option(help="comfy: the model, where the styles' modules are those of several.")
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Also what is shared by block and by two styles.")] = False,
     grid: Annotated[
         Path | None, file_option("Also a picture: the plain sum against this mix; needs --pipeline.", "PNG")
@@ -90,6 +94,7 @@ def mix_styles(
     recipe = {"component": component, "shared_weight": shared_weight, "threshold": threshold}
     recipe |= {"subspace": subspace, "pool": pool, "side": side, "rank": rank}
     how = {"dtype": parse_dtype(dtype), "pairs": report or json is not None, "dry_run": dry_run}
+    how |= {"loader": loader, "family": family}
     found = mix_style_files(styles, out, scales=scales, **recipe, **how)
     if grid is not None and pipeline is not None and not dry_run:
         from tvbases_diffusers.grid import draw_grid

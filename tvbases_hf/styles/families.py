@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,13 +36,17 @@ class Modules:
         self._flat = {name.replace(".", "_"): name for name in self._shapes}
 
     def find(self, name: str) -> str | None:
-        pattern = self._pattern(name)
+        pattern, numbers = split_numbers(name) if self._depth else (name, [])
         found = pattern if pattern in self._shapes else self._flat.get(pattern)
-        if found is None:
-            return None
-        for number in self._numbers(name):
-            found = found.replace("#", number, 1)
-        return found
+        return None if found is None else with_numbers(found, numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, with # for the numbers of blocks that may be others."""
+        return iter(self._shapes)
+
+    def shape(self, name: str) -> Shape:
+        """[out, in] in the published model."""
+        return self._shapes[self._pattern(name)]
 
     def has_ratio(self, name: str, shape: Shape) -> bool:
         """Whether rows to columns are as in the published model, whose width may be another."""
@@ -53,10 +57,19 @@ class Modules:
         return self._pattern(name) in self._shapes
 
     def _pattern(self, name: str) -> str:
-        return BLOCK.sub(lambda found: f"{found[1] or found[3]}#", name) if self._depth else name
+        return split_numbers(name)[0] if self._depth else name
 
-    def _numbers(self, name: str) -> list[str]:
-        return [found[2] or found[4] for found in BLOCK.finditer(name)] if self._depth else []
+
+def split_numbers(name: str) -> tuple[str, list[str]]:
+    """A module's name with # for the numbers of blocks, and these."""
+    numbers = [found[2] or found[4] for found in BLOCK.finditer(name)]
+    return BLOCK.sub(lambda found: f"{found[1] or found[3]}#", name), numbers
+
+
+def with_numbers(pattern: str, numbers: Iterable[str]) -> str:
+    for number in numbers:
+        pattern = pattern.replace("#", number, 1)
+    return pattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +189,7 @@ def _family(name: str, loader: str, model: str, component: str = "transformer", 
     return Family(name, f"{loader}LoraLoaderMixin", {component: (model, options)})
 
 
-SDXL = {
+SDXL: dict[str, Any] = {
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -188,14 +201,13 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-HIDREAM = {"patch_size": 2, "caption_channels": (4096, 4096), "llama_layers": (0, 1)}
+WAN_IMAGE: dict[str, Any] = {"image_dim": 1280, "added_kv_proj_dim": 5120}
+HIDREAM: dict[str, Any] = {"patch_size": 2, "caption_channels": (4096, 4096), "llama_layers": (0, 1)}
 # Where a file's names do not tell which of two translations is meant, and its shapes neither, it is the earlier one's.
 FAMILIES = (
     _family("Stable Diffusion 1 and 2", "StableDiffusion", "UNet2DConditionModel", "unet", cross_attention_dim=768),
     _family("SDXL", "StableDiffusionXL", "UNet2DConditionModel", "unet", **SDXL),
     _family("AnimateDiff", "StableDiffusion", "UNetMotionModel", "unet", cross_attention_dim=768),
-    _family("ModelScope text to video", "StableDiffusion", "UNet3DConditionModel", "unet"),
-    _family("Kandinsky 3", "StableDiffusion", "Kandinsky3UNet", "unet"),
     _family("Flux.1", "Flux", "FluxTransformer2DModel", guidance_embeds=True),
     _family("Flux.2", "Flux2", "Flux2Transformer2DModel"),
     _family("Flux.3", "Flux3", "Flux3Transformer2DModel"),
@@ -203,7 +215,7 @@ FAMILIES = (
     _family("Qwen-Image", "QwenImage", "QwenImageTransformer2DModel"),
     _family("Qwen-Image 2.1", "QwenImage", "QwenImage21Transformer2DModel"),
     _family("Z-Image", "ZImage", "ZImageTransformer2DModel"),
-    _family("Wan", "Wan", "WanTransformer3DModel", image_dim=1280, added_kv_proj_dim=5120),
+    _family("Wan", "Wan", "WanTransformer3DModel", **WAN_IMAGE),
     _family("HunyuanVideo", "HunyuanVideo", "HunyuanVideoTransformer3DModel"),
     _family("LTX-Video", "LTXVideo", "LTXVideoTransformer3DModel"),
     _family("LTX-2", "LTX2", "LTX2VideoTransformer3DModel"),
@@ -221,14 +233,14 @@ FAMILIES = (
     _family("Bria FIBO 2", "BriaFibo2", "BriaFibo2Transformer2DModel"),
     _family("Kandinsky 5", "Kandinsky", "Kandinsky5Transformer3DModel"),
     _family("Amused", "Amused", "UVit2DModel"),
-    _family("Wan VACE", "Wan", "WanVACETransformer3DModel", vace_layers=(0,)),
-    _family("Wan Animate", "Wan", "WanAnimateTransformer3DModel"),
+    _family("Wan VACE", "Wan", "WanVACETransformer3DModel", vace_layers=(0,), **WAN_IMAGE),
+    _family("Wan Animate", "Wan", "WanAnimateTransformer3DModel", num_layers=40, **WAN_IMAGE),
     _family("Wan Animate 2", "Wan", "WanAnimate2Transformer3DModel"),
-    _family("ChronoEdit", "Wan", "ChronoEditTransformer3DModel", image_dim=1280, added_kv_proj_dim=5120),
-    _family("AnyFlow", "Wan", "AnyFlowTransformer3DModel"),
-    _family("AnyFlow FAR", "Wan", "AnyFlowFARTransformer3DModel"),
+    _family("ChronoEdit", "Wan", "ChronoEditTransformer3DModel", **WAN_IMAGE),
+    _family("AnyFlow", "Wan", "AnyFlowTransformer3DModel", image_dim=1280),
+    _family("AnyFlow FAR", "Wan", "AnyFlowFARTransformer3DModel", image_dim=1280),
     _family("SkyReels 2", "SkyReelsV2", "SkyReelsV2Transformer3DModel", image_dim=1280, added_kv_proj_dim=2048),
-    _family("Helios", "Helios", "HeliosTransformer3DModel"),
+    _family("Helios", "Helios", "HeliosTransformer3DModel", added_kv_proj_dim=5120),
     _family("HunyuanVideo 1.5", "HunyuanVideo", "HunyuanVideo15Transformer3DModel"),
     _family("FramePack", "HunyuanVideo", "HunyuanVideoFramepackTransformer3DModel", has_image_proj=True),
     _family("CogVideoX", "CogVideoX", "CogVideoXTransformer3DModel"),

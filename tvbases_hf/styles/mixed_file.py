@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import defaults
 from ..algebra.delta import LowRank
+from ..errors import ParameterError
 from ..methods.devec import Options
 from ..storage.checkpoint import TensorInfo
 from ..storage.json_files import parse_json
@@ -21,6 +22,7 @@ from ..storage.output import check_output_file, file_transaction, preview
 from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
 from ..version import library_version
+from .comfy_file import Matrix, all_infos, comfy_matrices, write_comfy
 from .lora_layers import BIAS, A, B
 from .lora_source import METADATA, name_styles
 from .mixing import Part, Recipe, Styles, combine, parse_scales, split
@@ -45,6 +47,8 @@ def mix_style_files(
     rank: str | float | None = None,
     dtype: torch.dtype | None = None,
     pairs: bool = False,
+    loader: defaults.StyleLoader = "diffusers",
+    family: str | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Mix style LoRAs into one LoRA file, and return the report. No model is loaded.
@@ -55,7 +59,7 @@ def mix_style_files(
         scales: of each style; 1 where none is given.
         component, shared_weight: see Recipe; threshold, subspace, pool, side, rank: see Options (rank is that of
             low-rank changes; None for all directions of a style).
-        dtype, pairs: see write_mix.
+        dtype, pairs, loader, family: see write_mix.
         dry_run: check everything and report what would be written.
 
     Raises ParameterError, CheckpointError, MismatchError or OutputError; nothing is written then.
@@ -67,8 +71,11 @@ def mix_style_files(
     opened = Styles.open(styles)
     if dry_run:
         infos = _all_infos(opened, numbers, dtype)
+        infos = all_infos(matrices, infos) if (matrices := _matrices(opened, loader, family)) else infos
         return preview(out, len(infos), sum(info.nbytes for info in infos.values()))
-    return write_mix(opened, recipe, numbers, Path(out), sources=styles, dtype=dtype, pairs=pairs)
+    return write_mix(
+        opened, recipe, numbers, Path(out), sources=styles, dtype=dtype, pairs=pairs, loader=loader, family=family
+    )
 
 
 def write_mix(
@@ -81,16 +88,21 @@ def write_mix(
     sources: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     pairs: bool = False,
+    loader: defaults.StyleLoader = "diffusers",
+    family: str | None = None,
 ) -> dict[str, Any]:
     """Write the mix, scales inside, and the recipe in the header; return the report.
 
     Memory is that of one weight, whatever the model, unless ``parts`` are at hand. ``dtype`` None: the narrowest that
-    holds the styles' own factors.
+    holds the styles' own factors. ``loader`` says whose names the file has: diffusers' or ComfyUI's, which diffusers
+    reads as well; ``family`` whose model it is for, where several have all modules and other names.
 
-    Raises OutputError for a file that is not ours, and ParameterError if nothing would be mixed; nothing is written.
+    Raises OutputError for a file that is not ours, and ParameterError if nothing would be mixed or the model has no
+    names in ComfyUI; nothing is written.
     """
     stored, ranks, biased = _stored(styles, dtype), _ranks(styles, scales), _biased(styles)
     infos = _all_infos(styles, scales, dtype)
+    matrices = _matrices(styles, loader, family)
     counted = Tally(styles, recipe, pairs)
     header = {RECIPE: json.dumps(recipe_header(recipe, scales, sources)), METADATA: json.dumps(lora_metadata(ranks))}
     with file_transaction(out, is_mix, sum(info.nbytes for info in infos.values())) as file:
@@ -104,8 +116,20 @@ def write_mix(
             if place.component in biased:
                 files.write(_name(place, BIAS), bias(part, scales).to(stored))
         found = counted.report() | {"scales": dict(scales), "out": str(out), "dtype": str(stored).split(".")[-1]}
-        (file.parent / f"{file.stem}.safetensors").rename(file)
+        written = file.parent / f"{file.stem}.safetensors"
+        if matrices:
+            written = write_comfy(written, file.with_name(f"{file.stem}-comfy.safetensors"), matrices, header)
+        written.rename(file)
     return found | {"bytes": out.expanduser().stat().st_size}
+
+
+def _matrices(styles: Styles, loader: str, family: str | None) -> tuple[Matrix, ...]:
+    """Of ComfyUI; none for diffusers."""
+    if loader not in get_args(defaults.StyleLoader):
+        raise ParameterError(f"unknown loader {loader!r}; choose one of {', '.join(get_args(defaults.StyleLoader))}")
+    if family is not None and loader != "comfy":
+        raise ParameterError("family goes with the loader comfy: diffusers' names are those of every family")
+    return comfy_matrices(styles.places, family) if loader == "comfy" else ()
 
 
 def factors(place: Place, change: LowRank, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .families import Family, Modules
 from .lora_names import PREFIXES, Alphas, Pair, Parts, find_alphas, find_pairs, find_parts, square_of
-from .original_names import original_modules
+from .original_names import find_original, original_modules
 
 # What trainers write in front of a module of the model that denoises, and of a text encoder.
 MODEL_PREFIXES = (
@@ -38,7 +38,9 @@ TEXT_PREFIXES = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
 }
 KOHYA_TEXT = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-UNET_NAMES = re.compile(r"(down|up)[._]blocks|mid[._]block|(input|output)[._]blocks|middle[._]block")
+UNET_NAMES = re.compile(
+    r"^unet\.|(down|up)[._]blocks|mid[._]block|(input|output)[._]blocks|middle[._]block|(^|[._])conv_(in|out)"
+)
 # Both sides are the same float32 numbers, multiplied by alpha / rank; what is lost must show.
 CONSERVED = 1e-6
 # What diffusers' converters raise for names and shapes that are not theirs.
@@ -135,10 +137,13 @@ def _spelled_anew(family: Family, pairs: Mapping[str, Pair], label: str, state: 
 
 
 def find_module(name: str, family: Family) -> str | None:
-    """A family's component and module that a name means, or None."""
+    """A family's component and module that a name means, diffusers' own or its makers', or None."""
     for prefix, component in (*TEXT_PREFIXES.items(), *((p, family.component) for p in MODEL_PREFIXES)):
         known = family.modules(component) if name.startswith(prefix) else None
-        found = known.find(name.removeprefix(prefix)) if known is not None else None
+        if known is None:
+            continue
+        rest = name.removeprefix(prefix)
+        found = known.find(rest) or (find_original(family.name, rest) if component == family.component else None)
         if found is not None:
             return f"{component}.{found}"
     return None
