@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tvbases_hf.defaults import ALPHAS, KEEP, NUM_BASES
+from tvbases_hf.defaults import ALPHAS, KEEP, NUM_BASES, Host
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.learning.coefficients import Metrics
 from tvbases_hf.learning.directions import (
@@ -22,7 +22,8 @@ from tvbases_hf.learning.directions import (
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.learning.negation import Negation, negate
 from tvbases_hf.merging.changes import Edit
-from tvbases_hf.merging.write import is_checkpoint_of_ours, write
+from tvbases_hf.merging.fit import Limits
+from tvbases_hf.merging.write import check_adapter, is_checkpoint_of_ours, write
 from tvbases_hf.methods.devec import Options
 from tvbases_hf.models.gram import gram_matrix
 from tvbases_hf.models.lora_files import is_adapter_directory
@@ -42,7 +43,8 @@ class Forgetting:
     """What is forgotten, and how: ``component`` is negated, by ``alpha`` or by the largest that the control allows.
 
     ``curve`` measures all of ``alphas``, for every component. ``options`` are those of the unique component,
-    ``num_bases`` and ``even_errors`` of the reconstructed one, ``adapter`` writes an adapter of adapters.
+    ``num_bases`` and ``even_errors`` of the reconstructed one, ``adapter`` writes an adapter of adapters, of
+    ``equal_rank`` and such as ``host`` loads.
     """
 
     task: str
@@ -55,6 +57,13 @@ class Forgetting:
     num_bases: float = NUM_BASES
     even_errors: bool = False
     adapter: bool = False
+    equal_rank: bool = False
+    host: Host | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """Of the adapter that is written."""
+        return Limits(equal_rank=self.equal_rank, host=self.host)
 
     def components(self, vectors: Vectors) -> tuple[str, ...]:
         """Those whose curves are wanted."""
@@ -110,8 +119,9 @@ def negate_task(
             report["warnings"] = [f"{request.component}: {chosen.summary()}"]
     assert alpha is not None
     note = f"{task} forgotten, {request.component}, {alpha:g}"
-    write(Edit.of(vectors, found[request.component], note, -alpha), out, as_adapter=request.adapter)
-    return report | {"alpha": alpha, "out": str(out)}
+    edit = Edit.of(vectors, found[request.component], note, -alpha)
+    written = write(edit, out, as_adapter=request.adapter, limits=request.limits)
+    return report | {"alpha": alpha, "out": str(out), "loading": written.get("loading", [])}
 
 
 def _check(vectors: Vectors, request: Forgetting, out: Path, plan: Plan | None) -> None:
@@ -125,6 +135,10 @@ def _check(vectors: Vectors, request: Forgetting, out: Path, plan: Plan | None) 
         raise ParameterError(
             "only adapters can be negated as an adapter, and a task here is a full checkpoint; leave --adapter out"
         )
+    if (request.equal_rank or request.host) and not request.adapter:
+        raise ParameterError("--equal-rank and --for are of an adapter; add --adapter, or leave them out")
+    if request.host:
+        check_adapter(vectors, request.limits)
     check_output(out, is_adapter_directory if request.adapter else is_checkpoint_of_ours)
 
 

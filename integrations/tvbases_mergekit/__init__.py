@@ -10,7 +10,7 @@ from .registration import register
 if TYPE_CHECKING:
     import torch
 
-    from tvbases_hf.defaults import ExtraRows
+    from tvbases_hf.defaults import ExtraRows, Host
 
 
 def merge(
@@ -23,6 +23,8 @@ def merge(
     seed: int = 0,
     extra_rows: ExtraRows | None = None,
     device: str | torch.device = "cpu",
+    equal_rank: bool = False,
+    host: Host | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """A mergekit YAML, executed on the changes of weights: no model is built, adapters stay adapters.
@@ -33,6 +35,8 @@ def merge(
         seed: of methods that draw at random, such as dare_ties.
         extra_rows: of vocabularies of other lengths: drop (the common rows), keep (those of the longest); None
             refuses them.
+        equal_rank: of an adapter: one rank in all modules, padded with zeros.
+        host: what will load the adapter (vllm, llama.cpp, diffusers, peft); what it cannot read is refused.
         dry_run: check everything and report what would be written.
 
     Raises:
@@ -43,7 +47,9 @@ def merge(
     from .native import Request
     from .native import merge as run
 
-    return run(Path(config), Path(out), Request(adapter, rank, dtype, seed, extra_rows, device, dry_run))
+    return run(
+        Path(config), Path(out), Request(adapter, rank, dtype, seed, extra_rows, device, dry_run, equal_rank, host)
+    )
 
 
 __all__ = ["merge", "register"]

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tvbases_hf.algebra.delta import Delta, Dense
 from tvbases_hf.algebra.rank import RankRule
-from tvbases_hf.defaults import ExtraRows
+from tvbases_hf.defaults import ExtraRows, Host
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Limits
 from tvbases_hf.merging.merge import Merge, is_merge
-from tvbases_hf.merging.write import is_checkpoint_of_ours, write
+from tvbases_hf.merging.write import check_adapter, is_checkpoint_of_ours, write
 from tvbases_hf.storage import run
 from tvbases_hf.storage.output import check_output, preview
 
@@ -48,14 +48,23 @@ class Request:
     extra_rows: ExtraRows | None = None
     device: str | torch.device = "cpu"
     dry_run: bool = False
+    equal_rank: bool = False
+    host: Host | None = None
 
     def __post_init__(self) -> None:
+        if (self.equal_rank or self.host) and not self.adapter:
+            raise ParameterError("--equal-rank and --for are of a merged adapter; add --adapter, or leave them out")
         if self.rank is not None and not self.adapter:
             raise ParameterError("--rank is that of a merged adapter; add --adapter, or leave --rank out")
         if self.adapter and str(self.device) != "cpu":
             raise ParameterError("--device is of merges into a checkpoint; factors of adapters are small: leave it out")
         if self.adapter and run.current().memory is not None:
             raise ParameterError("--memory is kept by merges into a checkpoint; an adapter is held whole: leave it out")
+
+    def limits(self, dtype: torch.dtype) -> Limits:
+        """Of the adapter that is written, its factors in ``dtype``."""
+        rank = None if self.rank is None else RankRule.parse(self.rank)
+        return Limits(rank, dtype, self.equal_rank, self.host)
 
 
 def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]:
@@ -66,7 +75,7 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
     """
     place = run.find_device(request.device) if isinstance(request.device, str) else request.device
     check_output(out, is_merge if request.adapter else is_checkpoint_of_ours)
-    rank = None if request.rank is None else RankRule.parse(request.rank)
+    limits = request.limits(torch.float32)
     config = read_config(file)
     method = find_method(config.merge_method)
     _check_supported(config, request.adapter)
@@ -74,12 +83,14 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
     dtype = request.dtype or _dtype(config)
     with reported():
         inputs = open_inputs(config, out, place, request.extra_rows)
+        if request.adapter and request.host:
+            check_adapter(inputs.vectors, limits)
         if request.dry_run:
             return _preview(config, method, inputs, out, request.adapter, dtype)
         planned = plan(config, method, inputs, file.read_text(encoding="utf-8"), request)
         if request.adapter:
             _check_adapter(planned, inputs)
-            return write(planned, out, as_adapter=True, limits=Limits(rank, dtype or torch.float32))
+            return write(planned, out, as_adapter=True, limits=request.limits(dtype or torch.float32))
         return write(planned, out, dtype=dtype)
 
 

@@ -19,6 +19,7 @@ from tvbases_hf import defaults
 from tvbases_hf.cli import app
 from tvbases_hf.cli.planning import PASSES, plan
 from tvbases_hf.learning.directions import FORGETTING
+from tvbases_hf.merging.extract import extract
 from tvbases_hf.methods.devec import Options
 from tvbases_hf.styles.mixed_file import mix_style_files
 from tvbases_hf.theory.inspection import inspect as examine
@@ -53,9 +54,9 @@ MEANINGS = {
 # compress and the commands that came of it declare their options in their own words; see there.
 ELSEWHERE = {"compress", "online"}
 # Every command that reads or writes the bytes of models here, and what it has to offer.
-READERS = {"inspect", "decompose", "merge", "negate", "mix-styles", "evaluate", "plan", "compress"}
-WRITERS = {"decompose", "merge", "negate", "mix-styles"}
-STREAMED = {"inspect", "merge", "negate", "compress"}
+READERS = {"inspect", "decompose", "merge", "negate", "mix-styles", "evaluate", "plan", "compress", "extract"}
+WRITERS = {"decompose", "extract", "merge", "negate", "mix-styles"}
+STREAMED = {"extract", "inspect", "merge", "negate", "compress"}
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -126,6 +127,7 @@ def test_commands_that_read_models_can_be_quiet_and_report_and_those_that_write_
 CALLS: dict[str, tuple[Callable[..., Any] | type, ...]] = {
     "inspect": (examine,),
     "decompose": (Options,),
+    "extract": (extract,),
     "negate": (Forgetting, Plan),
     "evaluate": (evaluate_model, Plan),
     "merge": (merge,),
@@ -181,6 +183,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be_written(pair: Family, t
     out, file = tmp_path / "out", tmp_path / "report.json"
     jobs: dict[str, list[object]] = {
         "decompose": ["decompose", *inputs(pair), "--out", out, "--rank", "4"],
+        "extract": ["extract", *inputs(pair), "--out", out, "--rank", "4"],
         "negate": ["negate", *inputs(pair), "--forget", "math", "--alpha", 1, "--out", out],
         "merge": ["merge", config, out],
         "mix-styles": ["mix-styles", *styles, "--out", out],

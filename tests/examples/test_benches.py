@@ -204,3 +204,15 @@ def test_bench_of_layers_counts_all_matrices_of_a_model(bench: ModuleType) -> No
         norms = sum(size[0] for size in shape.tensors().values() if len(size) == 1)
         assert numbers + norms == parameters  # of the published models
     assert bench.matrices(bench.LLAMA_8B)["embedding"] == (128_256, 4096, 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("bench", ["extract"], indirect=True)
+def test_bench_of_extraction_compares_the_errors_of_both_programs(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "QUICK", bench.Shape(64, 128, 1, key_value=64, vocabulary=512))
+    rows = bench.main(["--quick", "--rank", "4", "--workdir", str(tmp_path), "--json", str(tmp_path / "x.json")])
+    assert [row["program"] for row in rows] == ["mergekit-extract-lora", "tvbases extract"]
+    assert all(row["least"] <= row["error"] < 1.05 * row["least"] for row in rows)
+    assert json.loads((tmp_path / "x.json").read_text()) == rows and "ours over theirs" in capsys.readouterr().out

@@ -151,7 +151,7 @@ def test_ranks_that_a_rule_or_a_budget_chooses(pairs: Callable[[str], Pair], tmp
     energy = run_with("energy", rank="energy:0.9", save="none")
     assert set(energy["ranks"]) <= {1, 2, 3} and len(energy["ranks"]) > 1
     pattern = config_of(tmp_path / "energy" / "t")["rank_pattern"]
-    assert pattern and any("--equal-rank" in note for note in energy["notes"])
+    assert pattern and any("--equal-rank" in note for note in energy["loading"])
     small, large = run_with("small", budget=0.3), run_with("large", budget=0.5)
     whole = sum(tensor.nbytes for tensor in load_file(pair.tuned / "model.safetensors").values())
     assert small["bytes"] <= 0.3 * whole and large["bytes"] <= 0.5 * whole
@@ -170,7 +170,7 @@ def test_equal_ranks_need_no_pattern_and_make_the_same_change(
     found = extract(pair.base, {"t": pair.tuned}, tmp_path / "even", **how, equal_rank=True)["tasks"]["t"]
     config, (rank,) = config_of(adapter), found["ranks"]
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (rank, rank, {}, {})
-    assert not found["notes"]
+    assert not found["loading"]
     if "rank" in how:
         extract(pair.base, {"t": pair.tuned}, tmp_path / "own", **how)
         same = pair.logits(pair.adapted(tmp_path / "own" / "t"))

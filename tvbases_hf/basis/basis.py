@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from .. import defaults
 from ..algebra.delta import Delta, dense, pieces
 from ..algebra.rank import RankRule
 from ..algebra.sums import total
@@ -57,6 +58,8 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         alpha: float = 1.0,
         dtype: torch.dtype | None = None,
         gram: Gram | None = None,
+        equal_rank: bool = False,
+        host: defaults.Host | None = None,
         **options: Any,
     ) -> Self:
         """M bases of the task vectors, or the task vectors truncated; of adapters a LoraBasis.
@@ -72,12 +75,13 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
                 tasks in about one's bytes.
             dtype: what the vectors are stored in; None for each base tensor's own (adapters: theirs).
             gram: from ``gram_matrix(vectors)``, if it has been computed already.
+            equal_rank, host: of adapters, see Request.
             options: of the method, for example ``balance=False``; see ``ae_bases``. Adapters have ``normalize``, true
                 by default. ``inner`` of ``cluster`` may also be a merging method, followed by its options.
 
         Raises ParameterError for an unknown method or option, a bad value, and what does not go together.
         """
-        request = Request(method, num_bases, budget, rank, alpha, options)
+        request = Request(method, num_bases, budget, rank, alpha, options, equal_rank, host)
         return cls._of(*build(vectors, request, dtype=dtype, gram=gram))
 
     @property

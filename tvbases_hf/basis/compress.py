@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 
+from .. import defaults
 from ..algebra.rank import RankRule
 from ..bases import CONSTRUCTIONS
 from ..defaults import ExtraRows
 from ..errors import ParameterError
+from ..models.adapter import Adapter
 from ..models.gram import gram_matrix
+from ..models.hosts import check_foreseen, host_notes
+from ..models.lora_files import Template
 from ..models.vectors import Vectors
 from ..storage.output import check_output, preview
 from ..storage.run import current
 from .basis import Basis
 from .info import is_basis_directory
+from .lora import LoraBasis
 from .report import compression
 from .request import Request
 
@@ -35,6 +40,8 @@ def compress(
     dtype: torch.dtype | None = None,
     extra_rows: ExtraRows | None = None,
     device: str = "cpu",
+    equal_rank: bool = False,
+    host: defaults.Host | None = None,
     dry_run: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -51,20 +58,27 @@ def compress(
     """
     check_output(out, is_basis_directory)
     vectors = Vectors.open(base, tasks, device=device, extra_rows=extra_rows, rows_of_base=True)
-    asked = Request(method, num_bases, budget, rank, alpha, options)
+    asked = Request(method, num_bases, budget, rank, alpha, options, equal_rank, host)
     request = asked.resolved(vectors.are_adapters, len(vectors))
     _check_run(vectors, request)
     if dry_run:
         return preview(out, *_size(vectors, request, dtype)) | {"warnings": vectors.coverage.notes()}
     gram = gram_matrix(vectors)
     how: dict[str, Any] = {"method": method, "budget": budget, "rank": rank, "alpha": alpha, **options}
+    how |= {"equal_rank": equal_rank, "host": host}
     Basis.build(vectors, num_bases, dtype=dtype, gram=gram, **how).save_pretrained(out)
-    found = compression(Basis.from_pretrained(out), vectors, gram, Path(out))
+    basis = Basis.from_pretrained(out)
+    found = compression(basis, vectors, gram, Path(out))
+    if isinstance(basis, LoraBasis):
+        found["loading"] = host_notes(host, basis.source.config)
     return {**found, "warnings": list(dict.fromkeys([*vectors.coverage.notes(), *gram.warnings()]))}
 
 
 def _check_run(vectors: Vectors, request: Request) -> None:
-    """Adapters and full checkpoints are not read in the same way."""
+    """Adapters and full checkpoints are not read in the same way, and what loads adapters cannot read all of them."""
+    adapters = [model for model in vectors.models.values() if isinstance(model, Adapter)]
+    if adapters and vectors.are_adapters:
+        check_foreseen(request.host, adapters, Template.of(adapters, vectors.base.label), None)
     if vectors.are_adapters and vectors.device.type != "cpu":
         raise ParameterError("a device is for full checkpoints; factors of adapters are small: leave it out")
     streamed = request.method in CONSTRUCTIONS and not (vectors.are_adapters or request.merges_clusters)

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from .. import defaults
 from .adapters.lora_vectors import LoraVectors
 from .adapters.task import TaskAdapter, task_adapter
 from .adapters.verdict import adapter_card
@@ -36,15 +37,29 @@ class LoraBasis(Basis):
         """The stored factors, for what puts them on a model."""
         return self._source
 
-    def adapter(self, task: str, *, alpha: float = 1.0, base: str | Path | None = None) -> TaskAdapter:
-        """alpha * tau_hat of one task as a LoRA of its own. ``base`` is read for DoRA and for saved modules only."""
+    def adapter(
+        self,
+        task: str,
+        *,
+        alpha: float = 1.0,
+        base: str | Path | None = None,
+        equal_rank: bool = False,
+        host: defaults.Host | None = None,
+    ) -> TaskAdapter:
+        """alpha * tau_hat of one task as a LoRA of its own. ``base`` is read for DoRA and for saved modules only.
+
+        Args:
+            equal_rank: one rank in all modules, padded with zeros.
+            host: what will load it (vllm, llama.cpp, diffusers, peft). ParameterError for what that cannot read.
+        """
         self.info.index(task)
         model = self._base(base)
-        return task_adapter(self.info, self._source, task, lambda name: self.terms(task, name, model), alpha, model)
+        terms = lambda name: self.terms(task, name, model)  # noqa: E731
+        return task_adapter(self.info, self._source, task, terms, alpha, model, equal_rank, host)
 
-    def negate(self, task: str, alpha: float, *, base: str | Path | None = None) -> TaskAdapter:
-        """The LoRA that forgets a task: theta_0 - alpha * tau_hat."""
-        return self.adapter(task, alpha=-alpha, base=base)
+    def negate(self, task: str, alpha: float, **how: Any) -> TaskAdapter:
+        """The LoRA that forgets a task: theta_0 - alpha * tau_hat; ``how`` as in ``adapter``."""
+        return self.adapter(task, alpha=-alpha, **how)
 
     def attach(self, model: Any, task: str | None = None, *, adapter_name: str | None = None) -> Any:
         """All vectors as one LoRA of a transformers (or PEFT) model, set to ``task``; None for their sum, times alpha.

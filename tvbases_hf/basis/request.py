@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .. import defaults
 from ..algebra.rank import RankRule
 from ..bases import CONSTRUCTIONS
 from ..bases.weights import resolve_num_bases
@@ -54,6 +55,7 @@ class Request:
         budget: share of the task vectors' bytes to use: ``tsv``, and any method of adapters.
         rank: instead of a budget, a rank rule for every matrix (of adapters: of every basis vector).
         alpha: of adapters: the directory loads in PEFT as base + alpha * sum of the basis vectors.
+        equal_rank, host: of adapters: one rank in all modules of the directory; what will load it (models.hosts).
         options: of the method; ``inner`` of ``cluster`` may also be a merging method, followed by its options.
     """
 
@@ -63,6 +65,8 @@ class Request:
     rank: str | float | RankRule | None = None
     alpha: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    equal_rank: bool = False
+    host: defaults.Host | None = None
 
     @property
     def merges_clusters(self) -> bool:
@@ -120,6 +124,8 @@ class Request:
             raise ParameterError(f"budget is a share of the models' bytes, between 0 and 1; got {self.budget}")
         if not adapters and self.alpha != 1:
             raise ParameterError("alpha is for adapters only, and these are full checkpoints; leave it out")
+        if not adapters and (self.equal_rank or self.host):
+            raise ParameterError("equal_rank and host are of adapters, and these are full checkpoints; leave them out")
         if not self.alpha or not abs(self.alpha) < float("inf"):
             raise ParameterError(f"alpha is the weight of the merged adapter, a number other than 0; got {self.alpha}")
 

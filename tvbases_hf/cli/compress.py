@@ -15,7 +15,9 @@ from .options import (
     Device,
     DryRun,
     Dtype,
+    EqualRank,
     ExtraRows,
+    Host,
     Json,
     Memory,
     Out,
@@ -79,6 +81,8 @@ def compress(
         typer.Option(help="Share of the models' bytes to keep: tsv, and any method of adapters. Default: 0.5."),
     ] = None,
     alpha: Annotated[float, scale_option("adapters: PEFT loads the directory as base + alpha * sum.")] = 1.0,
+    equal_rank: EqualRank = False,
+    host: Host = None,
     dtype: Dtype = "auto",
     extra_rows: ExtraRows = None,
     device: Device = "cpu",
@@ -103,6 +107,7 @@ def compress(
     if "target_weights" in options:
         options["target_weights"] = parse_weights(options["target_weights"], tasks)
     sizes: dict[str, Any] = {"num_bases": num_bases, "budget": budget, "rank": rank, "alpha": alpha}
+    sizes |= {"equal_rank": equal_rank, "host": host}
     where: dict[str, Any] = {"dtype": parse_dtype(dtype), "device": device, "dry_run": dry_run}
     found = run(base, tasks, out, extra_rows=extra_rows, **sizes, **where, **options)
     tell(found, print_compression, json)

@@ -14,7 +14,9 @@ from .options import (
     Device,
     DryRun,
     Dtype,
+    EqualRank,
     ExtraRows,
+    Host,
     Json,
     Memory,
     Quiet,
@@ -57,6 +59,8 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The directory to write.", metavar="OUT")],
     adapter: AdapterOut = False,
     rank: Annotated[str | None, rank_option("what is kept of a merged adapter; default: nothing is cut.")] = None,
+    equal_rank: EqualRank = False,
+    host: Host = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     extra_rows: ExtraRows = None,
@@ -78,7 +82,8 @@ def merge(
     from .tables import print_merge
 
     how: dict[str, Any] = {"dtype": parse_dtype(dtype), "seed": seed, "extra_rows": extra_rows, "device": device}
-    found = run(config, out, adapter=adapter, rank=rank, dry_run=dry_run, **how)
+    how |= {"equal_rank": equal_rank, "host": host, "dry_run": dry_run}
+    found = run(config, out, adapter=adapter, rank=rank, **how)
     tell(found, print_merge, json)
 
 

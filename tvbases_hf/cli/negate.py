@@ -25,7 +25,9 @@ from .options import (
     AdapterOut,
     Base,
     DryRun,
+    EqualRank,
     ExtraRows,
+    Host,
     Json,
     Memory,
     NumBases,
@@ -75,6 +77,8 @@ def negate(
     ] = False,
     plot: Annotated[Path | None, file_option("Draw target against control over alpha; needs --curve.", "PNG")] = None,
     adapter: AdapterOut = False,
+    equal_rank: EqualRank = False,
+    host: Host = None,
     threshold: Threshold = defaults.THRESHOLD,
     subspace: Subspace = "chain",
     pool: Annotated[
@@ -127,6 +131,7 @@ def negate(
     warn(vectors.coverage.notes())
     how: dict[str, Any] = {"component": component, "alpha": alpha, "alphas": tried, "keep": keep, "curve": curve}
     how |= {"options": options, "num_bases": num_bases, "even_errors": even_errors, "adapter": adapter}
+    how |= {"equal_rank": equal_rank, "host": host}
     found = negate_task(vectors, forget, out, plan, device=device, dry_run=dry_run, **how)
     if plot and "curves" in found:
         from tvbases_lm_eval.plots import plot_negations
@@ -137,11 +142,13 @@ def negate(
 
 def _show(found: dict[str, Any], console: Any) -> None:
     from ..learning.negation import Negation
+    from .tables import print_loading
 
     for name, negation in found.get("curves", {}).items():
         console.print(f"{name}: {Negation.from_json(negation).summary()}", highlight=False)
     what = f"{found['alpha']:g} * {found['component']} of {found['forget']}"
     console.print(f"{found['out']}: {found['base']} - {what}", highlight=False)
+    print_loading(found, console)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -161,6 +161,7 @@ def print_adapter_compression(found: dict[str, Any], console: Console) -> None:
         f"{readable_size(found['bytes'] / len(found['tasks']))} a task; the adapters: "
         f"{readable_size(found['bytes_of_task_vectors'])} ({found['bytes'] / found['bytes_of_task_vectors']:.1%})"
     )
+    print_loading(found, console)
 
 
 def _headline(found: dict[str, Any]) -> str:
@@ -197,6 +198,13 @@ def print_merge(found: dict[str, Any], console: Console) -> None:
         for group, error in errors.items():
             table.add_row(group, f"{error:.3%}")
         console.print(table)
+    print_loading(found, console)
+
+
+def print_loading(found: Mapping[str, Any], console: Console) -> None:
+    """What a user should know who loads the adapter that was written."""
+    for note in found.get("loading", ()):
+        console.print(f"to load it: {note}", highlight=False)
 
 
 def print_extraction(found: dict[str, Any], console: Console) -> None:
@@ -218,6 +226,7 @@ def print_extraction(found: dict[str, Any], console: Console) -> None:
     dtypes = sorted({dtype for kept in found["tasks"].values() for dtype in kept["dtypes"]})
     count = _count(len(found["tasks"]), "LoRA", "LoRAs")
     console.print(f"{found['out']}: {count} over {found['base']}, in {', '.join(dtypes)}", highlight=False)
+    print_loading(found, console)
 
 
 def print_preview(found: Mapping[str, Any], console: Console) -> None:

@@ -76,6 +76,7 @@ def extract(
         plans = [(job, *job.survey(work / job.task)) for job in jobs]
         found = {job.task: job.write(work / job.task, contents, squares) for job, contents, squares in plans}
         report = {"out": str(out), "base": opened.label, "rank_rule": str(size), "save": save, "tasks": found}
+        report["loading"] = [f'"{task}": {note}' for task, kept in found.items() for note in kept["loading"]]
         for task, kept in found.items():
             (work / task / "README.md").write_text(_card(task, opened.label, kept), encoding="utf-8")
         _leave_marker(work, report)

@@ -267,7 +267,7 @@ class Extraction:
         self, contents: Contents, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], errors: Sequence[float]
     ) -> dict[str, Any]:
         left = contents.left
-        notes = [f'"{self.task}": {note}' for note in host_notes(self.target.host, config)]
+        notes = []
         if left:
             notes.append(
                 f'"{self.task}": {len(left)} tensors that change are left as the base has them (first: {left[0]}): '
@@ -283,6 +283,7 @@ class Extraction:
             "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}),
             "bytes": sum(info.nbytes for info in infos.values()),
             "bytes_of_fine_tune": self.model.nbytes,
+            "loading": host_notes(self.target.host, config),
             "notes": notes,
         }
 

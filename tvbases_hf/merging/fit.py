@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import defaults
 from ..algebra.delta import Delta, Dense, LowRank, dense, low_parts, square_distance
 from ..algebra.rank import RankRule
 from ..algebra.svd import svd
+from ..models.adapter import Adapter
+from ..models.hosts import check_foreseen, fitted
 from ..models.lora_files import Template, nonzero
 from ..models.positions import in_order
 from ..storage.checkpoint import Checkpoint
@@ -20,11 +24,14 @@ from ..storage.checkpoint import Checkpoint
 class Limits:
     """``rank`` None: as many components as the inputs have together, and all where one of them is dense.
 
-    ``dtype``: of the stored factors.
+    ``dtype``: of the stored factors. ``equal_rank``: one rank in all modules, padded with zeros. ``host``: what will
+    load the adapter; see models.hosts.
     """
 
     rank: RankRule | None = None
     dtype: torch.dtype = torch.float32
+    equal_rank: bool = False
+    host: defaults.Host | None = None
 
     def fit(self, name: str, change: Delta, inputs: Sequence[Delta], base: Checkpoint, template: Template) -> Delta:
         """The change as an adapter will store it: factors where the template has factors, else a saved tensor."""
@@ -34,6 +41,16 @@ class Limits:
             return change
         tensor = base.read(name)
         return Dense((tensor.to(torch.float64) + dense(change).reshape(tensor.shape)).to(tensor.dtype), tensor)
+
+    def check(self, adapters: Sequence[Adapter], template: Template) -> None:
+        """Raises ParameterError where the host could not load what is made of the adapters, as far as that is known."""
+        check_foreseen(self.host, adapters, template, self.rank)
+
+    def finished(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """An adapter as it is written. Raises ParameterError for one that the host cannot load."""
+        return fitted(tensors, config, self.equal_rank, self.host)
 
     def _truncated(self, change: Delta, inputs: Sequence[Delta]) -> Delta:
         if change.low is not None:

@@ -13,9 +13,11 @@ from torch import Tensor
 from ..algebra.delta import Delta, low_parts
 from ..errors import ParameterError
 from ..models.adapter import Adapter
+from ..models.hosts import host_notes
 from ..models.lora_files import Template, adapter_tensors, is_adapter_directory, write_adapter
 from ..models.positions import groups_of
 from ..models.travel import beside
+from ..models.vectors import Vectors
 from ..storage.model import is_edited_model, stream_model
 from ..storage.output import transaction
 from ..storage.run import track
@@ -39,7 +41,8 @@ def write(
 
     Args:
         changes: a merge, an edit, or what a method that learns from data has made.
-        limits: of a merged adapter: its rank, and the dtype of its factors. An edit is written as it is.
+        limits: of an adapter: its rank and the dtype of its factors (not of an edit's, which is written as it is), and
+            what will load it.
         dtype: of a checkpoint; None for each tensor's own.
 
     Raises:
@@ -47,11 +50,30 @@ def write(
         OutputError: ``out`` is not ours, or the disk is full.
         TvbasesError: whatever a merging method or an input has against a weight. Nothing is written then.
     """
-    out = Path(out)
+    out, limits = Path(out), limits or Limits()
     if isinstance(changes, Edit):
-        return _edited_adapter(changes, out) if as_adapter else _edited_checkpoint(changes, out, dtype)
+        return _edited_adapter(changes, out, limits) if as_adapter else _edited_checkpoint(changes, out, dtype)
     merge = changes if isinstance(changes, Merge) else Merge.of(changes)
-    return _merged_adapter(merge, out, limits or Limits()) if as_adapter else _merged_checkpoint(merge, out, dtype)
+    return _merged_adapter(merge, out, limits) if as_adapter else _merged_checkpoint(merge, out, dtype)
+
+
+def check_adapter(vectors: Vectors, limits: Limits) -> Template:
+    """Where the factors of an adapter of these vectors go.
+
+    Raises ParameterError for full checkpoints, and for what the host of ``limits`` cannot load, as far as it is known.
+    """
+    adapters = {task: model for task, model in vectors.models.items() if isinstance(model, Adapter)}
+    others = [task for task in vectors.tasks if task not in adapters]
+    if others:
+        raise ParameterError(
+            f'{len(others)} of {len(vectors)} models are full checkpoints (first: "{others[0]}"), whose change no '
+            "adapter holds; write a checkpoint (leave --adapter out)"
+        )
+    named = {adapter.base_id for adapter in adapters.values()}
+    base_id = (named.pop() if len(named) == 1 else "") or vectors.base.label
+    template = Template.of(list(adapters.values()), base_id)
+    limits.check(list(adapters.values()), template)
+    return template
 
 
 def is_checkpoint_of_ours(directory: Path) -> bool:
@@ -73,7 +95,7 @@ def _merged_checkpoint(merge: Merge, out: Path, dtype: torch.dtype | None) -> di
 
 
 def _merged_adapter(merge: Merge, out: Path, limits: Limits) -> dict[str, Any]:
-    base, template = merge.base, _template(merge)
+    base, template = merge.base, check_adapter(merge.vectors, limits)
     changes: dict[str, Delta] = {}
     errors = Errors(groups_of(base.tensors))
     with transaction(out, is_merge) as work:
@@ -82,7 +104,7 @@ def _merged_adapter(merge: Merge, out: Path, limits: Limits) -> dict[str, Any]:
             change = merge.combine(name, inputs)
             changes[name] = limits.fit(name, change, inputs, base, template)
             errors.add(name, change, changes[name])
-        tensors, config = adapter_tensors(changes, template, base, limits.dtype)
+        tensors, config = limits.finished(*adapter_tensors(changes, template, base, limits.dtype))
         write_adapter(work, tensors, config)
         ranks = Counter(low.rank for low in low_parts(list(changes.values())))
         report = {
@@ -91,6 +113,7 @@ def _merged_adapter(merge: Merge, out: Path, limits: Limits) -> dict[str, Any]:
             "rank_rule": str(limits.rank or "all"),
             "ranks": dict(sorted(ranks.items())),
             "error": errors.relative(),
+            "loading": host_notes(limits.host, config),
         }
         return _finish(merge, work, report)
 
@@ -103,34 +126,23 @@ def _edited_checkpoint(edit: Edit, out: Path, dtype: torch.dtype | None) -> dict
     return {"out": str(out), "kind": "checkpoint", "edit": edit.note}
 
 
-def _edited_adapter(edit: Edit, out: Path) -> dict[str, Any]:
+def _edited_adapter(edit: Edit, out: Path, limits: Limits) -> dict[str, Any]:
     adapters = [model for model in edit.models.values() if isinstance(model, Adapter)]
     if not adapters or len(adapters) < len(edit.models):
         raise ParameterError(
             "only adapters can be negated as an adapter, and a task here is a full checkpoint; leave --adapter out"
         )
     template = Template.of(adapters, adapters[0].base_id or edit.base.label)
-    tensors, config = adapter_tensors({name: edit.change(name) for name in edit.names}, template, edit.base)
+    changes = {name: edit.change(name) for name in edit.names}
+    tensors, config = limits.finished(*adapter_tensors(changes, template, edit.base))
     with transaction(out, is_adapter_directory, sum(tensor.nbytes for tensor in tensors.values())) as work:
         write_adapter(work, tensors, config)
-    return {"out": str(out), "kind": "adapter", "edit": edit.note}
+    return {"out": str(out), "kind": "adapter", "edit": edit.note, "loading": host_notes(limits.host, config)}
 
 
 def _pieces(changes: Merge | Edit) -> Callable[[str], Iterator[Tensor] | None]:
     names = set(changes.names)
     return lambda name: changes.pieces(name) if name in names else None
-
-
-def _template(merge: Merge) -> Template:
-    adapters = {task: model for task, model in merge.vectors.models.items() if isinstance(model, Adapter)}
-    others = [task for task in merge.vectors.tasks if task not in adapters]
-    if others:
-        raise ParameterError(
-            f'{len(others)} of {len(merge.vectors)} models are full checkpoints (first: "{others[0]}"), whose change '
-            "no adapter holds; write a checkpoint (leave --adapter out)"
-        )
-    named = {adapter.base_id for adapter in adapters.values()}
-    return Template.of(list(adapters.values()), (named.pop() if len(named) == 1 else "") or merge.vectors.base.label)
 
 
 def _finish(merge: Merge, work: Path, report: dict[str, Any]) -> dict[str, Any]:

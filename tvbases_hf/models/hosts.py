@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from .. import defaults
 from ..algebra.rank import RankRule
 from ..errors import ParameterError
+from .adapter import Adapter
+from .equal_rank import equal_rank
+from .lora_files import Template
 
 # vLLM's --max-lora-rank is one of these (vllm.config.lora.MaxLoRARanks).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -80,6 +85,31 @@ def check_rank(host: defaults.Host | None, rule: RankRule | None) -> None:
     """The same for a rank rule alone, before anything is read."""
     fixed = rule is not None and rule.kind == "absolute"
     check_host(host, {"r": int(rule.value) if rule and fixed else 1})
+
+
+def fitted(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], equal: bool, host: defaults.Host | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An adapter's tensors and configuration as they are written: at one rank if wanted, and such as ``host`` loads."""
+    tensors, config = equal_rank(tensors, config) if equal else (dict(tensors), dict(config))
+    check_host(host, config)
+    return tensors, config
+
+
+def check_foreseen(
+    host: defaults.Host | None, adapters: Sequence[Adapter], template: Template, rule: RankRule | None
+) -> None:
+    """The same for what is made of ``adapters``, as far as it is known before their numbers are read."""
+    check_rank(host, rule)
+    biases = {name for name in template.saved if name.endswith(".bias") and f"{name[:-5]}.weight" not in template.saved}
+    saved = [*(template.naming.to_adapter(name) for name in template.saved - biases), *template.head]
+    words = {
+        "use_dora": any(adapter.has_dora for adapter in adapters),
+        "lora_bias": bool(template.bias_modules),
+        "bias": "all" if biases else "none",
+        "modules_to_save": sorted({template.module_to_save(name) for name in saved}),
+    }
+    check_host(host, {"r": 1, **words})
 
 
 def host_notes(host: defaults.Host | None, config: Mapping[str, Any]) -> list[str]:

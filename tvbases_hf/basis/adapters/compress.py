@@ -60,7 +60,7 @@ def compress_adapters(
         alone = _truncated(pool, found, max(0, used - pool.fixed_bytes(request.alpha)))
         trivial = encode(pool, alone, request.alpha, keep=False)
     info = _describe(pool, encoded, trivial, request, candidates, found, gram, stock_error(source, vectors.base))
-    return info, source
+    return info, source.fitted(request.equal_rank, request.host)
 
 
 def _plans(pool: Pool, found: Survey, request: Request) -> list[Plan]:

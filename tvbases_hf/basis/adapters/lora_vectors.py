@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ... import defaults
 from ...algebra.delta import Delta, Dense, Dora, LowRank, blocks, zeros
 from ...algebra.sums import total
 from ...errors import CheckpointError, ParameterError
 from ...models.adapter import Adapter
 from ...models.finite import read_finite
+from ...models.hosts import fitted
 from ...models.lora_config import WEIGHT_FILES, read_config
 from ...models.lora_files import Template, adapter_tensors, nonzero, write_adapter
 from ...models.lora_parts import MAGNITUDE
@@ -116,6 +118,12 @@ class LoraVectors:
         if beside:
             save_file(beside, directory / BESIDE_FILE, {"format": "pt"})
         return info
+
+    def fitted(self, equal_rank: bool, host: defaults.Host | None) -> LoraVectors:
+        """The same vectors in a stock file of one rank, if wanted. ParameterError for one that ``host`` cannot load."""
+        tensors = {name: self.stock.read(name) for name in self.stock.tensors}
+        found, config = fitted(tensors, self.config, equal_rank, host)
+        return replace(self, stock=Checkpoint.from_state_dict(found), config=config) if equal_rank else self
 
     def check(self, label: str, info: BasisInfo) -> None:
         """CheckpointError unless every weight holds as many vectors, of its shape, as the configuration names."""

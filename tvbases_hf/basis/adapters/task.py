@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import defaults
 from ...algebra.delta import Delta, LowRank, zeros
 from ...algebra.sums import total
 from ...algebra.svd import svd
 from ...errors import ParameterError
+from ...models.hosts import fitted
 from ...models.lora_files import Layout, Template, adapter_tensors, is_adapter_directory, write_adapter
 from ...models.lora_parts import PREFIX
 from ...models.names import Naming
@@ -43,9 +45,16 @@ Terms = Callable[[str], list[tuple[float, Delta]]]
 
 
 def task_adapter(
-    basis: BasisInfo, source: LoraVectors, task: str, terms: Terms, alpha: float, base: Checkpoint | None
+    basis: BasisInfo,
+    source: LoraVectors,
+    task: str,
+    terms: Terms,
+    alpha: float,
+    base: Checkpoint | None,
+    equal_rank: bool = False,
+    host: defaults.Host | None = None,
 ) -> TaskAdapter:
-    """alpha * tau_hat at the rank that the reconstruction has, in the basis's own dtype."""
+    """alpha * tau_hat at the rank that the reconstruction has, or at one rank; in the basis's own dtype."""
     info = basis.adapters
     assert info is not None
     if base is None and (source.scaled or source.whole):
@@ -60,7 +69,7 @@ def task_adapter(
         raise ParameterError(f'nothing of "{task}" is left in this basis; compress with a larger budget')
     empty = Checkpoint.from_state_dict({})
     tensors, config = adapter_tensors(changes, template(info, source), base or empty, getattr(torch, info.dtype))
-    return TaskAdapter(tensors, config)
+    return TaskAdapter(*fitted(tensors, config, equal_rank, host))
 
 
 def template(info: AdapterInfo, source: LoraVectors) -> Template:
