@@ -66,6 +66,19 @@ def test_styles_that_share_nothing_are_said_to_be_mixed_as_they_are(place: Path)
     assert outcome.err.startswith("warning: the styles share nothing to speak of at threshold 0.85")
 
 
+def test_the_file_may_have_the_names_of_comfyui(place: Path) -> None:
+    from safetensors.torch import load_file
+
+    more = ["--loader", "comfy"]
+    assert "say which" in refused(place, *given(place), *more)
+    planned = tvbases(*given(place), *more, "--family", "Flux.1", "--dry-run")
+    assert planned.code == 0 and not (place / "mixed.safetensors").exists()
+    outcome = tvbases(*given(place), *more, "--family", "Flux.1")
+    assert outcome.code == 0, outcome.err
+    names = {name.partition(".")[0] for name in load_file(place / "mixed.safetensors")}
+    assert "lora_unet_double_blocks_0_img_attn_qkv" in names and "lora_unet_single_blocks_0_linear2" in names
+
+
 def test_a_grid_draws_the_plain_sum_against_the_mix(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from PIL import Image

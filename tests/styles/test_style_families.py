@@ -17,6 +17,7 @@ from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.styles.diffusers_files import open_lora, read_lora_file
 from tvbases_hf.styles.families import FAMILIES, Family, installed, shapes_of, with_numbers
 from tvbases_hf.styles.mixed_file import mix_style_files, read_recipe
+from tvbases_hf.styles.original_names import ORIGINAL
 from zoo.families import chosen_modules, family_style, small_model
 from zoo.lora_files import change, factors, kohya, write
 from zoo.peft_models import relative
@@ -97,7 +98,7 @@ def test_the_names_of_every_family_are_read_with_underscores_and_alphas(name: st
     family = BY_NAME[name]
     known = family.modules(family.component)
     assert known is not None
-    module = with_numbers([own for own in known if "block" in own or "layers" in own][0], ["000", "000"])
+    module = with_numbers(next(own for own in known if "block" in own or "layers" in own), ["000", "000"])
     flat = f"lora_unet_{module.replace('.', '_')}"
     state = kohya({flat: (8, 4)})
     found = open_lora(state)
@@ -261,6 +262,7 @@ COMFY += ["Stable Diffusion 1 and 2", "Wan", "Z-Image"]
 # Enough modules to tell the family, with all that one original matrix holds, or a part of it.
 FLUX_BLOCK = [f"transformer_blocks.1.attn.{m}" for m in ("to_q", "to_v", "add_q_proj", "to_out.0")]
 CHOSEN = {
+    "HunyuanVideo": [*FLUX_BLOCK, "transformer_blocks.0.ff.net.0.proj", "single_transformer_blocks.1.proj_out"],
     "Chroma": [*FLUX_BLOCK, "single_transformer_blocks.0.proj_out"],
     "Flux.1": [*FLUX_BLOCK, "single_transformer_blocks.0.norm.linear", "transformer_blocks.0.norm1.linear"],
     "Flux.2": [*FLUX_BLOCK, "transformer_blocks.0.ff.linear_in", "single_transformer_blocks.0.attn.to_out"],
@@ -295,3 +297,67 @@ def test_a_file_in_names_of_comfyui_is_the_same_mix_in_stock_diffusers(name: str
     loaded = load(model, file, family)
     assert_changes({m: d for m, d in loaded.items() if m in expected}, expected)
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "mixed.safetensors"}
+
+
+def test_queries_keys_values_and_mlp_of_flux_stand_side_by_side_in_one_matrix(tmp_path: Path) -> None:
+    """At the published width, which diffusers' converter has written in it."""
+    rows = {"attn.to_q": 3072, "attn.to_k": 3072, "attn.to_v": 3072, "proj_mlp": 12288}
+    modules = {f"single_transformer_blocks.3.{name}": (height, 4) for name, height in rows.items()}
+    states = {
+        name: {f"transformer.{m}.lora_{part}.weight": t for m, shape in modules.items() for part, t in
+               zip("AB", factors(10 * seed + len(m), *shape, rank=2), strict=True)}
+        for seed, name in enumerate("ab")
+    }  # fmt: skip
+    file = mixed(tmp_path, states, component="full", loader="comfy", family="Flux.1")
+    stored = load_file(file)
+    name = "lora_unet_single_blocks_3_linear1"
+    assert {key: tuple(t.shape) for key, t in stored.items()} == {
+        f"{name}.lora_down.weight": (16, 4), f"{name}.lora_up.weight": (21504, 16), f"{name}.alpha": (),
+    }  # fmt: skip
+    whole = change({key: tensor.float() for key, tensor in stored.items()}, name).split([3072, 3072, 3072, 12288])
+    found = read_lora_file(file)["transformer"]
+    for part, own in zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), whole, strict=True):
+        module = f"single_transformer_blocks.3.{part}"
+        expected = torch.stack([SCALES[n] * products(s)[f"transformer.{module}"] for n, s in states.items()]).sum(0)
+        assert relative(own, expected) <= 1e-5 and relative(dense(found[module]), expected) <= 1e-5
+
+
+def test_text_encoders_and_sizes_of_sdxl_have_names_in_comfyui(tmp_path: Path) -> None:
+    text = {"text_model.encoder.layers.3.self_attn.out_proj": (32, 32)}
+    unet = {"down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k": (32, 64), "add_embedding.linear_1": (32, 48)}
+    states = {
+        name: style(seed, unet, "unet") | style(seed, text, "text_encoder") | style(seed, text, "text_encoder_2")
+        for seed, name in enumerate("ab")
+    }
+    file = mixed(tmp_path, states, loader="comfy")
+    assert {key.partition(".")[0] for key in load_file(file)} == {
+        "lora_unet_down_blocks_2_attentions_1_transformer_blocks_9_attn2_to_k",
+        "lora_unet_label_emb_0_0",
+        "lora_te1_text_model_encoder_layers_3_self_attn_out_proj",
+        "lora_te2_text_model_encoder_layers_3_self_attn_out_proj",
+    }
+    found = {f"{c}.{m}": dense(d) for c, own in read_lora_file(file).items() for m, d in own.items()}
+    assert_changes(found, unique_sum(states))
+
+
+NAMELESS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
+    "several models": (style(0, FLUX_MODULES), {}, r"Flux.1 or HunyuanVideo, whose names .* say which, .*--family"),
+    "Mochi": (style(0, {"transformer_blocks.0.norm1.linear": (32, 32), "time_embed.pooler.to_kv": (64, 32)}), {},
+              "are not those of a model whose names in ComfyUI are known here"),
+    "one module": (style(0, {"norm_out.linear": (32, 32), "context_embedder": (32, 32)}), {"family": "Flux.1"},
+                   r"1 of 2 modules of Flux.1 \(first: norm_out.linear\) have no name"),
+    "a bias": (style(0, FLUX_MODULES) | {"transformer.transformer_blocks.0.attn.to_q.lora_B.bias": torch.ones(32)}, {},
+               "1 of 5 weights have LoRA biases"),
+    "an unknown family": (style(0, FLUX_MODULES), {"family": "Flux1"}, "did you mean Flux.1"),
+    "another family": (style(0, FLUX_MODULES), {"family": "Wan"}, "are not those of Wan"),
+    "an unknown loader": (style(0, FLUX_MODULES), {"loader": "forge"}, "choose one of diffusers, comfy"),
+    "a family for diffusers": (style(0, FLUX_MODULES), {"loader": "diffusers", "family": "Wan"}, "goes with the"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(NAMELESS))
+def test_what_comfyui_has_no_name_for_is_refused(name: str, tmp_path: Path) -> None:
+    state, how, message = NAMELESS[name]
+    with pytest.raises((ParameterError, CheckpointError), match=message):
+        mixed(tmp_path, {"a": state, "b": state}, **{"loader": "comfy", "component": "full", **how})
+    assert not (tmp_path / "mixed.safetensors").exists()

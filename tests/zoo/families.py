@@ -110,6 +110,8 @@ def chosen_modules(model: nn.Module, count: int = 8) -> dict[str, tuple[int, ...
     for name, layer in model.named_modules():
         if not isinstance(layer, LORA_LAYERS) or getattr(layer, "groups", 1) != 1:
             continue
+        if layer.weight.dim() == 5 and layer.weight.shape[2:].numel() == 1:
+            continue
         if min(layer.weight.shape[:2]) >= 16 and layer.weight.shape[0] <= 400:
             kinds.setdefault(re.sub(r"\d+", "#", name.rpartition("blocks.")[2]), (name, tuple(layer.weight.shape)))
     every = max(1, len(kinds) // count)

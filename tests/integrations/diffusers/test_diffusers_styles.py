@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,6 +185,40 @@ def test_flux2_takes_styles() -> None:
     assert_adds(pipe, unique(states))
     mix.unload()
     assert list(before) == list(transformer.state_dict())
+
+
+def test_a_bare_transformer_takes_styles_in_any_names_and_gives_them_back(tmp_path: Path) -> None:
+    transformer = flux_pipeline().transformer
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    states = two()
+    files = []
+    for name, state in states.items():
+        spelled = {k.replace("transformer.", "diffusion_model.", 1): t for k, t in state.items()}
+        files.append(write(tmp_path, spelled).rename(tmp_path / f"{name}.safetensors"))
+    mix = mix_styles(transformer, files, scales={"b": 0.5})
+    assert mix.names == ("a", "b")
+    holder = SimpleNamespace(transformer=transformer)
+    assert_adds(holder, unique(states, {"b": 0.5}))
+    set_style_scales(transformer, {"b": 2.0})
+    assert_adds(holder, unique(states, {"b": 2.0}))
+    with pytest.raises(ParameterError, match="has none"):
+        mix.schedule({"a": [1.0, 0.0]})
+    mix.save(tmp_path / "mix.safetensors")
+    mix.unload()
+    assert list(before) == list(transformer.state_dict())
+    assert all(torch.equal(transformer.state_dict()[name], tensor) for name, tensor in before.items())
+    transformer.load_lora_adapter(tmp_path / "mix.safetensors", adapter_name="styles")
+    assert_adds(holder, unique(states, {"b": 2.0}))
+
+
+def test_adapters_of_a_bare_unet_are_styles_and_come_back() -> None:
+    unet = unet_pipeline().unet
+    states = {name: style(seed, UNET_MODULES, "unet") for seed, name in enumerate("ab")}
+    unet.load_lora_adapter(dict(states["a"]), prefix="unet", adapter_name="loaded")
+    mix = mix_styles(unet, {"a": "loaded", "b": states["b"]})
+    assert_adds(SimpleNamespace(unet=unet), unique(states), "unet")
+    mix.unload()
+    assert unet.active_adapters() == ["loaded"]
 
 
 # Live
