@@ -139,9 +139,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     console = Console(width=110)
     console.print(table)
     for theirs, ours in zip(found[::2], found[1::2], strict=True):
-        ratios = ", ".join(
-            f"{key} {ours[key] / theirs[key]:.3f}" for key in ("error", "seconds", "processor", "memory")
-        )
+        keys = ("error", "seconds", "processor", "memory")
+        ratios = ", ".join(f"{key} {ours[key] / theirs[key]:.3f}" for key in keys)
         console.print(f"rank {ours['rank']}, ours over theirs: {ratios}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
