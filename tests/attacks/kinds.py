@@ -154,6 +154,16 @@ def nan_in_a_fine_tune(place: Workplace) -> None:
     rewrite(place / "math/model.safetensors", lambda s: s["model.norm.weight"].fill_(NAN))
 
 
+@attack("writing", "NaN or infinite numbers")
+def nan_in_what_is_written_from(place: Workplace) -> None:
+    rewrite(place / "math/model.safetensors", lambda s: s["model.norm.weight"][3:].fill_(NAN))
+
+
+@attack("writing", "NaN or infinite numbers")
+def infinity_in_a_base(place: Workplace) -> None:
+    rewrite(place / "base/model.safetensors", lambda s: s["model.layers.1.mlp.up_proj.weight"].fill_(INFINITY))
+
+
 # adapter_config.json
 
 

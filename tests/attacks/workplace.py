@@ -248,15 +248,19 @@ def actions(place: Workplace) -> dict[str, list[Action]]:
     """By kind of file: the commands that read it."""
     adapters = place.tasks("math-lora", "code-lora")
     merge = ["merge", place / "merge.yml", place.out, "--quiet"]
+    writing: list[Action] = [
+        ["decompose", *place.tasks(), "--out", place.out, "--quiet"],
+        ["negate", *place.tasks(), "--forget", "math", "--alpha", "0.5", "--out", place.out, "--quiet"],
+        merge,
+    ]
     return {
         "model": [
             ["inspect", *place.tasks(), "--quiet"],
             ["compress", *place.tasks(), "-m", "1", "--out", place.out, "--quiet"],
-            ["decompose", *place.tasks(), "--out", place.out, "--quiet"],
-            ["negate", *place.tasks(), "--forget", "math", "--alpha", "0.5", "--out", place.out, "--quiet"],
+            *writing,
             ["plan", "--base", place / "base", "--models", "2", "--bandwidth", "1GB", "--quiet"],
-            merge,
         ],
+        "writing": writing,
         "adapter": [
             ["inspect", *adapters, "--quiet"],
             ["compress", *adapters, "--budget", "0.9", "--out", place.out, "--quiet"],

@@ -264,7 +264,7 @@ def test_numbers_too_large_for_the_stored_dtype_are_refused_and_nothing_is_writt
     out = tmp_path / "out" / "basis"
     with pytest.raises(ParameterError, match=r"overflows torch\.float16; store it as bfloat16 or float32"):
         save(models, "ae", out, torch.float16)
-    assert list(out.parent.iterdir()) == []
+    assert not out.parent.exists()
 
     save(models, "ae", out, torch.bfloat16)
     before = file_bytes(out)

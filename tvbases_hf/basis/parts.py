@@ -19,6 +19,7 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 DtypeName = Annotated[str, Field(pattern="^(float64|float32|float16|bfloat16)$")]
 Size = Annotated[float, Field(ge=0)]
 Matrix = list[list[float]]
+OVERLAP = {"input", "output", "input_by_chance", "output_by_chance"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class AdapterInfo:
     """The first numbers of a few weights of the base, to tell another model when the basis is attached."""
 
     def check(self, num_tasks: int, num_vectors: int) -> None:
+        if set(self.overlap) != OVERLAP:
+            raise ValueError(f"adapters.overlap does not hold {', '.join(sorted(OVERLAP))}, and these alone")
         if not self.alpha:
             raise ValueError("adapters.alpha is 0")
         if odd := [word for word, value in self.naming.items() if isinstance(value, dict) != (word == "memory")]:

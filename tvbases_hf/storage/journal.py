@@ -71,7 +71,7 @@ def is_of(directory: Path, key: str) -> bool:
 
 def _is_of(file: Path, key: str) -> bool:
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8", errors="replace") as stream:
             return parse_json(stream.readline())["key"] == key
     except (OSError, ValueError, KeyError, TypeError):
         return False
