@@ -14,8 +14,8 @@ from ..models.lora_config import LoraOptions
 from ..storage.checkpoint import Checkpoint
 from .families import Family, find_family, installed
 from .lora_layers import LoraLayers, read_checked
-from .lora_names import ALPHA_SUFFIX, PREFIXES, Parts, find_alphas, find_parts
-from .lora_source import Source, open_source
+from .lora_names import ALPHA_SUFFIX, Parts, find_alphas, find_parts
+from .lora_source import PREFIXES, Source, open_source
 from .translation import translate
 
 UNSUPPORTED = {

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ..algebra.delta import LowRank, square_norm
 from ..errors import CheckpointError
-from .lora_source import COMPONENTS
 
-PREFIXES = tuple(f"{component}." for component in COMPONENTS)
 ALPHA_SUFFIX = ".alpha"
 # One of two factors, in any of the formats; PEFT may put an adapter's name behind lora_A.
 FACTOR = re.compile(
@@ -25,7 +23,6 @@ FACTOR = re.compile(
 PART = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)(?:\.weight)?$"
 )
-ADAPTER = re.compile(r"(?<=\.)(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(?=\.(?:weight|bias)$)")
 
 Alphas = dict[str, float]
 # By component and module, the stored names of PEFT's parts and, as "alpha", a number.
@@ -117,9 +114,7 @@ def _peft_names(component: str, names: list[str], label: str) -> dict[str, str]:
     from diffusers.utils import state_dict_utils
 
     short: dict[Any, Any] = {name.removeprefix(f"{component}."): name for name in names}
-    plain = {_spelled_by_peft(name): own for name, own in short.items()}
-    if len(plain) < len(names):
-        raise CheckpointError(f'"{label}": several adapters in one file ({names[0]}, ...); give a file of one adapter')
+    plain = {n.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B."): own for n, own in short.items()}
     if all(PART.match(name) for name in plain):
         return {own: name for name, own in plain.items()}
     try:
@@ -132,11 +127,6 @@ def _peft_names(component: str, names: list[str], label: str) -> dict[str, str]:
     if len(short) < len(names):
         raise CheckpointError(f'"{label}": two tensors of {component} have one name in diffusers')
     return {own: name for name, own in short.items()}
-
-
-def _spelled_by_peft(name: str) -> str:
-    """lora_A for lora_down, and no adapter's name behind it."""
-    return ADAPTER.sub(r"\1", name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B."))
 
 
 def _grouped(names: Mapping[str, str], alphas: Mapping[str, float], label: str) -> dict[str, dict[str, Any]]:

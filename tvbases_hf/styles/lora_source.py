@@ -21,6 +21,7 @@ Source = str | Path | Mapping[str, Tensor]
 Options = dict[str, LoraOptions]
 
 COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "connectors")
+PREFIXES = tuple(f"{component}." for component in COMPONENTS)
 METADATA = "lora_adapter_metadata"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 # Names that say nothing of the style in the file.
@@ -34,6 +35,8 @@ def open_source(source: Source, label: str) -> tuple[Checkpoint, Options]:
     Raises CheckpointError if there is nothing, several files, several adapters, or something that is no checkpoint.
     """
     stored, options = _open(source, label)
+    if not all(name.startswith(PREFIXES) for name in stored.tensors):
+        return stored, options  # some converters of diffusers go by the adapter's name
     names = own_names(stored.tensors, label)
     if all(name == own for own, name in names.items()):
         return stored, options

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .families import Family, Modules
-from .lora_names import PREFIXES, Alphas, Pair, Parts, find_alphas, find_pairs, find_parts, square_of
+from .lora_names import Alphas, Pair, Parts, find_alphas, find_pairs, find_parts, square_of
+from .lora_source import PREFIXES
 from .original_names import find_original, original_modules
 
 # What trainers write in front of a module of the model that denoises, and of a text encoder.
