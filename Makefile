@@ -8,7 +8,7 @@ BIN       := .venv/bin
 STAMP     := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz lint format tables bench bench-text clean
+.PHONY: help venv demo test fuzz lint format tables compatibility bench bench-text clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,9 @@ format: $(STAMP)  ## repair what can be repaired automatically
 
 tables: $(STAMP)  ## write the tables of methods into the README from what they declare
 	TVBASES_WRITE_TABLES=1 $(BIN)/python -m pytest -q tests/methods/test_tables.py tests/basis/test_basis_schema.py
+
+compatibility: $(STAMP)  ## every command on small models of every architecture; writes COMPATIBILITY.md, some minutes
+	PYTHONPATH=examples $(BIN)/python -m compatibility $(ARGS)
 
 bench: $(STAMP)  ## run every benchmark in turn, but for the one on text
 	@set -e; for script in $(filter-out %/bench_text.py,$(wildcard examples/benchmarks/bench_*.py)); do \

@@ -138,7 +138,8 @@ def _stopped(verbose: bool) -> Iterator[None]:
         if verbose or not _is_mergekits(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise TvbasesError(f"mergekit stopped: {reason} (-v shows where)") from error
+        way = "; `tvbases merge` takes the same YAML" if "required but not present" in reason else ""
+        raise TvbasesError(f"mergekit stopped: {reason} (-v shows where){way}") from error
 
 
 def _is_mergekits(error: Exception) -> bool:

@@ -194,7 +194,12 @@ def _check_dtype(name: str | None) -> None:
         raise ParameterError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPE_BYTES)}") from error
 
 
+# Of what another library says, such as a whole configuration.
+LONGEST = 400
+
+
 def one_line(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         return "; ".join(f"{e['msg']} (got {e['input']!r})" for e in error.errors()[:3])
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"

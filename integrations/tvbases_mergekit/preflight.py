@@ -143,7 +143,10 @@ def _plan(config: MergeConfiguration, options: MergeOptions) -> list[ExecuteMerg
     except TvbasesError:
         raise
     except Exception as error:  # whatever mergekit, transformers or pydantic say to this configuration
-        raise ParameterError(f"mergekit cannot plan this merge: {one_line(error)}") from error
+        # What mergekit does not know of a model's class. Of its weights nothing need be known.
+        unknown = isinstance(error, NotImplementedError) or "no attribute" in str(error)
+        way = "; `tvbases merge` takes the same YAML" if unknown else ""
+        raise ParameterError(f"mergekit cannot plan this merge: {one_line(error)}{way}") from error
     merges = [task.tensor_task for task in planned if isinstance(task, SaveTensor)]
     return [merge for merge in merges if isinstance(merge, ExecuteMergeMethodTask)]
 

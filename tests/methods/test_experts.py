@@ -120,7 +120,9 @@ def test_the_width_of_the_model_tells_how_experts_lie(shapes: tuple, transposed:
 
 
 def test_names_tell_experts_from_kernels_and_tables() -> None:
-    for name in (NAME, "model.layers.1.block_sparse_moe.input_linear.weight", "layers.0.mlp.experts.fc1.weight"):
+    stacks = (NAME, "model.layers.1.block_sparse_moe.input_linear.weight", "layers.0.mlp.experts.fc1.weight")
+    stacks += ("model.layers.1.moe.down_proj.weight", "model.llm.layers.0.mlp.shared_experts.shared_w2_weight")
+    for name in stacks:
         assert is_stack(name, SHAPE)
     for name in ("conv1.weight", "layers.0.mixer.conv1d.weight", "embeddings.cls_token", "experts.conv.weight"):
         assert not is_stack(name, SHAPE)

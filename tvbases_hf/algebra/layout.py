@@ -2,7 +2,9 @@
 
 Experts of a mixture that are stored in one tensor are matrices one upon the other. A three-dimensional tensor is read
 so by its name: kernels of one-dimensional convolutions have three dimensions too, and so have tables of positions.
-Kernels of any convolution are other shapes, whose merged change is a mean or a sum, as the TSV paper has it.
+Kernels of any convolution are other shapes, whose merged change is a mean or a sum, as the TSV paper has it: for every
+method, and for full models and adapters alike. DBRX stores its experts one below the other in a tensor of two
+dimensions, which is one matrix.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import torch
 from .delta import Delta, Dense, dense, reshaped, work_dtype
 
 # gpt-oss, Llama-4, and what transformers 5 and mergekit make of Mixtral and its kin: mlp.experts.down_proj; Aria:
-# experts.fc1.weight; Granite-MoE and JetMoE: block_sparse_moe.input_linear.weight, mlp.output_linear.weight.
-EXPERTS = re.compile(r"(^|\.)(\w*experts|input_linear|output_linear)\.")
+# experts.fc1.weight; Granite-MoE and JetMoE: block_sparse_moe.input_linear.weight, mlp.output_linear.weight; Step-3:
+# moe.down_proj.weight.
+EXPERTS = re.compile(r"(^|\.)(\w*experts|moe|input_linear|output_linear)\.")
 BIAS = re.compile(r"bias$")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from compatibility.small import find
 from safetensors.torch import load_file
 
 from commands.command_line import refused, root, tvbases
@@ -48,6 +49,14 @@ def test_a_merge_that_would_leave_tensors_out_is_refused_and_the_other_command_d
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == read_state(tmp_path / "base").keys()
 
 
+def test_rotary_matrices_that_mergekit_would_split_without_the_heads_are_refused(tmp_path: Path) -> None:
+    """One fused matrix in the file; in memory three, whose rows transformers permutes head by head."""
+    file = merge_file(find("kimi_k25").make(), tmp_path)
+    message = refused(tmp_path, "mergekit-yaml", file, tmp_path / "out", "--quiet")
+    assert "mergekit would mix up the rows of 12 rotary matrices" in message and "`tvbases merge`" in message
+    assert tvbases("merge", file, tmp_path / "out", "--quiet").code == 0
+
+
 @pytest.mark.parametrize("name", sorted(set(RENAMED) - {*LEFT_OUT, *UNPLANNED, *UNLOADABLE}))
 def test_what_is_not_refused_is_loaded_whole(name: str, tmp_path: Path) -> None:
     model = make(name)
@@ -62,7 +71,8 @@ def test_what_is_not_refused_is_loaded_whole(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", UNPLANNED)
 def test_what_mergekit_cannot_plan_is_refused(name: str, tmp_path: Path) -> None:
     message = refused(tmp_path, "mergekit-yaml", merge_file(make(name), tmp_path), tmp_path / "out", "--quiet")
-    assert "mergekit cannot plan this merge" in message
+    assert "mergekit cannot plan this merge" in message and message.endswith("`tvbases merge` takes the same YAML")
+    assert len(message) < 600
 
 
 def llama(**options: Any) -> Any:
