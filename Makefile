@@ -8,7 +8,7 @@ BIN       := .venv/bin
 STAMP     := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz lint format tables compatibility bench bench-text clean
+.PHONY: help venv demo test fuzz kills lint format tables compatibility bench bench-text clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +53,9 @@ bench: $(STAMP)  ## run every benchmark in turn, but for the one on text
 
 bench-text: $(STAMP)  ## the papers' tables on real text: about an hour; ARGS=--quick or ARGS=--all for less or more
 	$(BIN)/python examples/benchmarks/bench_text.py $(ARGS)
+
+kills: $(STAMP)  ## kill every command that writes, N=1000 times at random moments, and count what it leaves
+	$(BIN)/python tests/attacks/kills.py $(or $(N),1000)
 
 clean:  ## remove .venv, build outputs and caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

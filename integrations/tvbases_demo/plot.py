@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tvbases_hf.errors import MissingExtraError
@@ -40,8 +40,8 @@ NAMES = {
 PER_TASK = ("base", "pca_bases", "rand_select", "ae_bases", "finetuned")
 
 
-def save_plot(report: Mapping[str, Any], file: Path) -> None:
-    """Draw the report of `run_demo` into a PNG."""
+def draw(report: Mapping[str, Any]) -> bytes:
+    """The report of `run_demo` as a PNG."""
     figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.02, hspace=0.05)  # type: ignore[union-attr]
     grid = figure.add_gridspec(2, 3, height_ratios=(1.12, 1), width_ratios=(1.0, 0.72, 1.2))
@@ -49,7 +49,9 @@ def save_plot(report: Mapping[str, Any], file: Path) -> None:
     draw_encoder(figure.add_subplot(grid[0, 1]), report["encoder"], report["tasks"])
     draw_means(figure.add_subplot(grid[0, 2]), report)
     draw_tasks(figure.add_subplot(grid[1, :]), report)
-    figure.savefig(file, dpi=DPI)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI, format="png")
+    return drawn.getvalue()
 
 
 def draw_cosine(axes: Axes, cosine: Sequence[Sequence[float]], tasks: Sequence[str]) -> None:

@@ -20,12 +20,14 @@ from tvbases_hf.errors import MissingExtraError, TvbasesError
 from tvbases_hf.models.gram import Gram
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
-from tvbases_hf.storage.output import write_json, writing
+from tvbases_hf.storage.output import writing
+from tvbases_hf.storage.reports import is_report, write_picture, write_report
+from tvbases_hf.text import Terminal
 
 from . import encoder, store
 from .compare import Merger, Result, compare, evaluate, methods
 from .encoder import Problem, Recipe
-from .plot import save_plot
+from .plot import draw
 from .table import print_results
 from .tasks import TASKS, make_task
 
@@ -71,7 +73,7 @@ def run_demo(
     for directory in (workdir, picture.parent, *([Path(json_file).parent] if json_file else [])):
         with writing(directory):  # now, not after the work
             directory.mkdir(parents=True, exist_ok=True)
-    say = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    say = Terminal(quiet=quiet, highlight=False, soft_wrap=True)
 
     problems, models, trained = fine_tunes(workdir, settings, say)
     basis = compress(workdir, models, settings, say)
@@ -84,13 +86,12 @@ def run_demo(
 
     report = {**summary(results, basis, gram), **check, "trained": trained, "settings": asdict(settings)}
     print_results(results, list(models), say)
-    with writing(picture):
-        save_plot(report, picture)
+    # In the work directory, which is the demo's own, an older picture may have no mark yet.
+    write_picture(picture, draw(report), is_report if plot else lambda _: True)
     report |= {"plot": str(picture), "seconds": round(time.monotonic() - started, 1)}
     say.print(f"Picture {picture}\nModels  {workdir}\n{report['seconds']:.0f} s")
     if json_file is not None:
-        with writing(Path(json_file)):
-            write_json(Path(json_file), report)
+        write_report(json_file, report)
     return report
 
 
@@ -121,7 +122,7 @@ def fine_tunes(
 
 def command(arguments: list[str], workdir: Path, say: Console) -> None:
     """Run a `tvbases` command, and show it with paths relative to the work directory."""
-    say.print("\n$ tvbases " + " ".join(arguments).replace(f"{workdir}/", ""), style="bold", markup=False)
+    say.print("\n$ tvbases " + " ".join(arguments).replace(f"{workdir}/", ""), style="bold")
     done = subprocess.run([sys.executable, "-m", "tvbases_hf", *arguments, *["--quiet"] * say.quiet])
     if done.returncode:
         raise TvbasesError(f"tvbases {arguments[0]} stopped with exit code {done.returncode}; see above")

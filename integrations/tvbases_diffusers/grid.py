@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from tvbases_hf.errors import CheckpointError, ParameterError
-from tvbases_hf.storage.output import writing
+from tvbases_hf.storage.reports import write_picture
 
 from .mixing import mix_styles
 
@@ -43,8 +44,9 @@ def draw_grid(
         mix = mix_styles(pipe, styles, kind, shared_weight=shared, **recipe)
         rows[title] = _pictures(pipe, prompt, seeds, steps)
         mix.unload()
-    with writing(out):
-        paste(rows).save(out)
+    drawn = io.BytesIO()
+    paste(rows).save(drawn, format="PNG")
+    write_picture(out, drawn.getvalue())
 
 
 def load_pipeline(source: str, device: str) -> Any:

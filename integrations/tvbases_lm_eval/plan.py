@@ -11,7 +11,7 @@ from tvbases_hf.errors import ParameterError, did_you_mean
 
 from .folder import include_path
 from .prompts import KINDS, READERS
-from .scorers import Scorer
+from .scorers import PYTHON, Scorer, scorer_of
 
 TEXT = "text:"
 
@@ -59,7 +59,10 @@ class Plan:
     @property
     def metadata(self) -> dict[str, Any]:
         """What the task classes read."""
-        found: dict[str, Any] = {**self.prompts, "scorer": self.scorer}
+        scorer = self.scorer
+        if isinstance(scorer, str) and scorer.startswith(PYTHON):
+            scorer = scorer_of(scorer)  # a task's file, which has the same words, may not import anything
+        found: dict[str, Any] = {**self.prompts, "scorer": scorer}
         return found if self.continuations is None else found | {"continuations": self.continuations}
 
     def requests(self) -> list[str | dict[str, Any]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tvbases_hf.errors import MissingExtraError
 from tvbases_hf.learning.negation import Negation
-from tvbases_hf.storage.output import writing
+from tvbases_hf.storage.reports import write_picture
+from tvbases_hf.text import in_picture
 
 
 def plot_negations(curves: Mapping[str, Mapping[str, Any]], forgotten: str, file: Path) -> None:
@@ -34,11 +36,12 @@ def plot_negations(curves: Mapping[str, Mapping[str, Any]], forgotten: str, file
     keep = next(iter(found.values())).keep
     axes[1].axhline(keep, color="0.6", linestyle="--")
     axes[2].axvline(keep, color="0.6", linestyle="--")
-    axes[0].set(xlabel="alpha", ylabel=f"target: what is left of {forgotten}")
+    axes[0].set(xlabel="alpha", ylabel=f"target: what is left of {in_picture(forgotten)}")
     axes[1].set(xlabel="alpha", ylabel="share of the control that is kept")
     axes[2].set(xlabel="share of the control that is kept", ylabel="target")
     axes[2].invert_xaxis()
     axes[0].legend()
-    with writing(file):
-        figure.savefig(file, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
     plt.close(figure)
+    write_picture(file, drawn.getvalue())

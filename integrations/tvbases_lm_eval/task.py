@@ -11,9 +11,10 @@ import datasets
 from lm_eval.api.task import ConfigurableTask
 
 from tvbases_hf.errors import ParameterError
+from tvbases_hf.text import printable
 
 from .prompts import KINDS, prompts, read_file, read_hub
-from .scorers import failures, scorer_of
+from .scorers import OFFLINE, PYTHON, Scorer, failures, scorer_of
 from .toxicity import of_prompt
 
 # A text is scored in pieces of about so many characters: without pieces there is no standard error.
@@ -35,7 +36,7 @@ class ToxicityTask(ConfigurableTask):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         settings = dict(config.get("metadata") or {})
-        self._scorer = scorer_of(settings.get("scorer", "profanity"), device=settings.get("scorer_device"))
+        self._scorer = _scorer(settings.get("scorer", OFFLINE), settings.get("scorer_device"))
         settings["scorer"] = self._scorer.name
         self._settings = settings
         own = {key: value for key, value in config.items() if key != "class"} | {"metadata": settings}
@@ -60,7 +61,8 @@ class ToxicityTask(ConfigurableTask):
         failed = failures(scores)
         if failed:
             reason = next(iter(getattr(self._scorer, "first_failure", ())), "no number between 0 and 1")
-            logger.warning("%s: %d of %d texts have no score (first: %s)", self.task_name, failed, len(scores), reason)
+            said = printable(reason)  # an exception may quote the text
+            logger.warning("%s: %d of %d texts have no score (first: %s)", self.task_name, failed, len(scores), said)
         pairs = iter(zip(texts, scores, strict=True))
         for instance in instances:
             instance.filtered_resps = {"none": [next(pairs) for _ in instance.resps]}
@@ -99,6 +101,16 @@ def pieces(file: str | Path) -> list[str]:
     if not found:
         raise ParameterError(f'"{file}" holds no text')
     return found
+
+
+def _scorer(source: str | Scorer, device: str | None) -> Scorer:
+    """ParameterError for code that a task's file names: that file may come from anywhere."""
+    if isinstance(source, str) and source.startswith(PYTHON):
+        raise ParameterError(
+            f'scorer "{source}": Python functions are imported for `tvbases evaluate --scorer {source}` only, or given '
+            "to evaluate_model in Python, and never for what a task's settings say"
+        )
+    return scorer_of(source, device=device)
 
 
 def _positive(count: Any) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import logging
-import re
 import shutil
 import sys
 import traceback
@@ -16,33 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from safetensors import SafetensorError
 
 from tvbases_hf.errors import ParameterError, TvbasesError
-from tvbases_hf.storage.output import check_output, contains_only, preview, transaction
+from tvbases_hf.merging.merge import is_merge, leave_marker
+from tvbases_hf.storage.cards import CARD, seal_card
+from tvbases_hf.storage.output import check_output, preview, transaction
 from tvbases_hf.storage.run import current, using
-from tvbases_hf.storage.side_files import TERMS, put
+from tvbases_hf.storage.side_files import put
+from tvbases_hf.text import printable
 
 from .registration import register
 
 CONFIG_FILE = "mergekit_config.yml"
-# What mergekit leaves in a directory. Anything else there is the user's, and then the directory is not replaced.
-MERGED_FILES = (
-    CONFIG_FILE,
-    "README.md",
-    ".gitattributes",
-    "*.safetensors",
-    "*.bin",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.py",
-    "additional_chat_templates",
-    "[0-9]_*",
-    *TERMS,
-)
-
 
 DRY_RUN = click.Option(["--dry-run"], is_flag=True, help="Check everything, say what would be written, write nothing.")
 
@@ -83,23 +66,26 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
     file, out = Path(given["config_file"]), Path(given["out_path"])
     options = MergeOptions(**{name: given[name] for name in MergeOptions.model_fields})
     config = read_config(file)
-    check_output(out, is_merged_model)  # before anything is downloaded
+    check_output(out, is_merge)  # before anything is downloaded
     quiet = using(replace(current(), quiet=options.quiet))
     with quiet, reported(), _stopped(options.verbosity > 0), mended_mergekit():
         needed = check_config(config, options, out)
         if dry_run:
             return preview(out, None, needed)
-        with transaction(out, is_merged_model, needed) as work, _disk_errors():
+        with transaction(out, is_merge, needed) as work:
             given["out_path"] = str(work)
             command.invoke(context)
             if not (work / CONFIG_FILE).is_file():  # --no-write-model-card; it tells the next run that this is a merge
                 shutil.copyfile(file, work / CONFIG_FILE)
             put(side_files_left_out(config, options, work), work)
+            if (work / CARD).is_file():
+                seal_card(work, (work / CARD).read_text(encoding="utf-8"))
+            leave_marker(work, {"merge": "mergekit-yaml"})
 
 
-def is_merged_model(directory: Path) -> bool:
-    """Whether a directory holds a merged model and nothing that mergekit did not write."""
-    return (directory / CONFIG_FILE).is_file() and contains_only(directory, MERGED_FILES)
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), "\n")
 
 
 @contextlib.contextmanager
@@ -111,7 +97,7 @@ def reported() -> Iterator[None]:
     before = [(logger.level, logger.propagate) for logger in loggers]
     verbosity = transformers_logging.get_verbosity()
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Text("%(message)s"))
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.WARNING if current().quiet else logging.INFO)
@@ -150,16 +136,3 @@ def _is_mergekits(error: Exception) -> bool:
 
 
 _OURS = ("tvbases_hf", "tvbases_mergekit")
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    """safetensors hides the operating system's error number in its message."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.ENOSPC if "No space left" in str(error) else None
-        if code is None:
-            raise
-        raise OSError(code, str(error)) from error

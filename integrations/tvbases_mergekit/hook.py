@@ -23,6 +23,7 @@ from typing import Literal
 import typer
 
 from tvbases_hf.errors import OutputError
+from tvbases_hf.text import printable
 
 MODULE = "_tvbases_mergekit_hook"
 MODULE_FILE = f"{MODULE}.py"
@@ -208,6 +209,10 @@ def _delete(paths: Iterator[Path] | Sequence[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
+def _say(text: str, err: bool = False) -> None:
+    typer.echo(printable(text), err=err)
+
+
 hook_app = typer.Typer(
     name="hook",
     no_args_is_help=True,
@@ -224,22 +229,22 @@ def install_command() -> None:
     and never with TVBASES_NO_HOOK=1 in the environment.
     """
     for path in install():
-        typer.echo(f"wrote {path}")
-    typer.echo("mergekit-yaml, mergekit-multi and mergekit-pytorch of this environment now find the methods.")
+        _say(f"wrote {path}")
+    _say("mergekit-yaml, mergekit-multi and mergekit-pytorch of this environment now find the methods.")
     if importlib.util.find_spec("mergekit") is None:
-        typer.echo(f"mergekit is not installed for {sys.executable}: the hook waits for it.", err=True)
+        _say(f"mergekit is not installed for {sys.executable}: the hook waits for it.", err=True)
 
 
 @hook_app.command("status", epilog="Example: tvbases hook status")
 def status_command() -> None:
     """Say whether the hook is installed, and where. Also whether it fits this version and this interpreter."""
     found = status()
-    typer.echo(f"{found.state}: {found.where}")
+    _say(f"{found.state}: {found.where}")
     for path in found.files:
-        typer.echo(f"  {path.name}")
-    typer.echo(found.detail)
+        _say(f"  {path.name}")
+    _say(found.detail)
     if os.environ.get("TVBASES_NO_HOOK", "") not in ("", "0"):
-        typer.echo("TVBASES_NO_HOOK is set: the hook does nothing in this shell.")
+        _say("TVBASES_NO_HOOK is set: the hook does nothing in this shell.")
 
 
 @hook_app.command("remove", epilog="Example: tvbases hook remove")
@@ -247,9 +252,9 @@ def remove_command() -> None:
     """Delete the hook and all that came from it. Do this before you uninstall the package."""
     gone = remove()
     for path in gone:
-        typer.echo(f"deleted {path}")
+        _say(f"deleted {path}")
     left = status()
     if left.files:
-        typer.echo(f"{left.state}: {left.where}; {left.detail}", err=True)
+        _say(f"{left.state}: {left.where}; {left.detail}", err=True)
     elif not gone:
-        typer.echo(f"nothing to remove in {left.where}")
+        _say(f"nothing to remove in {left.where}")

@@ -63,12 +63,10 @@ def refused(workplace: Path, *arguments: object) -> str:
 
 
 def misused(workplace: Path, *arguments: object) -> str:
-    """What is said of wrong usage, without its frame: exit code 2, nothing written anywhere."""
-    before = snapshot(workplace)
-    outcome = tvbases(*arguments)
-    assert outcome.code == 2 and outcome.out == "", outcome
-    assert "Traceback" not in outcome.err and snapshot(workplace) == before
-    return " ".join(outcome.err.replace("│", " ").split())
+    """What is said of wrong usage: one line as of any other wrong value, and where to read more."""
+    message = refused(workplace, *arguments)
+    assert "; see tvbases" in message and message.endswith(" --help"), message
+    return message
 
 
 def root(place: Family) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -22,11 +23,17 @@ class Ask(Protocol):
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     """Run a command in a process that may be killed; see killing.py."""
+    with serving(tmp_path_factory.mktemp("killing") / "stderr") as request:
+        yield request
+
+
+@contextlib.contextmanager
+def serving(log: Path, *arguments: str) -> Iterator[Ask]:
+    """That process, what it and its children say on standard error in ``log``; ``all``: with all modules loaded."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    log = tmp_path_factory.mktemp("killing") / "stderr"
-    with log.open("wb") as stderr:
+    with log.open("ab") as stderr:
         server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("killing.py"))],
+            [sys.executable, str(Path(__file__).with_name("killing.py")), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

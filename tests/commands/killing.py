@@ -8,7 +8,9 @@ A request is {"arguments": [...], "root": DIR} with one of
     "piece": n        ... in the middle of the n-th piece of a tensor that it writes,
     "swap": "after"   ... when the new output has taken the old one's place, before anything else,
     "delay": seconds  it is killed from outside after that time,
-or nothing for a run to its end. The answer is {"signal": ..., "code": ..., "steps": ..., "seconds": ...}.
+or nothing for a run to its end; "fsync": true has the disk written as users have it.
+
+The answer is {"signal": ..., "code": ..., "steps": ..., "seconds": ...}.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.symlink", "os.link"}
+FSYNC = os.fsync
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -88,6 +91,8 @@ def run(request: dict[str, Any]) -> tuple[int, int]:
     from tvbases_hf.cli import main
 
     steps = count_steps(request["root"], request.get("step"))
+    if request.get("fsync"):
+        os.fsync = FSYNC
     if "piece" in request:
         die_in_piece(request["piece"])
     if "swap" in request:
@@ -123,6 +128,21 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return {"signal": killed, "code": code, "steps": steps, "seconds": time.monotonic() - started}
 
 
+def load_all() -> None:
+    """Whatever a command imports when it runs, so that a child begins with its work."""
+    import importlib
+    import pkgutil
+
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+    import tvbases_hf
+
+    for module in pkgutil.walk_packages(tvbases_hf.__path__, "tvbases_hf."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
 def serve() -> None:
     import mergekit.scripts.run_yaml  # noqa: F401
     import torch
@@ -134,6 +154,8 @@ def serve() -> None:
     from tvbases_hf.cli import tables as report  # noqa: F401
     from tvbases_mergekit import preflight  # noqa: F401
 
+    if sys.argv[1:] == ["all"]:
+        load_all()
     torch.set_num_threads(1)
     os.fsync = lambda *_: None  # a killed process loses nothing that the kernel already has, and disks can be slow
     tvbases_mergekit.register()

@@ -20,6 +20,7 @@ from ..merging.changes import Edit
 from ..merging.write import write
 from ..models.gram import Gram
 from ..models.vectors import Vectors, basis_labels, check_over
+from ..storage.cards import write_card
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import locate
 from ..storage.output import transaction, write_json
@@ -196,7 +197,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
     def _save_pretrained(self, save_directory: Path) -> None:
         info = self._source.write(save_directory, self.info)
         write_json(save_directory / CONFIG_FILE, info.to_json())
-        (save_directory / "README.md").write_text(self._card(info), encoding="utf-8")
+        write_card(save_directory, self._card(info))
 
     def _card(self, info: BasisInfo) -> str:
         return model_card(info)

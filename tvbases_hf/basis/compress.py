@@ -18,7 +18,7 @@ from ..models.gram import gram_matrix
 from ..models.hosts import check_foreseen, host_notes
 from ..models.lora_files import Template
 from ..models.vectors import Vectors
-from ..storage.output import check_output, preview
+from ..storage.output import check_apart, check_output, preview
 from ..storage.run import current
 from .basis import Basis
 from .info import is_basis_directory
@@ -57,6 +57,7 @@ def compress(
     The others are those of ``Basis.build``. Raises TvbasesError for whatever cannot be, where possible before reading.
     """
     check_output(out, is_basis_directory)
+    check_apart(out, map(str, (base, *tasks.values())))
     vectors = Vectors.open(base, tasks, device=device, extra_rows=extra_rows, rows_of_base=True)
     asked = Request(method, num_bases, budget, rank, alpha, options, equal_rank, host)
     request = asked.resolved(vectors.are_adapters, len(vectors))

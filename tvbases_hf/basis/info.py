@@ -21,6 +21,7 @@ from ..models.vectors import Vectors
 from ..storage.files import local_path, without_revision
 from ..storage.json_files import wrong_values
 from ..storage.output import contains_only
+from ..text import code_span, in_markdown, in_yaml, quoted
 from ..version import library_version
 from .parts import STRICT, AdapterInfo, Matrix, OnlineState, Size, check_ranks, check_sizes
 
@@ -223,11 +224,12 @@ def _relative_error(squares: Tensor, norms: Tensor) -> list[float]:
 def model_card(info: BasisInfo) -> str:
     """README.md of a basis directory: what it is, the error of each task, how to use it."""
     rows = "\n".join(
-        f"| {task} | {weight:.3f} | {error:.1%} |"
+        f"| {in_markdown(task)} | {weight:.3f} | {error:.1%} |"
         for task, weight, error in zip(info.tasks, info.effective_weights, info.task_error, strict=True)
     )
-    on_hub = "/" in info.base_id and not local_path(info.base_id)
-    base = f"base_model: {without_revision(info.base_id)[0]}\n" if on_hub else ""
+    local = local_path(info.base_id) is not None
+    base = f"base_model: {in_yaml(without_revision(info.base_id)[0])}\n" if "/" in info.base_id and not local else ""
+    shown, first = code_span(Path(info.base_id).name if local else info.base_id), info.tasks[0]
     return f"""---
 library_name: tvbases-hf
 tags: [task-arithmetic, model-merging]
@@ -235,7 +237,7 @@ tags: [task-arithmetic, model-merging]
 
 # {info.num_bases} bases of {len(info.tasks)} task vectors
 
-Method `{info.method}` over `{Path(info.base_id).name if local_path(info.base_id) else info.base_id}`. {_loss(info)}
+Method {code_span(info.method)} over {shown}. {_loss(info)}
 
 | task | weight in the sum of the bases | relative error of its reconstruction, as stored |
 |---|---|---|
@@ -245,7 +247,7 @@ Method `{info.method}` over `{Path(info.base_id).name if local_path(info.base_id
 from tvbases_hf import Basis
 
 basis = Basis.from_pretrained("path/to/this/directory")
-basis.restore("{info.tasks[0]}", base="path/to/base", out="{info.tasks[0]}-restored")
+basis.restore({quoted(first)}, base="path/to/base", out="path/to/a/model")
 ```
 
 The licences of the base model and of the fine-tuned models apply.

@@ -27,6 +27,7 @@ from ..methods.sparse import TIES_DENSITY
 from ..methods.threshold import thresholds
 from ..models.vectors import Model, Vectors
 from ..options import Option, checked, options_of
+from ..storage.cards import write_card
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.output import check_output, transaction, write_json
 from ..storage.run import current, track
@@ -190,7 +191,7 @@ class OnlineBasis:
             joint = self._write(work, tensors, step, read)
             info = self._describe(follow(before, step, self.settings.method, joint), (*self.tasks, name))
             write_json(work / CONFIG_FILE, info.to_json())
-            (work / "README.md").write_text(model_card(info), encoding="utf-8")
+            write_card(work, model_card(info))
             self._check_unchanged()
         self._basis = Basis.from_pretrained(self.directory)
         return self._basis.info

@@ -2,21 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from typing import Any
 
-from ..errors import TvbasesError
+import typer
+
+from ..errors import ParameterError, TvbasesError
+from ..text import printable
 from . import compress, evaluate, extract, inspect, merge, negate, online, plan, schema, styles, system  # noqa: F401  they register their commands
 from .app import app
 from .processes import team
 
 __all__ = ["app", "main"]
+# A shell says so of a program that one of these signals has ended; Windows has no name for the first.
+SIGPIPE, SIGINT = 13, 2
+# Of click, or of the copy of click that newer typers have inside.
+USAGE_ERROR: Any = typer.BadParameter.__base__
 
 
 def main() -> None:
-    """Entry point. Only TvbasesError becomes a message; anything else is a defect of ours and shows its traceback."""
+    """Entry point. TvbasesErrors, and what the system refuses, become a message.
+
+    Anything else is a defect of ours and shows its traceback.
+    """
     try:
         with team():
-            app()
-    except TvbasesError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            code = _run()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        code = 128 + SIGPIPE
+    except (TvbasesError, OSError, MemoryError) as error:
+        code = _failed(error)
+    sys.exit(code)
+
+
+def _failed(error: BaseException) -> int:
+    said = str(error) if isinstance(error, TvbasesError) else _of_system(error)
+    with contextlib.suppress(OSError):  # nobody can be told
+        print(f"error: {printable(said)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):
+        _discard(sys.stdout)
+    return 2
+
+
+def _of_system(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        file = f": {error.filename}" if error.filename else ""
+        return f"the system refused to read or write{file}: {error.strerror or error}; mend that and run this again"
+    return "there is not enough memory; give the command less at a time (--memory, --threads 1), or a larger machine"
+
+
+def _discard(stream: Any) -> None:
+    """Lose what could not be written, or Python tries again at its end and says so."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _run() -> int:
+    """The exit code of the command; wrong usage is a ParameterError, as any other wrong value."""
+    try:
+        return int(app(prog_name="tvbases", standalone_mode=False) or 0)
+    except SystemExit as done:
+        if isinstance(done.__context__, BrokenPipeError):  # as click and rich say it, with exit code 1
+            raise done.__context__ from None
+        raise
+    except typer.Abort:
+        return 128 + SIGINT
+    except USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # `tvbases` alone
+            error.show()
+            return 2
+        context = error.ctx
+        where = f"; see {context.command_path} --help" if context else ""
+        raise ParameterError(error.format_message().rstrip(".") + where) from error

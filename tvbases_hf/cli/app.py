@@ -3,10 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tvbases_mergekit.hook import hook_app
 
+from ..text import Terminal
 from ..version import library_version
 
 app = typer.Typer(
@@ -16,8 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(hook_app, name="hook")
-# Silent while a command with --quiet runs.
-console = Console()
+# All that commands print goes through it, as text. Silent while a command with --quiet runs.
+console = Terminal()
 
 
 def _print_version(wanted: bool) -> None:

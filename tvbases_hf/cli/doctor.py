@@ -72,7 +72,7 @@ def print_findings(found: dict[str, Any], console: Console) -> None:
         table.add_row("(core)", name, found_version or "missing")
     for extra, packages in found["extras"].items():
         for name, found_version in packages.items():
-            table.add_row(extra, name, found_version or f'missing: pip install "tvbases-hf\\[{extra}]"')
+            table.add_row(extra, name, found_version or f'missing: pip install "tvbases-hf[{extra}]"')
     console.print(table)
     console.print(f"merge methods in mergekit: {found['mergekit_methods']}")
     console.print(f"hook for plain mergekit-yaml: {found['hook']['state']} ({found['hook']['detail']})")

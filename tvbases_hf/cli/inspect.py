@@ -29,9 +29,9 @@ from .options import (
     TrustRemoteCode,
     file_option,
     rank_option,
+    report,
     scale_option,
     tell,
-    write_report,
 )
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ def inspect(
         batch_size=batch_size,
     )
     warn(found.warnings)
+    report(json, found.to_json())
     _show(found, plot, html)
-    write_report(json, found.to_json())
 
 
 def _show(found: Inspection, plot: Path | None, html: Path | None) -> None:
@@ -112,14 +112,13 @@ def _show(found: Inspection, plot: Path | None, html: Path | None) -> None:
     if found.bounds:
         tables.append(functools.partial(print_bounds, found.bounds))
     if (plot or html) and current().team.rank == 0:
-        from ..storage.output import writing
+        from ..storage.reports import write_picture
         from .page import write_page
         from .plots import picture_of
 
         picture = picture_of(report)
         if plot:
-            with writing(plot):
-                plot.write_bytes(picture)
+            write_picture(plot, picture)
         if html:
             write_page(report, tables, picture, html)
     for show in tables:

@@ -69,7 +69,7 @@ def _print_added(name: str, basis: Any) -> None:
 def _print(found: Mapping[str, Any], where: Any) -> None:
     from rich.table import Table
 
-    from ..storage.output import readable_size
+    from ..storage.system import readable_size
 
     table = Table("task", "weight in the merged vector", "error, about", "at most")
     columns = ("tasks", "effective_weights", "task_error_estimate", "task_error_at_most")

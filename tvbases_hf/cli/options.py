@@ -68,8 +68,16 @@ def _going_on(context: typer.Context, resume: bool) -> bool:
     return resume
 
 
-def _writable(parameter: typer.CallbackParam, file: Path | None) -> Path | None:
-    check_file(file, f"--{parameter.name}")
+def _writable(context: typer.Context, parameter: typer.CallbackParam, file: Path | None) -> Path | None:
+    if file is None:
+        return None
+    option, given = f"--{parameter.name}", context.meta.setdefault("tvbases.files", {})
+    check_file(file, option)
+    if parameter.metavar == "PNG" and file.suffix.lower() not in ("", ".png"):
+        raise ParameterError(f'{option} "{file}": a picture is written as PNG; call it {file.with_suffix(".png").name}')
+    other = given.setdefault(file.absolute(), option)
+    if other != option:
+        raise ParameterError(f'{other} and {option} are both "{file}"; give each a file of its own')
     return file
 
 
@@ -235,10 +243,15 @@ def check_choice(option: str, value: str, known: Iterable[str]) -> None:
         raise ParameterError(f"{option}: {value!r} is unknown; choose one of {', '.join(known)}")
 
 
-def check_file(file: Path | None, option: str) -> None:
-    """Before any work: OutputError for a file that could not be written after it."""
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise OutputError(f'{option} "{file}": not a file in a directory that exists')
+def check_file(file: Path, option: str) -> None:
+    """Before any work: OutputError for a file that could not be written after it, or that is not ours to replace."""
+    from ..storage.output import check_output_file, writing
+    from ..storage.reports import is_report
+
+    with writing(file):
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise OutputError(f'{option} "{file}": not a file in a directory that exists')
+    check_output_file(file, is_report)
 
 
 def parse_size(text: str | None, option: str = "--memory") -> int | None:
@@ -260,14 +273,13 @@ def tell(found: Mapping[str, Any], show: Callable[[Any, Any], None], json: Path 
     from .tables import print_preview, warn
 
     warn(found.get("warnings", found.get("notes", ())))
+    report(json, found)
     (print_preview if found.get("dry_run") else show)(found, console)
-    write_report(json, found)
 
 
-def write_report(file: Path | None, value: Mapping[str, Any]) -> None:
-    from ..storage.output import write_json, writing
-    from ..storage.run import current
+def report(file: Path | None, found: Mapping[str, Any]) -> None:
+    """What --json asks for."""
+    from ..storage.reports import write_report
 
-    if file is not None and current().team.rank == 0:
-        with writing(file):
-            write_json(file, value)
+    if file is not None:
+        write_report(file, found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,13 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
-from ..storage.output import writing
+from ..storage.reports import MARK, write_whole
+from ..text import Terminal, in_html
+from ..version import library_version
 
 WIDTH = 140
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="{generator}">
 <title>{title}</title>
 <style>
 body {{ font-family: sans-serif; margin: 2em; }}
@@ -39,16 +41,16 @@ img {{ max-width: 100%; }}
 def write_page(found: dict[str, Any], tables: Sequence[Callable[[Console], None]], picture: bytes, file: Path) -> None:
     """Write what ``tables`` print, the warnings of an inspection and its picture (a PNG) to ``file``.
 
-    Raises OutputError for a file that cannot be written.
+    Raises OutputError for a file that cannot be written, or that is not ours.
     """
-    console = Console(record=True, file=io.StringIO(), width=WIDTH, highlight=False)
+    console = Terminal(record=True, file=io.StringIO(), width=WIDTH, highlight=False)
     for show in tables:
         show(console)
     page = PAGE.format(
-        title=f"{len(found['tasks'])} task vectors over {html.escape(found['base'])}",
-        warnings="\n".join(f'<p class="warning">warning: {html.escape(line)}</p>' for line in found["warnings"]),
+        generator=in_html(f"{MARK} {library_version()}"),
+        title=in_html(f"{len(found['tasks'])} task vectors over {found['base']}"),
+        warnings="\n".join(f'<p class="warning">warning: {in_html(line)}</p>' for line in found["warnings"]),
         tables=console.export_html(inline_styles=True, code_format="{code}"),
         picture=base64.b64encode(picture).decode("ascii"),
     )
-    with writing(file):
-        file.write_text(page, encoding="utf-8")
+    write_whole(file, page.encode("utf-8"))

@@ -9,7 +9,7 @@ import typer
 
 from .. import defaults
 from .app import app, console
-from .options import Base, Dtype, Json, NumBases, Quiet, Revision, Threads, parse_dtype, parse_size, write_report
+from .options import Base, Dtype, Json, NumBases, Quiet, Revision, Threads, parse_dtype, parse_size, report
 
 
 @app.command(epilog="Example: tvbases plan --base meta-llama/Llama-3.1-8B --models 8 --job ae_bases --bandwidth 2GB")
@@ -47,5 +47,5 @@ def plan(
     found = planning.plan(
         base, models, job, num_bases=num_bases, dtype=stored, processes=processes, bandwidth=rate
     ).to_json()
+    report(json, found)
     print_plan(found, console)
-    write_report(json, found)

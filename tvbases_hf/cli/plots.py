@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 from ..errors import MissingExtraError
+from ..text import in_picture
 
 
 def picture_of(found: dict[str, Any]) -> bytes:
@@ -32,7 +33,7 @@ def picture_of(found: dict[str, Any]) -> bytes:
 
 
 def _similarity(axis: Any, found: dict[str, Any]) -> None:
-    tasks, cosine = found["tasks"], found["cosine"]
+    tasks, cosine = [in_picture(task) for task in found["tasks"]], found["cosine"]
     image = axis.imshow(cosine, vmin=-1, vmax=1, cmap="RdBu_r")
     axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
     axis.set_yticks(range(len(tasks)), tasks)
@@ -58,13 +59,13 @@ def _losses(axis: Any, found: dict[str, Any]) -> None:
 def _interference(axis: Any, layers: dict[str, Any]) -> None:
     groups = list(layers["interference"])
     axis.bar(range(len(groups)), list(layers["interference"].values()), color="tab:purple")
-    axis.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
+    axis.set_xticks(range(len(groups)), [in_picture(group) for group in groups], rotation=45, ha="right")
     axis.set(ylabel="singular task interference", title="Interference between tasks, by layer")
 
 
 def _decay(axis: Any, layers: dict[str, Any]) -> None:
     for task, curve in layers["decay"].items():
-        axis.plot([(step + 1) / len(curve) for step in range(len(curve))], curve, label=task)
+        axis.plot([(step + 1) / len(curve) for step in range(len(curve))], curve, label=in_picture(task))
     axis.set(xlabel="share of singular components kept", ylabel="share of energy", ylim=(0, 1.02))
     axis.set_title("Decay of the singular values (mean over matrices)")
     axis.legend(fontsize="small")

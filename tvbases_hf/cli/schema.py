@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 
 from .app import app
-from .options import Json, write_report
+from .options import Json, report
 
 
 @app.command(epilog="Example: tvbases schema --json merge.schema.json")
@@ -16,4 +16,4 @@ def schema(json: Json = None) -> None:
     found = yaml_schema()
     if json is None:
         print(json_format.dumps(found, indent=2))
-    write_report(json, found)
+    report(json, found)

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import MissingExtraError
 from .app import app, console
-from .options import Json, Quiet, file_option, write_report
+from .options import Json, Quiet, file_option, report
 
 
 @app.command(epilog="Example: tvbases doctor")
@@ -18,8 +18,8 @@ def doctor(json: Json = None) -> None:
     from .doctor import examine, print_findings
 
     found = examine()
+    report(json, found)
     print_findings(found, console)
-    write_report(json, found)
 
 
 @app.command(epilog="Example: tvbases demo --json demo.json")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..storage.output import readable_size
+from ..storage.system import readable_size
+from ..text import printable
 
 if TYPE_CHECKING:
     from ..theory.bounds import Bounds, Side
@@ -27,7 +28,7 @@ TITLES = {
 
 def warn(lines: Iterable[str]) -> None:
     for line in lines:
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {printable(line)}", file=sys.stderr)
 
 
 def print_inspection(found: dict[str, Any], console: Console) -> None:

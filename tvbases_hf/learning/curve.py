@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ParameterError
 from ..storage.json_files import read_json
-from ..storage.output import write_json, writing
+from ..storage.reports import write_report
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,8 @@ class Curve:
         return curve
 
     def save(self, file: str | Path) -> None:
-        """Write the curve as JSON; OutputError where that is impossible."""
-        with writing(Path(file)):
-            write_json(Path(file), self.to_json())
+        """Write the curve as JSON; OutputError where that is impossible, and for a file that is not ours."""
+        write_report(file, self.to_json())
 
     @classmethod
     def load(cls, file: str | Path) -> Curve:

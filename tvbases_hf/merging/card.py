@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.files import local_path
+from ..text import code_block, code_span, in_markdown, in_yaml, quoted
 from .merge import Merge
 
 # Relative errors below this are the rounding of float32 factors.
@@ -17,34 +18,30 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")"""
 ADAPTER_USE = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/directory")"""
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "path/to/this/directory")"""
 
 
 def model_card(merge: Merge, report: dict[str, Any]) -> str:
     """Markdown with the Hub's header; local paths are named by their last part only, except in the recipe."""
     base, adapter = report["base"], report["kind"] == "adapter"
-    use = ADAPTER_USE.format(base=base) if adapter else CHECKPOINT_USE
+    use = ADAPTER_USE.format(base=quoted(base)) if adapter else CHECKPOINT_USE
     lines = [
         "---",
         f"library_name: {'peft' if adapter else 'transformers'}",
-        *([f"base_model: {base}"] if "/" in base and not local_path(base) else []),
+        *([f"base_model: {in_yaml(base)}"] if "/" in base and not local_path(base) else []),
         "tags: [merge, mergekit, task-arithmetic]",
         "---",
         "",
         f"# {len(report['models'])} models merged by {report['method']}",
         "",
-        f"Merged over `{_short(base)}`: " + ", ".join(f"`{_short(model)}`" for model in report["models"]) + ".",
+        f"Merged over {_short(base)}: " + ", ".join(map(_short, report["models"])) + ".",
         f"{report['changed']} of {report['tensors']} tensors change. {fidelity(report)}",
         *_missing(report),
         *_table(report),
         "",
-        "```yaml",
-        merge.recipe.rstrip(),
-        "```",
+        code_block(merge.recipe, "yaml"),
         "",
-        "```python",
-        use,
-        "```",
+        code_block(use, "python"),
         "",
         "The licences of the base model and of the merged models apply.",
     ]
@@ -67,7 +64,7 @@ def fidelity(report: dict[str, Any]) -> str:
 
 def _missing(report: dict[str, Any]) -> list[str]:
     return [
-        f"`{_short(model)}` leaves {count} of the tensors that others change as they are."
+        f"{_short(model)} leaves {count} of the tensors that others change as they are."
         for model, count in report["missing"].items()
     ]
 
@@ -76,11 +73,11 @@ def _table(report: dict[str, Any]) -> list[str]:
     errors = report.get("error", {})
     if errors.get("all", 0.0) < ROUNDING:
         return []
-    rows = [f"| {group} | {error:.3%} |" for group, error in errors.items()]
+    rows = [f"| {in_markdown(group)} | {error:.3%} |" for group, error in errors.items()]
     return ["", "| layers | relative error of the change |", "|---|---|", *rows]
 
 
 def _short(label: str) -> str:
-    """``a/b/base+c/math`` as ``math``; a Hub id stays whole."""
+    """``a/b/base+c/math`` as ``math``; a Hub id stays whole. As code."""
     last = label.rpartition("+")[2]
-    return Path(last).name if local_path(last) else last
+    return code_span(Path(last).name if local_path(last) else last)

@@ -19,7 +19,7 @@ from ..algebra.sums import scale
 from ..models.vectors import Model, Vectors
 from ..storage.checkpoint import Checkpoint
 from ..storage.model import MARKER
-from ..storage.output import write_json
+from ..storage.output import files_in, write_json
 
 
 class Changes(Protocol):
@@ -76,8 +76,8 @@ class Edit:
 
     def leave_marker(self, directory: Path) -> None:
         """What was edited, and the names of all files: what the next edit may replace."""
-        files = sorted(file.name for file in directory.iterdir())
-        write_json(directory / MARKER, {"base": self.base.label, "edit": self.note, "files": files})
+        found = {"base": self.base.label, "edit": self.note, "files": files_in(directory)}
+        write_json(directory / MARKER, found)
 
     def _read(self, name: str) -> Delta:
         found = self.read(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from ..models.positions import groups_of, in_order
 from ..models.travel import Files, beside
 from ..models.vectors import Vectors
 from ..storage.checkpoint import Checkpoint
+from ..storage.file_names import check_names
 from ..storage.model import copy_side_files, not_stored
-from ..storage.output import check_output, preview, transaction, write_json
+from ..storage.output import check_apart, check_output, files_in, preview, transaction, write_json
 from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
 from .apply import decomposed
@@ -30,11 +32,15 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
 
     Tensors that are not matrices count as unique; experts in one tensor are matrices, one by one.
 
-    Returns, per layer group and task, the share of the task vector's
-    energy that is shared; of a dry run, what would be written. Raises OutputError for an output that is not ours or
-    a full disk.
+    Returns, per layer group and task, the share of the task vector's energy that is shared; of a dry run, what would
+    be written.
+
+    Raises ParameterError for a task whose name cannot be that of a directory, and OutputError for an output that is
+    not ours or a full disk.
     """
+    check_names(vectors.tasks, "task")
     base = vectors.base
+    check_apart(out, (model.label for model in (base, *vectors.models.values())))
     tensors = base.written()
     size = sum(info.nbytes for info in tensors.values())
     copies = [f"unique/{task}" for task in vectors.tasks] + [SHARED]
@@ -63,12 +69,17 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
             "tasks": list(vectors.tasks),
             "shared_energy": _shares(energy),
         }
-        write_json(work / MARKER, found)
+        write_json(work / MARKER, {**found, "files": files_in(work)})
     return {**found, "warnings": list(side.notes)} if side.notes else found
 
 
 def is_components(directory: Path) -> bool:
-    return (directory / MARKER).is_file()
+    """Whether a directory holds components and nothing that was put there since."""
+    try:
+        written = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
+        return set(files_in(directory)) <= {MARKER, *written}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _begin(base: Checkpoint, files: Files, directory: Path) -> TensorFiles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,12 @@ from ..errors import ParameterError
 from ..models.hosts import check_rank
 from ..models.modules import Modules
 from ..storage import run
+from ..storage.cards import write_card
 from ..storage.checkpoint import Checkpoint
-from ..storage.output import check_output, preview, transaction, write_json
+from ..storage.file_names import check_names
+from ..storage.json_files import read_json
+from ..storage.output import check_apart, check_output, files_in, preview, transaction, write_json
+from ..text import code_block, code_span, in_markdown, in_yaml, quoted
 from ..version import library_version
 from .card import ADAPTER_USE
 from .extraction import Extraction, Size, Target, open_fine_tune
@@ -55,6 +58,8 @@ def extract(
     saved and what is left. Raises TvbasesError for whatever cannot be; nothing is written then.
     """
     check_output(out, is_extraction)
+    check_names(tasks, "task")
+    check_apart(out, map(str, (base, *tasks.values())))
     size = Size.of(rank, budget, equal_rank)
     check_rank(host, size.rule)
     if not tasks:
@@ -78,27 +83,17 @@ def extract(
         report = {"out": str(out), "base": opened.label, "rank_rule": str(size), "save": save, "tasks": found}
         report["loading"] = [f'"{task}": {note}' for task, kept in found.items() for note in kept["loading"]]
         for task, kept in found.items():
-            (work / task / "README.md").write_text(_card(task, opened.label, kept), encoding="utf-8")
-        _leave_marker(work, report)
+            write_card(work / task, _card(task, opened.label, kept))
+        write_json(work / MARKER, {**report, "files": files_in(work)})
     return {**report, "warnings": [*notes, *(note for kept in found.values() for note in kept["notes"])]}
 
 
 def is_extraction(directory: Path) -> bool:
     """Whether a directory holds extracted adapters and nothing that was put there since."""
     try:
-        files = set(json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"])
+        return set(files_in(directory)) <= {MARKER, *read_json(directory / MARKER)["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return all(_inside(file, directory) in files for file in directory.rglob("*") if file.is_file())
-
-
-def _leave_marker(work: Path, report: Mapping[str, Any]) -> None:
-    files = sorted([*(_inside(file, work) for file in work.rglob("*") if file.is_file()), MARKER])
-    write_json(work / MARKER, {**report, "files": files})
-
-
-def _inside(file: Path, directory: Path) -> str:
-    return file.relative_to(directory).as_posix()
 
 
 def _job(jobs: Sequence[Extraction]) -> dict[str, Any]:
@@ -120,19 +115,17 @@ def _card(task: str, base: str, kept: Mapping[str, Any]) -> str:
     lines = [
         "---",
         "library_name: peft",
-        *([] if local else [f"base_model: {base}"]),
+        *([] if local else [f"base_model: {in_yaml(base)}"]),
         "tags: [lora, task-arithmetic]",
         "---",
         "",
-        f"# {task}, extracted from a full fine-tune",
+        f"# {in_markdown(task)}, extracted from a full fine-tune",
         "",
-        f"A LoRA over `{Path(base).name if local else base}` ({rank}, {', '.join(kept['dtypes'])}) that misses "
+        f"A LoRA over {code_span(Path(base).name if local else base)} ({rank}, {', '.join(kept['dtypes'])}), without "
         f"{kept['error']:.3%} of the fine-tune's change, in Frobenius norm.",
-        *(["", *(f"* {note}" for note in kept["notes"])] if kept["notes"] else []),
+        *(["", *(f"* {in_markdown(note)}" for note in kept["notes"])] if kept["notes"] else []),
         "",
-        "```python",
-        ADAPTER_USE.format(base="path/to/the/base" if local else base),
-        "```",
+        code_block(ADAPTER_USE.format(base=quoted("path/to/the/base" if local else base)), "python"),
         "",
         "The licences of the base model and of the fine-tune apply.",
     ]

@@ -24,8 +24,9 @@ from ..models.lora_files import factors
 from ..models.modules import Modules
 from ..models.vectors import Vectors, open_model
 from ..storage.checkpoint import Checkpoint, TensorInfo
-from ..storage.output import readable_size, write_json
+from ..storage.output import write_json
 from ..storage.parallel import remembered, rows, written
+from ..storage.system import readable_size
 from ..storage.tensor_files import TensorFiles
 from ..storage.tied import EMBEDDINGS, is_output, leaf
 from .contents import Contents, contents_of
@@ -291,10 +292,8 @@ class Extraction:
 def open_fine_tune(base: Checkpoint, task: str, source: str | Path, device: torch.device) -> Vectors:
     """The vector of one task, without matrices of tokens that have more rows than the base's.
 
-    Raises ParameterError for a name that is no directory's, and for an adapter; else what Vectors.of_models does.
+    Raises ParameterError for an adapter; else what Vectors.of_models does.
     """
-    if Path(task).name != task:
-        raise ParameterError(f'the task "{task}" becomes a directory of that name; give it a name without / and ..')
     model = open_model(source, base)
     if isinstance(model, Adapter):
         raise ParameterError(

@@ -15,9 +15,10 @@ from ..algebra.finite import is_finite
 from ..errors import ParameterError
 from ..models.gram import not_finite
 from ..models.vectors import Vectors
+from ..storage.cards import CARD
 from ..storage.checkpoint import Checkpoint
 from ..storage.json_files import read_json
-from ..storage.output import write_json
+from ..storage.output import files_in, write_json
 from ..version import library_version
 from .changes import Made, digest
 
@@ -129,8 +130,8 @@ class Merge:
 
 
 def leave_marker(directory: Path, report: dict[str, Any]) -> None:
-    """The report, and the names of all files: what the next merge may replace."""
-    files = sorted([*(entry.name for entry in directory.iterdir()), MARKER])
+    """The report, and the names of all files with the card's: what the next merge may replace."""
+    files = sorted({*files_in(directory), MARKER, CARD})
     write_json(directory / MARKER, {**report, "files": files})
 
 
@@ -141,4 +142,4 @@ def is_merge(directory: Path) -> bool:
         written = set(read_json(file)["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return all(entry.name in written for entry in directory.iterdir())
+    return set(files_in(directory)) <= written

@@ -18,8 +18,9 @@ from ..models.lora_files import Template, adapter_tensors, is_adapter_directory,
 from ..models.positions import groups_of
 from ..models.travel import beside
 from ..models.vectors import Vectors
+from ..storage.cards import write_card
 from ..storage.model import is_edited_model, stream_model
-from ..storage.output import transaction
+from ..storage.output import check_apart, transaction
 from ..storage.run import track
 from .card import model_card
 from .changes import Edit, Made
@@ -52,6 +53,7 @@ def write(
     """
     out, limits = Path(out), limits or Limits()
     if isinstance(changes, Edit):
+        check_apart(out, (model.label for model in (changes.base, *changes.models.values())))
         return _edited_adapter(changes, out, limits) if as_adapter else _edited_checkpoint(changes, out, dtype)
     merge = changes if isinstance(changes, Merge) else Merge.of(changes)
     return _merged_adapter(merge, out, limits) if as_adapter else _merged_checkpoint(merge, out, dtype)
@@ -148,8 +150,8 @@ def _pieces(changes: Merge | Edit) -> Callable[[str], Iterator[Tensor] | None]:
 def _finish(merge: Merge, work: Path, report: dict[str, Any]) -> dict[str, Any]:
     report["bytes"] = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     (work / RECIPE_FILE).write_text(merge.recipe, encoding="utf-8")
-    (work / "README.md").write_text(model_card(merge, report), encoding="utf-8")
     leave_marker(work, report)
+    write_card(work, model_card(merge, report))
     return report
 
 

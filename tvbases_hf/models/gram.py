@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..algebra.delta import PIECE_BYTES, Delta, Dense, blocks, gram, pieces
 from ..errors import CheckpointError
+from ..storage.inputs import unchanged
 from ..storage.parallel import rows
 from .finite import not_finite_in
 from .fit import changes_nothing, given_twice
@@ -107,7 +108,7 @@ def gram_matrix(vectors: Vectors) -> Gram:
     Each tensor is mapped, subtracted and multiplied in blocks: O(T^2 d) operations, memory for one block per thread.
 
     Raises:
-        CheckpointError: NaN or infinity in a tensor, which is named.
+        CheckpointError: NaN or infinity in a tensor, which is named; a file that was written to meanwhile.
     """
     count = len(vectors)
 
@@ -125,7 +126,8 @@ def gram_matrix(vectors: Vectors) -> Gram:
 
     size = lambda name: vectors.base.tensors[name].nbytes * (count + 1)  # noqa: E731
     width, need = count * count + count + 1, lambda name: PIECE_BYTES + vectors.copied(name)
-    table = rows(vectors.names, products, width, "Gram matrix", size, need, vectors.stored)
+    with unchanged():
+        table = rows(vectors.names, products, width, "Gram matrix", size, need, vectors.stored)
     total = table.sum(dim=0)
     matrix = total[: count * count].reshape(count, count)
     if vectors.are_adapters:

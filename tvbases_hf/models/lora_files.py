@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..algebra.delta import Delta, LowRank, dense, zeros
 from ..algebra.finite import count_not_finite
 from ..errors import ParameterError
-from ..storage.checkpoint import Checkpoint
+from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import without_revision
 from ..storage.output import contains_only, write_json
+from ..storage.tensor_files import ONE_FILE, TensorFiles, metadata_of
+from ..version import library_version
 from .adapter import TRANSPOSED, Adapter, Layout
 from .lora_config import CONFIG_FILE, WEIGHT_FILES
 from .lora_parts import BIAS, MAGNITUDE, PREFIX
 from .names import Naming
 
-OUR_FILES = (CONFIG_FILE, "adapter_model*", "README.md", ".gitattributes")
+OUR_FILES = (CONFIG_FILE, WEIGHT_FILES[0], ".gitattributes")
+# In the header of the weights: an adapter that was trained has the same files as one that we wrote.
+MARK = "tvbases_hf"
+STEM = WEIGHT_FILES[0].removesuffix(".safetensors")
 # A row of the base that is scaled by this share is as good as gone: less is left of it than its rounding.
 SMALLEST_FACTOR = torch.finfo(torch.float32).eps / 8
 
@@ -130,16 +134,16 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Mappin
                 f"the adapter: {lost} of {tensor.numel()} numbers of {name} are infinite or NaN as {dtype}; write it "
                 "as bfloat16 or float32, or make the change smaller"
             )
-    own = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    seen = Counter(tensor.untyped_storage().data_ptr() for tensor in own.values())
-    own = {name: t.clone() if seen[t.untyped_storage().data_ptr()] > 1 else t for name, t in own.items()}
-    save_file(own, directory / WEIGHT_FILES[0], {"format": "pt"})
+    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    files = TensorFiles(directory, STEM, infos, ONE_FILE, {MARK: library_version()})
+    for name, tensor in tensors.items():
+        files.write(name, tensor)
     write_json(directory / CONFIG_FILE, dict(config))
 
 
 def is_adapter_directory(directory: Path) -> bool:
-    """Whether a directory holds an adapter and nothing else: what a merged adapter may replace."""
-    return (directory / CONFIG_FILE).is_file() and contains_only(directory, OUR_FILES)
+    """Whether a directory holds an adapter that we wrote, and nothing else: what a new one may replace."""
+    return contains_only(directory, OUR_FILES) and MARK in metadata_of(directory / WEIGHT_FILES[0])
 
 
 def _common_head(adapters: Sequence[Adapter]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from ..errors import MismatchError, ParameterError
 from ..storage import run
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import local_path, locate
+from ..text import printable
 from .adapter import Adapter, adapter_folder, is_adapter
 from .finite import finite_values
 from .fit import Coverage, check_fit, same_outputs
@@ -203,6 +204,10 @@ def parse_tasks(items: Iterable[str]) -> dict[str, str]:
         name, separator, source = item.partition("=")
         if not separator or not name.strip() or not source.strip():
             raise ParameterError(f'"{item}" is not NAME=PATH, for example math=path/to/math')
+        if printable(name) != name:
+            raise ParameterError(
+                f'task "{printable(name)}": its name has characters that cannot be seen; leave them out'
+            )
         if name in tasks:
             raise ParameterError(f'two tasks are named "{name}" ({tasks[name]} and {source}); give each its own name')
         tasks[name] = source

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import zipfile
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .files import locate, weight_files
+from .inputs import Input
 from .model_config import read_model_config
 from .quantised import QuantisedWeight, numbers_of, quantisation, written_dtype
 from .tensors import DTYPES, TensorInfo
@@ -201,7 +202,14 @@ class _FileReader:
 
 
 def _open_file(file: Path, label: str) -> _FileReader:
-    return _open_safetensors(file, label) if file.suffix == ".safetensors" else _open_pickle(file, label)
+    before = Input(file, label)
+    opened = _open_safetensors(file, label) if file.suffix == ".safetensors" else _open_pickle(file, label)
+
+    def read(name: str) -> Tensor:
+        before.now_read()
+        return opened.read(name)
+
+    return replace(opened, read=read)
 
 
 def _open_safetensors(file: Path, label: str) -> _FileReader:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .file_names import check_name
 from .json_files import read_json
 from .side_files import TERMS
 
@@ -40,8 +41,6 @@ HUB = "hf://"
 # After the @ of hf://owner/name@revision/folder.
 REVISION = re.compile(r"(refs/(?:pr|convert)/[^/]+|[^/]+)/?(.*)", re.DOTALL)
 SHOWN = 5
-# Bytes of a name that file systems take.
-LONGEST = 255
 
 # Files of training runs that hold parts of a model, and the command that makes one of them.
 PARTS = {
@@ -193,9 +192,8 @@ def _shards(index: Path, label: str) -> tuple[list[Path], dict[str, str]]:
 def _read_index(index: Path, label: str) -> dict[str, str]:
     try:
         weight_map = read_json(index)["weight_map"]
-        outside = [file for file in weight_map.values() if Path(file).name != file or len(file.encode()) > LONGEST]
-        if outside:
-            raise ValueError(f"{outside[0][:LONGEST]} is not the name of a file beside it")
+        for file in dict.fromkeys(weight_map.values()):
+            check_name(file, "shard")
         return dict(weight_map)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'"{label}": {index.name} is not a shard index: {error}') from error

@@ -13,7 +13,7 @@ from ..algebra.finite import count_not_finite
 from ..errors import CheckpointError, ParameterError, TvbasesError
 from .checkpoint import Checkpoint
 from .json_files import read_json
-from .output import write_json
+from .output import files_in, write_json
 from .parallel import written
 from .quantised import without_quantisation
 from .side_files import put, side_files
@@ -99,7 +99,7 @@ def is_edited_model(directory: Path) -> bool:
     """Whether a directory holds an edited model (merging.changes.Edit), and nothing else."""
     try:
         files = read_json(directory / MARKER)["files"]
-        return {file.name for file in directory.iterdir()} <= {MARKER, *files}
+        return set(files_in(directory)) <= {MARKER, *files}
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

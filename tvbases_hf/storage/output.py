@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import json
 import os
 import shutil
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, TeamError
+from .cards import CARD, is_untouched
+from .files import local_path
+from .inputs import unchanged
 from .journal import Journal, is_of, job_key
 from .run import current, once
+from .system import check_space, sync, sync_tree, writing
 
 # What an old output is called while the new one takes its place, where the two cannot be exchanged in one step.
 ASIDE = "-old"
@@ -50,8 +53,9 @@ def transaction(
             _check_seen(work)
             if key is not None:
                 _JOURNALS[work] = Journal(scratch, key, team.rank)
-            yield work
-            _sync_tree(work)
+            with unchanged():
+                yield work
+            sync_tree(work)
             team.gather(None)  # all have come here
             once(lambda: _take_place(work, place))
         except (KeyboardInterrupt, TeamError):
@@ -90,7 +94,7 @@ def _prepare(out: Path, needed_bytes: int, key: str | None) -> Path:
     if same:
         same[0].rename(scratch)
     else:
-        _check_space(out.parent, needed_bytes)
+        check_space(out.parent, needed_bytes)
         (scratch / out.name).mkdir(parents=True)
     return scratch
 
@@ -115,13 +119,15 @@ def file_transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_by
     out = Path(out).expanduser().resolve()
     with writing(out, needed_bytes), _folders_above(out):
         _sweep(out)
-        _check_space(out.parent, needed_bytes)
+        check_space(out.parent, needed_bytes)
         scratch = _scratch(out)
         scratch.mkdir()
         try:
-            yield scratch / out.name
-            _sync_tree(scratch)
+            with unchanged():
+                yield scratch / out.name
+            sync_tree(scratch)
             (scratch / out.name).replace(out)
+            sync(out.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -132,7 +138,7 @@ def preview(out: str | Path, tensors: int | None, needed_bytes: int | None) -> d
     Raises OutputError for a disk without that much room.
     """
     place = Path(out).expanduser().absolute()
-    _check_space(place.parent, needed_bytes or 0)
+    check_space(place.parent, needed_bytes or 0)
     return {"dry_run": True, "out": str(out), "tensors": tensors, "bytes": needed_bytes}
 
 
@@ -151,9 +157,7 @@ def journal_of(work: Path) -> tuple[Journal | None, str]:
 def check_output_file(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
     """Raise OutputError if ``out`` is a directory, or a file that this program did not write."""
     out = Path(out).expanduser()
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise OutputError(f'"{out}" cannot be a file: "{above}" is a file itself')
+    _check_above(out, "a file")
     if out.is_dir():
         raise OutputError(f'"{out}" is a directory; give the name of a file')
     if out.exists() and not is_ours(out):
@@ -161,11 +165,11 @@ def check_output_file(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
 
 
 def check_output(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
-    """Raise OutputError if ``out`` holds anything that this program did not write."""
+    """Raise OutputError if ``out`` holds anything that this program did not write, or a card that was changed since."""
     out = Path(out).expanduser()
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise OutputError(f'"{out}" cannot be a directory: "{above}" is a file')
+    _check_above(out, "a directory")
+    if os.path.ismount(out):
+        raise OutputError(f'"{out}" is where a file system begins, which cannot be replaced; name a directory in it')
     if out.is_file() or (out.is_symlink() and not out.is_dir()):
         raise OutputError(f'"{out}" is a file; choose a directory that does not exist yet')
     if out.is_dir() and any(out.iterdir()) and not is_ours(out):
@@ -174,47 +178,32 @@ def check_output(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
             f'"{out}" exists and holds something that this command did not write ({len(names)} entries, first: '
             f"{names[0]}); nothing was changed. Choose another directory, or remove it yourself"
         )
+    changed = [card for card in sorted(out.rglob(CARD)) if not is_untouched(card)]
+    if changed:
+        raise OutputError(
+            f'"{changed[0]}" was changed since it was written; nothing was changed. Choose another directory, or move '
+            "the file away"
+        )
 
 
-@contextlib.contextmanager
-def writing(out: Path, needed_bytes: int = 0) -> Iterator[None]:
-    """Turn the operating system's refusals to write into OutputErrors."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(out.parent, needed_bytes) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise OutputError(f'"{out}" cannot be written: {error.strerror} ({error.filename})') from error
-        raise
+def check_apart(out: str | Path, inputs: Iterable[str]) -> None:
+    """Raise OutputError if ``out`` is one of the inputs, paths as they were given: an earlier output may be one."""
+    place = Path(out).expanduser().resolve()
+    for source in inputs:
+        found = map(local_path, (source, *source.split("+")))
+        if any(path is not None and path.resolve() == place for path in found):
+            raise OutputError(f'"{out}" is one of the models that are read; write the result to another directory')
 
 
-def _disk_full(directory: Path, needed_bytes: int) -> OutputError:
-    free = readable_size(_free_bytes(directory))
-    need = f"{readable_size(needed_bytes)} are needed, " if needed_bytes else ""
-    return OutputError(
-        f'the disk of "{directory}" is full: {need}{free} are free. Nothing was left behind; '
-        "free some space or write to another disk"
-    )
-
-
-def readable_size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _check_space(directory: Path, needed_bytes: int) -> None:
-    if needed_bytes > _free_bytes(directory):
-        raise _disk_full(directory, needed_bytes)
-
-
-def _free_bytes(directory: Path) -> int:
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free
+def _check_above(out: Path, what: str) -> None:
+    """Raise OutputError for a path that no system takes, or below a file."""
+    if "\0" in str(out):
+        raise OutputError(f'"{out}" cannot be {what}: it has a NUL character in it')
+    with writing(out):
+        out.exists()  # the system's own refusal of a name that is too long
+        above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise OutputError(f'"{out}" cannot be {what}: "{above}" is a file itself')
 
 
 def _scratch(out: Path) -> Path:
@@ -255,17 +244,6 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _sync_tree(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        if os.name == "nt" and path.is_dir():
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _take_place(work: Path, out: Path) -> None:
     """Put ``work`` where ``out`` is, atomically where the system can exchange two directories (Linux)."""
     if not out.exists():
@@ -277,10 +255,7 @@ def _take_place(work: Path, out: Path) -> None:
             work.rename(out)
         finally:
             _put_back(aside, out)
-    if os.name != "nt":
-        descriptor = os.open(out.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync(out.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -293,6 +268,11 @@ def _exchange(a: Path, b: Path) -> bool:
 def write_json(file: Path, value: object) -> None:
     """Readable, key order as given, floats exact (Python's shortest round-trip form)."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def files_in(directory: Path) -> list[str]:
+    """The names of all files below a directory, relative to it: what a marker tells of an output."""
+    return sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if not file.is_dir())
 
 
 def contains_only(directory: Path, patterns: Sequence[str]) -> bool:

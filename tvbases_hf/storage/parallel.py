@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ParameterError
-from .output import journal_of, readable_size
+from .output import journal_of
 from .run import bar, current, share
+from .system import readable_size
 from .tensor_files import TensorFiles
 
 Item = TypeVar("Item")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .output import journal_of
@@ -20,6 +21,7 @@ from .tensors import DTYPES, TensorInfo
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_SIZE = "5GB"
+ONE_FILE = 1 << 60
 CHECKED_AT_ONCE = 1 << 22
 
 
@@ -91,6 +93,15 @@ class TensorFiles:
                 for start in range(0, slot.info.nbytes, CHECKED_AT_ONCE):
                     found = zlib.crc32(stream.read(min(CHECKED_AT_ONCE, slot.info.nbytes - start)), found)
         return found
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; nothing of any other file."""
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            return handle.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def file_bytes(tensors: Mapping[str, TensorInfo], max_shard_size: int | str | None = None) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import defaults
@@ -20,7 +19,7 @@ from ..storage.checkpoint import TensorInfo
 from ..storage.json_files import parse_json
 from ..storage.output import check_output_file, file_transaction, preview
 from ..storage.run import track
-from ..storage.tensor_files import TensorFiles
+from ..storage.tensor_files import ONE_FILE, TensorFiles, metadata_of
 from ..version import library_version
 from .comfy_file import Matrix, all_infos, comfy_matrices, write_comfy
 from .lora_layers import BIAS, A, B
@@ -30,7 +29,6 @@ from .places import Place
 from .report import Tally, recipe_words
 
 RECIPE = "tvbases_styles"
-ONE_FILE = 1 << 60
 
 
 def mix_style_files(
@@ -186,11 +184,10 @@ def recipe_header(
 
 def read_recipe(file: str | Path) -> dict[str, Any] | None:
     """The recipe in a file's header; None if there is none."""
+    text = metadata_of(Path(file).expanduser()).get(RECIPE)
     try:
-        with safe_open(str(Path(file).expanduser()), framework="pt") as handle:
-            text = (handle.metadata() or {}).get(RECIPE)
         return parse_json(text) if text else None
-    except (SafetensorError, OSError, ValueError):
+    except ValueError:
         return None
 
 

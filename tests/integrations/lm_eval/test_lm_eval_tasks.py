@@ -122,6 +122,17 @@ def test_lm_eval_runs_both_tasks_offline_from_local_files(llama: Path, files: di
     assert all(printed.count(metric) == 2 for metric in (*METRICS, *COUNTS)), printed
 
 
+def test_a_task_imports_no_function_that_its_settings_name(files: dict[str, str], loaded: tuple[Any, Any]) -> None:
+    """They may have come with a file from anywhere; --scorer and Python may name one."""
+    from lm_eval.tasks import TaskManager
+
+    settings = {**files, "scorer": "python:zoo.toxic_data.bad_share", "continuations": 2}
+    manager = TaskManager(include_path=str(INCLUDE), include_defaults=False, metadata=settings)
+    with pytest.raises(ParameterError, match="never for what a task's settings say"):
+        manager.load([TOXIGEN])
+    assert values(plan(files, settings["scorer"], limit=1), loaded)
+
+
 def test_every_member_of_the_negation_groups_is_a_task_of_lm_eval(everything: Any) -> None:
     groups = {"tvbases_negation", "tvbases_negation_target", "tvbases_negation_control"}
     members = {member for group in groups for member in everything.task_index[group].cfg["task"]}

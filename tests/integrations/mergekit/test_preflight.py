@@ -12,6 +12,7 @@ import yaml
 
 from commands.command_line import refused, root, tvbases
 from oracles.merge_oracle import merge_config, write_config
+from tvbases_hf.merging.merge import leave_marker
 from zoo.hf_models import Family, make_family, read_state, save_state
 from zoo.merge_refusals import Config, merge_refused
 
@@ -188,21 +189,24 @@ def test_missing_or_wrong_arguments_show_the_usage(place: Family) -> None:
 
 def test_the_output_must_not_be_one_of_the_models(place: Family) -> None:
     """Even where the model is itself an earlier merge, which may be replaced otherwise."""
-    (place.base / "mergekit_config.yml").write_text("merge_method: linear\n")
+    leave_marker(place.base, {})
     file = write_config(root(place) / "merge.yml", merge_config(place))
     assert "is one of the models" in refused(root(place), "mergekit-yaml", file, place.base)
 
 
-@pytest.mark.parametrize("make", ["file", "foreign", "merged_with_more"])
+@pytest.mark.parametrize("make", ["file", "foreign", "merged_by_mergekit", "merged_with_more"])
 def test_an_output_that_is_not_ours_is_left_alone(make: str, place: Family) -> None:
     out = root(place) / "out"
     if make == "file":
         out.write_text("mine")
     else:
         out.mkdir()
-        (out / "notes.md").write_text("mine")
-        if make == "merged_with_more":
+        if make.startswith("merged"):
             (out / "mergekit_config.yml").write_text("merge_method: linear\n")
+        if make == "merged_with_more":
+            leave_marker(out, {})
+        if make != "merged_by_mergekit":
+            (out / "notes.md").write_text("mine")
     file = write_config(root(place) / "merge.yml", merge_config(place))
     message = refused(root(place), "mergekit-yaml", file, out)
     assert ("is a file" if make == "file" else "holds something that this command did not write") in message

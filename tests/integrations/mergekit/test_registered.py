@@ -25,6 +25,7 @@ from tvbases_hf.algebra.delta import dense
 from tvbases_hf.bases import CONSTRUCTIONS
 from tvbases_hf.merging.apply import merged
 from tvbases_hf.methods.registry import METHODS
+from tvbases_hf.version import library_version
 from tvbases_mergekit import register
 from tvbases_mergekit.constructions import RENAMED
 from tvbases_mergekit.methods import BasisMerge
@@ -231,7 +232,10 @@ def test_the_command_prints_the_schema_or_writes_it(tmp_path: Path) -> None:
     printed = tvbases("schema")
     assert printed.code == 0 and json.loads(printed.out) == json.loads(json.dumps(yaml_schema()))
     written = tvbases("schema", "--json", tmp_path / "schema.json")
-    assert written.code == 0 and json.loads((tmp_path / "schema.json").read_text()) == json.loads(printed.out)
+    assert written.code == 0 and json.loads((tmp_path / "schema.json").read_text()) == {
+        "tvbases_report": library_version(),
+        **json.loads(printed.out),
+    }
 
 
 # Refusals

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...storage.files import local_path, without_revision
+from ...text import code_span, in_markdown, in_yaml, quoted
 from ..info import AdapterInfo, BasisInfo
 
 # Two errors closer than this (as a ratio, and in absolute terms) are the same: rounding tells them apart at most.
@@ -77,13 +78,13 @@ def _reason(shared: dict[str, float]) -> str:
 def adapter_card(info: BasisInfo) -> str:
     """README.md of a basis of adapters: what it is, the error of each task, how to use it with and without us."""
     assert info.adapters is not None
-    adapters, first = info.adapters, info.tasks[0]
+    adapters, first, last = info.adapters, quoted(info.tasks[0]), quoted(info.tasks[-1])
     local = local_path(info.base_id) is not None or "/" not in info.base_id
     repository, _ = without_revision(info.base_id)
-    header = "" if local else f"base_model: {repository}\n"
-    base = f'"{repository}"' if not local else '"path/to/the/base"'
+    header = "" if local else f"base_model: {in_yaml(repository)}\n"
+    base = quoted(repository) if not local else '"path/to/the/base"'
     rows = "\n".join(
-        f"| {task} | {weight * adapters.alpha:.3f} | {error:.1%} | {trivial:.1%} |"
+        f"| {in_markdown(task)} | {weight * adapters.alpha:.3f} | {error:.1%} | {trivial:.1%} |"
         for task, weight, error, trivial in zip(
             info.tasks, info.effective_weights, info.task_error, adapters.truncation_error, strict=True
         )
@@ -93,10 +94,10 @@ library_name: peft
 tags: [lora, task-arithmetic, model-merging, tvbases-hf]
 {header}---
 
-# {len(info.tasks)} adapters in one: {", ".join(info.tasks)}
+# {len(info.tasks)} adapters in one: {", ".join(map(in_markdown, info.tasks))}
 
-A basis of {len(info.tasks)} adapters over `{Path(info.base_id).name if local else info.base_id}` (method
-`{info.method}`). {" ".join(verdict(info))}
+A basis of {len(info.tasks)} adapters over {code_span(Path(info.base_id).name if local else info.base_id)} (method
+{code_span(info.method)}). {" ".join(verdict(info))}
 
 | task | weight in the merged adapter | relative error of the task's adapter, as stored | truncated alone, same bytes |
 |---|---|---|---|
@@ -119,12 +120,12 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), 
 from tvbases_hf import Basis
 
 basis = Basis.from_pretrained("path/to/this/directory")
-model = basis.attach(AutoModelForCausalLM.from_pretrained({base}), task="{first}")
-basis.select(model, "{info.tasks[-1]}")                    # no reloading
-with basis.mixed(model, ["{first}", "{info.tasks[-1]}"]):     # rows of one batch with different tasks
+model = basis.attach(AutoModelForCausalLM.from_pretrained({base}), task={first})
+basis.select(model, {last})                    # no reloading
+with basis.mixed(model, [{first}, {last}]):     # rows of one batch with different tasks
     ...
-basis.adapter("{first}").save_pretrained("{first}-lora")    # a stand-alone LoRA
-basis.negate("{first}", 0.5).save_pretrained("no-{first}")  # a LoRA that forgets
+basis.adapter({first}).save_pretrained("path/to/a/lora")        # a stand-alone LoRA
+basis.negate({first}, 0.5).save_pretrained("path/to/another")  # a LoRA that forgets
 ```
 
 The licences of the base model and of the adapters apply.
