@@ -167,7 +167,7 @@ ONE_MODEL = [
     "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit",
     "unsloth/llama-3.1-8b-instruct-unsloth-bnb-4bit",
     "meta-llama/Llama-3.1-8B-Instruct@main",
-    "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/0e9e39f249a16976918f6564b8830bc8",
+    "/home/someone/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/0e9e39f249a16976918f6564b8830bc8",
     "models/Llama-3.1-8B-Instruct/",
     "someone/Llama-3.1-8B-Instruct-AWQ",
     "someone/Llama-3.1-8B-Instruct-GPTQ-Int4",
