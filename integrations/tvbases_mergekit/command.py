@@ -46,6 +46,7 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
     from .configuration import read_config
     from .mended import mended_mergekit
     from .preflight import check_config, side_files_left_out
+    from .tokens import merging
 
     command = copy.copy(main)
     command.help = "mergekit-yaml with the merge methods of tvbases, a check beforehand, and a whole model or none."
@@ -67,8 +68,8 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
     options = MergeOptions(**{name: given[name] for name in MergeOptions.model_fields})
     config = read_config(file)
     check_output(out, is_merge)  # before anything is downloaded
-    quiet = using(replace(current(), quiet=options.quiet))
-    with quiet, reported(), _stopped(options.verbosity > 0), mended_mergekit():
+    how = using(replace(current(), quiet=options.quiet, trust_remote_code=options.trust_remote_code))
+    with how, reported(), _stopped(options.verbosity > 0), mended_mergekit(), merging(config):
         needed = check_config(config, options, out)
         if dry_run:
             return preview(out, None, needed)

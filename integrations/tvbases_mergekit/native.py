@@ -21,6 +21,7 @@ from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Limits
 from tvbases_hf.merging.merge import Merge, is_merge
 from tvbases_hf.merging.write import check_adapter, is_checkpoint_of_ours, write
+from tvbases_hf.models.travel import beside
 from tvbases_hf.storage import run
 from tvbases_hf.storage.output import check_output, preview
 
@@ -110,6 +111,7 @@ def _preview(
         check_basis_parameters(method, bound)
     if adapter:
         return preview(out, len(names), None)
+    beside(inputs.vectors.base, inputs.vectors.models, inputs.made)
     size = sum(info.numel * (dtype or info.dtype).itemsize for info in tensors.values())
     return preview(out, len(tensors), size)
 

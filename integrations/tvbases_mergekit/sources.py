@@ -22,9 +22,11 @@ from tvbases_hf.bases import BasisWeights
 from tvbases_hf.bases.registry import Construction
 from tvbases_hf.merging.apply import model_thresholds
 from tvbases_hf.models.gram import Gram, gram_matrix
-from tvbases_hf.models.vectors import Vectors
+from tvbases_hf.models.vectors import Model, Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.run import current
+
+from .tokens import aligned, tokens_merged
 
 LOG = logging.getLogger("tvbases_mergekit")
 
@@ -131,18 +133,20 @@ def models_of(groups: Sequence[TensorGroup], planned: Mapping[str | None, tuple[
         return _from_memory(merged)
 
 
-def _from_files(base_entry: TensorEntry | None, models: tuple[Hashable, ...]) -> Models:
+def _from_files(base_entry: TensorEntry | None, models: tuple[Any, ...]) -> Models:
     assert base_entry is not None
-    base = base_entry.id
+    base: Any = base_entry.id
+    config = tokens_merged()
     paths = {reference: _path(reference) for reference in (base, *models)}
-    key = (_identity(paths[base]), tuple((model, _identity(paths[model])) for model in models))
+    key = (_identity(paths[base]), tuple((model, _identity(paths[model])) for model in models), str(config))
     with _LOCK:
         if key not in _CACHE:
-            checkpoints = {str(model): Checkpoint.open(paths[model], label=str(model)) for model in models}
-            # Vocabularies of different sizes reach us only when mergekit itself aligns them.
-            vectors = Vectors.of_models(
-                Checkpoint.open(paths[base], label=str(base)), checkpoints, skip_mismatched=True
-            )
+            opened: dict[str, Model] = {str(m): Checkpoint.open(paths[m], label=str(m)) for m in models}
+            origin = Checkpoint.open(paths[base], label=str(base))
+            if config is not None:
+                origin, opened, _ = aligned(config, base, origin, {m: opened[str(m)] for m in models})
+            # Otherwise vocabularies of different sizes reach us only when mergekit itself cuts them.
+            vectors = Vectors.of_models(origin, opened, skip_mismatched=True)
             for line in vectors.coverage.notes():
                 LOG.warning("%s", line)
             _CACHE[key] = Models(vectors, models)

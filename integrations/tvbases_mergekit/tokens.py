@@ -6,9 +6,10 @@ a token gets the row that mergekit gives it. What comes out are models of one vo
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,24 @@ def made_files(config: MergeConfiguration, tokenizer: Any = None) -> Files | Non
         tokenizer.save_pretrained(place)
         files = [file for file in Path(place).rglob("*") if file.is_file()]
         return {file.relative_to(place).as_posix(): file.read_bytes() for file in files}
+
+
+_MERGES: list[MergeConfiguration] = []
+
+
+@contextlib.contextmanager
+def merging(config: MergeConfiguration) -> Iterator[None]:
+    """In the block mergekit merges by this YAML, whose tokens our methods cannot see from the tensors that they get."""
+    _MERGES.append(config)
+    try:
+        yield
+    finally:
+        _MERGES.pop()
+
+
+def tokens_merged() -> MergeConfiguration | None:
+    """The YAML that mergekit merges by, where it asks for a tokenizer."""
+    return _MERGES[-1] if _MERGES and asks_for_tokens(_MERGES[-1]) else None
 
 
 def asks_for_tokens(config: MergeConfiguration) -> bool:

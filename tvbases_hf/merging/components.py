@@ -44,13 +44,13 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
     tensors = base.written()
     size = sum(info.nbytes for info in tensors.values())
     copies = [f"unique/{task}" for task in vectors.tasks] + [SHARED]
+    side = beside(base, vectors.models)
     if dry_run:
         check_output(out, is_components)
         return preview(out, len(base.tensors) * len(copies), size * len(copies))
     groups = groups_of(base.tensors)
     energy: dict[str, Tensor] = {}
     with transaction(out, is_components, size * len(copies)) as work:
-        side = beside(base, vectors.models)
         files = {copy: _begin(base, side.files, work / copy) for copy in copies}
         for name in track(list(base.tensors), "Decomposing", lambda n: base.tensors[n].nbytes):
             if name in vectors.names:

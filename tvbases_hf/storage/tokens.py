@@ -15,7 +15,7 @@ def tokens_of(files: Files) -> dict[str, int]:
     """{token: its row}; empty where only a binary file knows, and where what is there is no tokenizer."""
     try:
         return _tokens(files)
-    except (OSError, ValueError, TypeError, AttributeError, IndexError, OverflowError):
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError):
         return {}
 
 

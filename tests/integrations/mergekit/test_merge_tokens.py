@@ -188,6 +188,15 @@ def test_a_union_is_made_in_the_same_order_every_time(moved: Family, tmp_path: P
     assert ours == theirs and all(close(merged[name], other[name].double()) for name in other)
 
 
+def test_our_methods_see_the_same_rows_in_both_commands(moved: Family, tmp_path: Path) -> None:
+    """Bases of whole models: the Gram matrix too is that of the rows matched by token."""
+    whole = config(moved, merge_method="ae_bases", tokenizer_source="union", parameters={"num_bases": 1})
+    run_native(whole, tmp_path / "a")
+    run_ours(whole, tmp_path / "b")
+    merged, other = read_state(tmp_path / "a"), read_state(tmp_path / "b")
+    assert all(close(merged[name], other[name].double()) for name in other)
+
+
 def test_token_ids_follow_the_tokenizer(moved: Family, tmp_path: Path) -> None:
     """A tokenizer that numbers the end of a text otherwise than the base."""
     own = tmp_path / "own"
