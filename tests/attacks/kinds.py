@@ -110,7 +110,7 @@ def a_shard_outside_of_the_folder(place: Workplace) -> None:
     edit(place / "code/model.safetensors.index.json", lambda c: c["weight_map"].update(x="../base/model.safetensors"))
 
 
-@attack("model", "is not the name of a file beside it")
+@attack("model", "cannot be the name of a file")
 def a_shard_with_a_name_of_300_characters(place: Workplace) -> None:
     edit(place / "code/model.safetensors.index.json", lambda c: c["weight_map"].update(x="a" * 300 + ".safetensors"))
 
