@@ -19,7 +19,7 @@ from tvbases_hf.basis.info import is_basis_directory
 from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError, did_you_mean, first_line
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.models.adapter import is_adapter
-from tvbases_hf.models.lora_config import read_config
+from tvbases_hf.models.lora_config import check_expressions, read_config
 from tvbases_hf.storage.files import WEIGHT_FILES, locate
 from tvbases_hf.storage.run import current
 
@@ -142,6 +142,7 @@ def _adapter(path: Path, base: str, source: str, where: Where) -> Iterator[Varia
     except ImportError as error:
         raise MissingExtraError(f'an adapter needs PEFT ({error}); pip install "tvbases-hf[peft]"') from error
     model, tokenizer = load(base, where)
+    check_expressions(read_config(path, source), [name for name, _ in model.named_modules()], source)
     yield Variant(BEFORE, model, tokenizer)
     yield Variant(Path(source).name, PeftModel.from_pretrained(model, str(path)).eval(), tokenizer)
 

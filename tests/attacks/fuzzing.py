@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def try_file(place: Workplace, target: str, count: int, figures: Figures, seed: 
     def attack(damage: bytes, index: int) -> None:
         if time.monotonic() > until:
             return
-        with _damaged(place, target, damage):
+        with _damaged(place, target, damage), _ended(DEAD):
             figures.inputs[target] += 1
             begun = time.monotonic()
             try:
@@ -121,6 +121,16 @@ def try_file(place: Workplace, target: str, count: int, figures: Figures, seed: 
         figures.broken.setdefault("flaky", f"{target}\n{str(error)[:1500]}")
     except Broken as error:
         figures.broken[error.kind] = f"{target}\n{error}\n" + "\n".join(getattr(error, "__notes__", []))[:1500]
+
+
+@contextlib.contextmanager
+def _ended(seconds: float) -> Iterator[None]:
+    """The process ends, and says where it was, if it does not even take a signal for so long."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class _damaged:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from attacks import bases, merges  # noqa: F401  they note their attacks
 from attacks.fuzzing import TARGETS, Figures, prepared, try_file
 from attacks.kinds import ATTACKS
 from attacks.workplace import Workplace, actions, held

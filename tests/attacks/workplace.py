@@ -22,6 +22,7 @@ from commands.command_line import Outcome, tvbases
 from tvbases_hf import Basis
 from tvbases_hf.basis import LoraBasis
 from tvbases_hf.errors import TvbasesError
+from tvbases_hf.text import printable
 from zoo.adapter_zoo import make_adapter, make_base
 from zoo.hf_models import read_state, save_state
 
@@ -153,7 +154,7 @@ def _called(action: Callable[[], object]) -> Outcome:
     try:
         action()
     except TvbasesError as error:
-        return Outcome(2, "", f"error: {error}\n")
+        return Outcome(2, "", f"error: {printable(error)}\n")
     return Outcome(0, "", "")
 
 

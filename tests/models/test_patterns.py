@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvbases_hf.models.patterns import Patience, PatternError, check_pattern
+from tvbases_hf.errors import CheckpointError
+from tvbases_hf.models.lora_config import check_expressions
+from tvbases_hf.models.patterns import Patience, PatternError, check_pattern, check_time
 
 # As PEFT's users, unsloth and LLaMA-Factory write them.
 KNOWN = (
@@ -57,3 +59,16 @@ def test_an_expression_that_takes_too_long_is_given_up_and_named() -> None:
         for length in range(20, 2000, 20):
             patience.fullmatch(r"(x+x+)+y", "x" * length)
             patience.fullmatch(r"(?:(a)|(.))*?\2\1(?:(a)|(.))*?\2\1z", "ab" * length)
+
+
+def test_an_expression_that_python_itself_would_never_finish_is_not_given_to_a_host() -> None:
+    with pytest.raises(PatternError, match="takes more than 3 s"):
+        check_time(["(.*)*x"], ["a" * 40], 3)
+    check_time(KNOWN, NAMES, 60)
+
+
+def test_expressions_of_a_configuration_are_tried_before_peft_has_them() -> None:
+    check_expressions({"target_modules": ["q_proj"], "rank_pattern": {}}, NAMES, "math")
+    check_expressions({"target_modules": KNOWN[0], "rank_pattern": {"q_proj": 4}}, NAMES, "math")
+    with pytest.raises(CheckpointError, match=r'"math": adapter_config\.json: .* is not a regular expression'):
+        check_expressions({"alpha_pattern": {"(": 4}}, NAMES, "math")

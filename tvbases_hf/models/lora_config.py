@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import CheckpointError
 from ..storage.json_files import read_object, wrong_values
-from .patterns import Patience, PatternError, check_pattern
+from .patterns import Patience, PatternError, check_pattern, check_time
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -192,6 +192,18 @@ def _check_kinds(config: Mapping[str, Any], label: str) -> None:
         Words.model_validate(dict(config))
     except ValidationError as error:
         raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {wrong_values(error)}') from error
+
+
+def check_expressions(config: Mapping[str, Any], modules: Iterable[str], label: str) -> None:
+    """CheckpointError where PEFT would look for ever for the modules that a configuration means."""
+    whole = [config[key] for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    ends = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    try:
+        expressions = [*map(check_pattern, whole), *map(_end, ends)]
+        if expressions:
+            check_time(expressions, modules)
+    except (PatternError, TypeError) as error:
+        raise CheckpointError(f'"{label}": {CONFIG_FILE}: {error}') from error
 
 
 def _refuse_variants(config: Mapping[str, Any], label: str) -> None:

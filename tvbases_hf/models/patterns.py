@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import regex
@@ -17,6 +20,7 @@ import regex
 LONGEST = 100_000
 # Seconds that all matching with the expressions of one file may take; a model's modules take a few milliseconds.
 PATIENCE = 10.0
+TRIAL = "import json, re, sys; ps, ns = json.load(sys.stdin); [re.fullmatch(p, n) for p in ps for n in ns]"
 
 
 class PatternError(ValueError):
@@ -48,6 +52,27 @@ class Patience:
             ) from None
         self.left -= time.monotonic() - begun
         return found is not None
+
+
+def check_time(patterns: Iterable[str], names: Iterable[str], seconds: float = PATIENCE) -> None:
+    """PatternError where Python's own engine, which a host is going to use, takes longer for these.
+
+    It is tried in a process of its own, which can be ended.
+    """
+    listed = list(patterns)
+    try:
+        given = json.dumps([listed, list(names)]).encode()
+        subprocess.run(
+            [sys.executable, "-I", "-c", TRIAL], input=given, timeout=seconds, check=True, capture_output=True
+        )
+    except subprocess.TimeoutExpired:
+        raise PatternError(
+            f"{', '.join(map(_shown, listed[:3]))}: takes more than {seconds:g} s to match the names of modules; write "
+            "a simpler expression, or a list of names"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise PatternError(f"{', '.join(map(_shown, listed[:3]))}: {''.join(reason)}") from error
 
 
 def check_pattern(pattern: str) -> str:
