@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from commands.command_line import tvbases
-from tvbases_hf import Basis, LoraBasis, Vectors
+from tvbases_hf import Basis, LoraBasis, Vectors, mix_style_files
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.equal_rank import equal_rank
 from tvbases_hf.models.hosts import HOSTS, VLLM_RANKS, check_host, host_notes
 from tvbases_hf.storage.checkpoint import Checkpoint
+from zoo.lora_files import write
 from zoo.peft_models import IDS, IMAGES, Case, load_base, make_adapter, make_base
+from zoo.pipelines import FLUX_MODULES, style
 
 # Ranks of their own, scales of their own, and every kind of layer: linear, [in, out], embedding, convolution.
 PATTERNS: dict[str, Any] = {"r": 2, "lora_alpha": 6}
@@ -186,3 +188,22 @@ def test_what_a_host_cannot_load_is_refused_before_the_numbers_are_read(tmp_path
         refused = tvbases(*job, "--for", "vllm", "--dry-run")
         assert refused.code == 2 and "DoRA" in refused.err and "lm_head" in refused.err, refused
     assert tvbases(*merge, "--for", "peft").code == 0
+
+
+def test_mixed_styles_have_one_rank_if_wanted(tmp_path: Path) -> None:
+    files = {}
+    for seed, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        modules = FLUX_MODULES if name == "a" else dict(list(FLUX_MODULES.items())[:2])
+        write(tmp_path / name, style(seed, modules))
+        files[name] = str(tmp_path / name / "style.safetensors")
+    own, even = tmp_path / "own.safetensors", tmp_path / "even.safetensors"
+    mix_style_files(files, own)
+    mix_style_files(files, even, equal_rank=True)
+    plain, padded = load_file(own), load_file(even)
+    ranks = [{t.shape[0] for key, t in found.items() if "lora_A" in key} for found in (plain, padded)]
+    assert len(ranks[0]) > 1 and ranks[1] == {max(ranks[0])}
+    for key in (key for key in plain if "lora_A" in key):
+        other = key.replace("lora_A", "lora_B")
+        products = [found[other].flatten(1) @ found[key].flatten(1) for found in (plain, padded)]
+        torch.testing.assert_close(products[1], products[0], rtol=0, atol=1e-6)

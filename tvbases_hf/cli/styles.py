@@ -15,6 +15,7 @@ from .options import (
     Device,
     DryRun,
     Dtype,
+    EqualRank,
     Json,
     Quiet,
     Side,
@@ -65,6 +66,7 @@ def mix_styles(
     family: Annotated[
         str | None, typer.Option(help="comfy: the model, where the styles' modules are those of several.")
     ] = None,
+    equal_rank: EqualRank = False,
     report: Annotated[bool, typer.Option("--report", help="Also what is shared by block and by two styles.")] = False,
     grid: Annotated[
         Path | None, file_option("Also a picture: the plain sum against this mix; needs --pipeline.", "PNG")
@@ -94,7 +96,7 @@ def mix_styles(
     recipe = {"component": component, "shared_weight": shared_weight, "threshold": threshold}
     recipe |= {"subspace": subspace, "pool": pool, "side": side, "rank": rank}
     how = {"dtype": parse_dtype(dtype), "pairs": report or json is not None, "dry_run": dry_run}
-    how |= {"loader": loader, "family": family}
+    how |= {"loader": loader, "family": family, "equal_rank": equal_rank}
     found = mix_style_files(styles, out, scales=scales, **recipe, **how)
     if grid is not None and pipeline is not None and not dry_run:
         from tvbases_diffusers.grid import draw_grid

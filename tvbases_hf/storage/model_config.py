@@ -16,6 +16,8 @@ from .json_files import read_object, wrong_values
 CONFIG = "config.json"
 # transformers makes a list of as many entries, or as many modules, as such a key says.
 COUNT = re.compile(r"(?:^|_)(?P<what>layers?|depths?|blocks|stages|experts|heads|labels)$")
+# Layers from which on something is otherwise: Qwen2 has 28 here whatever its number of layers.
+THRESHOLDS = ("max_window_layers",)
 MODULES = ("layer", "layers", "depth", "depths", "blocks", "stages")
 MOST = 10_000
 MOST_LABELS = 1_000_000
@@ -62,7 +64,12 @@ def check_model_config(config: Mapping[str, Any], label: str) -> None:
 
 def most_layers(config: Mapping[str, Any]) -> float:
     """The largest number of layers, or of whatever else modules are made for one by one, that a configuration names."""
-    return max((number for key, number, _ in _counts(config) if COUNT.search(key)["what"] in MODULES), default=0)  # type: ignore[index]
+    made = (
+        number
+        for key, number, _ in _counts(config)
+        if key not in THRESHOLDS and COUNT.search(key)["what"] in MODULES  # type: ignore[index]
+    )
+    return max(made, default=0)
 
 
 def _counts(part: Any) -> Iterator[tuple[str, float, int]]:

@@ -47,6 +47,7 @@ def mix_style_files(
     pairs: bool = False,
     loader: defaults.StyleLoader = "diffusers",
     family: str | None = None,
+    equal_rank: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Mix style LoRAs into one LoRA file, and return the report. No model is loaded.
@@ -57,7 +58,7 @@ def mix_style_files(
         scales: of each style; 1 where none is given.
         component, shared_weight: see Recipe; threshold, subspace, pool, side, rank: see Options (rank is that of
             low-rank changes; None for all directions of a style).
-        dtype, pairs, loader, family: see write_mix.
+        dtype, pairs, loader, family, equal_rank: see write_mix.
         dry_run: check everything and report what would be written.
 
     Raises ParameterError, CheckpointError, MismatchError or OutputError; nothing is written then.
@@ -68,12 +69,11 @@ def mix_style_files(
     numbers = parse_scales(tuple(styles), scales)
     opened = Styles.open(styles)
     if dry_run:
-        infos = _all_infos(opened, numbers, dtype)
+        infos = _all_infos(opened, _ranks(opened, numbers, equal_rank), dtype)
         infos = all_infos(matrices, infos) if (matrices := _matrices(opened, loader, family)) else infos
         return preview(out, len(infos), sum(info.nbytes for info in infos.values()))
-    return write_mix(
-        opened, recipe, numbers, Path(out), sources=styles, dtype=dtype, pairs=pairs, loader=loader, family=family
-    )
+    how: dict[str, Any] = {"dtype": dtype, "pairs": pairs, "loader": loader, "family": family}
+    return write_mix(opened, recipe, numbers, Path(out), sources=styles, equal_rank=equal_rank, **how)
 
 
 def write_mix(
@@ -88,18 +88,20 @@ def write_mix(
     pairs: bool = False,
     loader: defaults.StyleLoader = "diffusers",
     family: str | None = None,
+    equal_rank: bool = False,
 ) -> dict[str, Any]:
     """Write the mix, scales inside, and the recipe in the header; return the report.
 
     Memory is that of one weight, whatever the model, unless ``parts`` are at hand. ``dtype`` None: the narrowest that
     holds the styles' own factors. ``loader`` says whose names the file has: diffusers' or ComfyUI's, which diffusers
     reads as well; ``family`` whose model it is for, where several have all modules and other names.
+    ``equal_rank``: one rank in all modules, padded with zeros.
 
     Raises OutputError for a file that is not ours, and ParameterError if nothing would be mixed or the model has no
     names in ComfyUI; nothing is written.
     """
-    stored, ranks, biased = _stored(styles, dtype), _ranks(styles, scales), _biased(styles)
-    infos = _all_infos(styles, scales, dtype)
+    stored, ranks, biased = _stored(styles, dtype), _ranks(styles, scales, equal_rank), _biased(styles)
+    infos = _all_infos(styles, ranks, dtype)
     matrices = _matrices(styles, loader, family)
     counted = Tally(styles, recipe, pairs)
     header = {RECIPE: json.dumps(recipe_header(recipe, scales, sources)), METADATA: json.dumps(lora_metadata(ranks))}
@@ -109,7 +111,8 @@ def write_mix(
         for place in track(styles.places, "Mixing", lambda place: place.nbytes):
             part = next(stream)
             counted.add(part)
-            for name, tensor in factors(place, combine(part, scales), stored).items():
+            change = combine(part, scales)
+            for name, tensor in factors(place, change, stored, ranks[place] if equal_rank else 1).items():
                 files.write(name, tensor)
             if place.component in biased:
                 files.write(_name(place, BIAS), bias(part, scales).to(stored))
@@ -130,11 +133,12 @@ def _matrices(styles: Styles, loader: str, family: str | None) -> tuple[Matrix, 
     return comfy_matrices(styles.places, family) if loader == "comfy" else ()
 
 
-def factors(place: Place, change: LowRank, dtype: torch.dtype) -> dict[str, Tensor]:
-    """lora_A and lora_B of one weight in diffusers' names; PEFT has no rank 0, so that nothing is one row of zeros."""
+def factors(place: Place, change: LowRank, dtype: torch.dtype, rank: int = 1) -> dict[str, Tensor]:
+    """lora_A and lora_B of one weight in diffusers' names, with rows of zeros up to ``rank``; PEFT has no rank 0."""
     left, right = change.left, change.right
-    if change.rank == 0:
-        left, right = torch.zeros(place.shape[0], 1), torch.zeros(1, place.shape[1])
+    if (more := rank - change.rank) > 0:
+        left = torch.cat([left, left.new_zeros(len(left), more)], dim=1)
+        right = torch.cat([right, right.new_zeros(more, right.shape[1])])
     if place.kernel:
         left = left.reshape(*left.shape, *(1 for _ in place.kernel))
         right = right.reshape(len(right), -1, *place.kernel)
@@ -204,8 +208,9 @@ def _stored(styles: Styles, dtype: torch.dtype | None) -> torch.dtype:
     return dtype or (torch.float32 if styles.dtype == torch.float64 else styles.dtype)
 
 
-def _ranks(styles: Styles, scales: Mapping[str, float]) -> dict[Place, int]:
-    return {place: max(1, sum(r for name, r in place.ranks.items() if scales[name] != 0)) for place in styles.places}
+def _ranks(styles: Styles, scales: Mapping[str, float], equal: bool = False) -> dict[Place, int]:
+    own = {place: max(1, sum(r for name, r in place.ranks.items() if scales[name] != 0)) for place in styles.places}
+    return dict.fromkeys(own, max(own.values())) if equal else own
 
 
 def _biased(styles: Styles) -> set[str]:
@@ -213,8 +218,8 @@ def _biased(styles: Styles) -> set[str]:
     return {place.component for place in styles.places if place.has_bias}
 
 
-def _all_infos(styles: Styles, scales: Mapping[str, float], dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-    stored, ranks, biased = _stored(styles, dtype), _ranks(styles, scales), _biased(styles)
+def _all_infos(styles: Styles, ranks: Mapping[Place, int], dtype: torch.dtype | None) -> dict[str, TensorInfo]:
+    stored, biased = _stored(styles, dtype), _biased(styles)
     return {name: info for place in styles.places for name, info in _infos(place, ranks[place], stored, biased)}
 
 
