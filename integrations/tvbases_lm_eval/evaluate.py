@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tvbases_hf.errors import MissingExtraError, ParameterError
-from tvbases_hf.learning.data import TaskData, writes
+from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError
+from tvbases_hf.learning.data import TaskData, decodes, writes
 from tvbases_hf.learning.rows import Rows, read_rows
 from tvbases_hf.learning.taskfiles import TaskModel
 from tvbases_hf.storage.run import current
@@ -51,6 +51,11 @@ class Session:
             raise ParameterError(
                 f'"{self.plan.benchmarks[0]}" is not --data, and lm-eval\'s tasks ask models that write text; a '
                 f"{type(variant.model).__name__} is measured on --data NAME=FILE_OR_FOLDER"
+            )
+        if self.loaded and decodes(variant.model):
+            raise CheckpointError(
+                f'"{variant.label}" is an encoder with a decoder ({variant.model.config.model_type}), and lm-eval tasks '
+                "are measured of causal language models here; give its task's data with --data NAME=FILE"
             )
         asked, reading = TaskModel(variant.model, variant.directories), self.plan.reading()
         return [asked.data(name, rows, reading) for name, rows in self.rows.items()], asked.notes()
