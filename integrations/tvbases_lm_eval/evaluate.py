@@ -54,8 +54,8 @@ class Session:
             )
         if self.loaded and decodes(variant.model):
             raise CheckpointError(
-                f'"{variant.label}" is an encoder with a decoder ({variant.model.config.model_type}), and lm-eval tasks '
-                "are measured of causal language models here; give its task's data with --data NAME=FILE"
+                f'"{variant.label}" is an encoder with a decoder ({variant.model.config.model_type}), and lm-eval '
+                "tasks are measured of causal language models here; give its task's data with --data NAME=FILE"
             )
         asked, reading = TaskModel(variant.model, variant.directories), self.plan.reading()
         return [asked.data(name, rows, reading) for name, rows in self.rows.items()], asked.notes()
