@@ -37,6 +37,9 @@ Host = Literal["vllm", "llama.cpp", "diffusers", "peft"]
 # What an extracted adapter saves whole.
 Saved = Literal["all", "norms", "none"]
 
+# What a model of images and texts is given of the name of a class.
+TEMPLATE = "a photo of a {}."
+
 # What a plan is made of.
 Job = Literal["gram", "compress", "linear", "task_arithmetic", "ties", "dare", "ae_bases"]
 NUM_BASES = 0.5

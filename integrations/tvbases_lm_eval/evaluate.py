@@ -1,4 +1,4 @@
-"""lm-eval on several models with one plan: the before/after table as plain data."""
+"""lm-eval, and data of one's own, on several models with one plan: the before/after table as plain data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-from tvbases_hf.errors import MissingExtraError
+from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError
+from tvbases_hf.learning.data import TaskData, decodes, writes
+from tvbases_hf.learning.rows import Rows, read_rows
+from tvbases_hf.learning.taskfiles import TaskModel
 from tvbases_hf.storage.run import current
 
 from .plan import Plan
@@ -26,28 +29,48 @@ Measured = dict[tuple[str, str], tuple[float, float | None, bool | None]]
 
 @dataclass(frozen=True)
 class Session:
-    """A plan with its data and its scorer loaded, once for all the models that are measured with it."""
+    """A plan with its data and its scorer loaded, once for all the models that are measured with it.
+
+    ``loaded`` are lm-eval's tasks, ``rows`` the data by name.
+    """
 
     plan: Plan
     loaded: Mapping[str, Any]
+    rows: Mapping[str, Rows]
 
     @classmethod
     def open(cls, plan: Plan) -> Session:
         """Load the tasks. Raises MissingExtraError without lm-eval, ParameterError for unknown tasks or bad data."""
-        try:
-            import lm_eval  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError(f'evaluation needs lm-eval ({error}); pip install "tvbases-hf[eval]"') from error
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        with _silent():
-            loaded = plan.manager().load(plan.requests())
-        for task in loaded["tasks"].values():
-            if task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
-        return cls(plan, loaded)
+        reading = plan.reading()
+        rows = {name: read_rows(name, source, reading.max_rows) for name, source in plan.data.items()}
+        return cls(plan, _benchmarks(plan) if plan.benchmarks else {}, rows)
 
-    def measure(self, model: Any, tokenizer: Any) -> Measured:
-        """All metrics of one model; every model starts from the plan's seed."""
+    def data(self, variant: Variant) -> tuple[list[TaskData], list[str]]:
+        """The data as a model is given it, and what a user should know of that."""
+        if self.loaded and variant.tokenizer is None:
+            raise ParameterError(
+                f'"{self.plan.benchmarks[0]}" is not --data, and lm-eval\'s tasks ask models that write text; a '
+                f"{type(variant.model).__name__} is measured on --data NAME=FILE_OR_FOLDER"
+            )
+        if self.loaded and decodes(variant.model):
+            raise CheckpointError(
+                f'"{variant.label}" is an encoder with a decoder ({variant.model.config.model_type}), and lm-eval '
+                "tasks are measured of causal language models here; give its task's data with --data NAME=FILE"
+            )
+        asked, reading = TaskModel(variant.model, variant.directories), self.plan.reading()
+        return [asked.data(name, rows, reading) for name, rows in self.rows.items()], asked.notes()
+
+    def measure(self, model: Any, tokenizer: Any, data: Sequence[TaskData] = ()) -> Measured:
+        """All metrics of one model, on ``data`` of it or of its base; every model starts from the plan's seed."""
+        found: Measured = {}
+        for task in data:
+            answers = task.answers(model)
+            error = None if writes(model) else answers.accuracy_error  # tokens of one text are not independent
+            found[task.name, "accuracy"] = answers.accuracy, error, True
+            found[task.name, "loss"] = answers.loss, None, False
+        return found | (self._benchmarks(model, tokenizer) if self.loaded else {})
+
+    def _benchmarks(self, model: Any, tokenizer: Any) -> Measured:
         import numpy as np
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -69,6 +92,21 @@ class Session:
             )
         assert results is not None
         return {key: value for task in _shown(results, plan) for key, value in _metrics(results, task)}
+
+
+def _benchmarks(plan: Plan) -> Mapping[str, Any]:
+    """lm-eval's tasks of a plan."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f'evaluation needs lm-eval ({error}); pip install "tvbases-hf[eval]"') from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with _silent():
+        loaded = plan.manager().load(plan.requests())
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+    return loaded
 
 
 def evaluate_model(
@@ -99,17 +137,21 @@ def evaluate(models: Iterable[Variant], plan: Plan) -> dict[str, Any]:
     """
     session = Session.open(plan)
     labels: list[str] = []
+    notes: list[str] = []
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for variant in models:
         labels.append(variant.label)
-        found = session.measure(variant.model, variant.tokenizer)
+        data, said = session.data(variant)
+        notes += said
+        found = session.measure(variant.model, variant.tokenizer, data)
         for key, (value, error, better) in found.items():
             row = rows.setdefault(key, {"higher_is_better": better, "values": {}})
             row["values"][variant.label] = {"value": value, "stderr": error}
     table = [{"task": task, "role": _role(task, plan), "metric": metric, **row} for (task, metric), row in rows.items()]
     return {
         "models": labels,
-        "scorer": getattr(plan.scorer, "name", plan.scorer),
+        "notes": list(dict.fromkeys(notes)),
+        "scorer": getattr(plan.scorer, "name", plan.scorer) if plan.benchmarks else None,
         "seed": plan.seed,
         "limit": plan.limit,
         "rows": sorted(table, key=lambda row: row["role"] != "target"),
@@ -149,7 +191,9 @@ def _metrics(results: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[str,
 
 
 def _role(task: str, plan: Plan) -> str:
-    return "target" if task in plan.targets else "control" if task in plan.controls else "other"
+    if task in plan.targets or task in plan.controls:
+        return "target" if task in plan.targets else "control"
+    return "data" if task in plan.data else "other"
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from tvbases_hf.storage.output import check_output, preview
 from .evaluate import Measured, Session
 from .plan import Plan
 from .toxicity import METRICS
-from .variants import BEFORE, Variant, Where, load
+from .variants import BEFORE, Variant, Where, opened
 
 TARGET = "target"
 
@@ -103,6 +103,7 @@ def negate_task(
         OutputError: ``out`` is not ours, or the disk is full.
     """
     request, out = Forgetting(task, **how), Path(out)
+    plan = None if plan is None else plan.forgetting(task)
     _check(vectors, request, out, plan)
     if dry_run:
         return preview(out, *_size(vectors, request.adapter))
@@ -110,13 +111,12 @@ def negate_task(
     report: dict[str, Any] = {"base": vectors.base.label, "forget": task, "component": request.component}
     alpha = request.alpha
     if alpha is None and plan is not None:
-        model = Variant(BEFORE, *load(vectors.base.path or vectors.base.label, Where(device)))
-        negations = curves(vectors, found, model, request, plan)
+        variant = opened(BEFORE, vectors.base.path or vectors.base.label, Where(device))
+        negations, notes = curves(vectors, found, variant, request, plan)
         report["curves"] = {name: negation.to_json() for name, negation in negations.items()}
         chosen = negations[request.component]
         alpha = chosen.alpha
-        if not chosen.fell:
-            report["warnings"] = [f"{request.component}: {chosen.summary()}"]
+        report["warnings"] = notes if chosen.fell else [*notes, f"{request.component}: {chosen.summary()}"]
     assert alpha is not None
     note = f"{task} forgotten, {request.component}, {alpha:g}"
     edit = Edit.of(vectors, found[request.component], note, -alpha)
@@ -149,24 +149,27 @@ def _size(vectors: Vectors, adapter: bool) -> tuple[int, int | None]:
 
 def curves(
     vectors: Vectors, found: Mapping[str, Direction], variant: Variant, request: Forgetting, plan: Plan
-) -> dict[str, Negation]:
+) -> tuple[dict[str, Negation], list[str]]:
     """Target and controls over alpha for every direction, and the alpha that the control rule chooses for each.
 
-    Raises ParameterError where a metric could not be measured.
+    After them what a user should know of how the data is read. Raises ParameterError where a metric could not be
+    measured.
     """
     session = Session.open(plan)
     place = InPlace(variant.model, vectors.names)
+    data, notes = session.data(variant)
 
     def metrics(model: Any) -> dict[str, float]:
-        return worth(session.measure(model, variant.tokenizer), plan)
+        return worth(session.measure(model, variant.tokenizer, data), plan)
 
-    measured = session.measure(variant.model, variant.tokenizer)
+    measured = session.measure(variant.model, variant.tokenizer, data)
     before = worth(measured, plan)
     how: dict[str, Any] = {"keep": request.keep, "alphas": request.alphas, "patience": None if request.curve else 4}
     how["units"] = units(measured, plan)
-    return {
+    found_curves = {
         component: negate(place, change, _after(before, metrics), TARGET, **how) for component, change in found.items()
     }
+    return found_curves, notes
 
 
 def _after(before: dict[str, float], metrics: Metrics) -> Metrics:
@@ -182,7 +185,9 @@ def check_plan(plan: Plan) -> None:
         ("control", plan.controls, "--control gsm8k"),
     ):
         if not names:
-            raise ParameterError(f"choosing alpha needs a {role}: {example}, or text:FILE; or give --alpha")
+            raise ParameterError(
+                f"choosing alpha needs a {role}: {example}, text:FILE or a NAME of --data; or give --alpha"
+            )
 
 
 def worth(measured: Measured, plan: Plan) -> dict[str, float]:

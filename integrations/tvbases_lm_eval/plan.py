@@ -1,24 +1,28 @@
-"""What is measured: lm-eval tasks that should change and others that should stay, and how."""
+"""What is measured: lm-eval tasks or data of one's own, some of which should change and others stay, and how."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tvbases_hf.errors import ParameterError, did_you_mean
+from tvbases_hf.learning.batches import Columns
 
 from .folder import include_path
 from .prompts import KINDS, READERS
 from .scorers import PYTHON, Scorer, scorer_of
 
 TEXT = "text:"
+COLUMNS = Columns()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``targets`` should change, ``controls`` stay: names of lm-eval tasks, or ``text:FILE``, a file's perplexity.
+    """``targets`` should change, ``controls`` stay: names of ``data``, of lm-eval tasks, or ``text:FILE``, a file's
+    perplexity. ``data`` {name: file, folder or data set of the Hub} is measured whether it is named or not, and read as
+    ``columns`` says (rows and batch size as here).
 
     ``prompts`` are files by kind (prompts.KINDS) instead of the Hub's, ``scorer`` what scorer_of takes,
     ``continuations`` the samples of each prompt (None: the task's own), ``limit`` the documents of every task.
@@ -32,13 +36,15 @@ class Plan:
     limit: int | None = None
     seed: int = 0
     batch_size: int = 16
+    data: Mapping[str, str] = field(default_factory=dict)
+    columns: Columns = COLUMNS
 
     def __post_init__(self) -> None:
         names = self.names
         if not names:
             raise ParameterError(
                 "nothing to measure; name what should change with --target tvbases_toxigen_generate, and what should "
-                "stay with --control gsm8k or --control text:prose.txt"
+                "stay with --control gsm8k or --control text:prose.txt, or give data with --data NAME=FILE"
             )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -54,7 +60,29 @@ class Plan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.targets, *self.controls)
+        named = (*self.targets, *self.controls)
+        return (*named, *(name for name in self.data if name not in named))
+
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        """What lm-eval measures."""
+        return tuple(name for name in self.names if name not in self.data)
+
+    def reading(self) -> Columns:
+        """How data is read. Raises ParameterError for classes of data that there is not."""
+        unknown = [name for name in self.columns.classes if name and name not in self.data]
+        if unknown:
+            raise ParameterError(
+                f'--classes were given for "{unknown[0]}"{did_you_mean(unknown[0], self.data)}, of which there is no '
+                f"--data; there is {', '.join(self.data) or 'none'}"
+            )
+        return replace(self.columns, max_rows=self.limit, batch_size=self.batch_size)
+
+    def forgetting(self, task: str) -> Plan:
+        """With a target, if there is data of the task that is forgotten, and all other data as controls."""
+        targets = self.targets or ((task,) if task in self.data else ())
+        rest = (name for name in self.data if name not in (*targets, *self.controls))
+        return replace(self, targets=targets, controls=(*self.controls, *rest))
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -77,7 +105,7 @@ class Plan:
         text |= {"doc_to_text": "", "doc_to_target": "{{text}}"}
         return [
             {**text, "task": name, "metadata": {"text": name.removeprefix(TEXT)}} if name.startswith(TEXT) else name
-            for name in self.names
+            for name in self.benchmarks
         ]
 
     def manager(self) -> Any:
@@ -85,17 +113,17 @@ class Plan:
         from lm_eval.tasks import TaskManager
 
         ours = TaskManager(include_path=str(include_path()), include_defaults=False, metadata=self.metadata)
-        if all(name.startswith(TEXT) or name in ours.all_subtasks for name in self.names):
+        if all(name.startswith(TEXT) or name in ours.all_subtasks for name in self.benchmarks):
             return ours  # lm-eval's own thousands of task files take seconds to read
         manager = TaskManager(include_path=str(include_path()), metadata=self.metadata)
-        for name in self.names:
+        for name in self.benchmarks:
             if not name.startswith(TEXT) and name not in manager.all_tasks:
                 raise ParameterError(f'lm-eval has no task "{name}"{did_you_mean(name, manager.all_tasks)}')
         return manager
 
     def _check_files(self) -> None:
         """Before a model is loaded: files that are named have to be there."""
-        files = [name.removeprefix(TEXT) for name in self.names if name.startswith(TEXT)]
+        files = [name.removeprefix(TEXT) for name in self.benchmarks if name.startswith(TEXT)]
         missing = [file for file in (*files, *self.prompts.values()) if not Path(file).is_file()]
         if missing:
             raise ParameterError(f"{len(missing)} files are missing (first: {missing[0]})")

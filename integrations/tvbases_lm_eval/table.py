@@ -29,8 +29,9 @@ def print_table(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _title(found: Mapping[str, Any]) -> str:
-    limit = "" if found["limit"] is None else f", the first {found['limit']} documents of each task"
-    return f"scorer {found['scorer']}, seed {found['seed']}{limit}"
+    parts = [] if found["scorer"] is None else [f"scorer {found['scorer']}", f"seed {found['seed']}"]
+    parts += [] if found["limit"] is None else [f"the first {found['limit']} documents of each task"]
+    return ", ".join(parts)
 
 
 def _cell(measured: Mapping[str, Any] | None) -> str:

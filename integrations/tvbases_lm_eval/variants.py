@@ -7,8 +7,9 @@ of full checkpoints are added in place and taken away again.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ import torch
 from tvbases_hf.basis import Basis, LoraBasis
 from tvbases_hf.basis.info import is_basis_directory
 from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError, did_you_mean, first_line
+from tvbases_hf.learning.data import writes
 from tvbases_hf.learning.inplace import InPlace
+from tvbases_hf.learning.negation import change_of
+from tvbases_hf.learning.taskfiles import WRITERS, TaskModel, answers
 from tvbases_hf.models.adapter import is_adapter
 from tvbases_hf.models.lora_config import check_expressions, read_config
+from tvbases_hf.models.vectors import Vectors
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.files import WEIGHT_FILES, locate
 from tvbases_hf.storage.run import current
 
 BEFORE = "before"
 AUTO = "auto"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,18 @@ class Where:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model by the name of its column; valid until the next one is asked for."""
+    """A model by the name of its column; valid until the next one is asked for.
+
+    ``directories`` are where its tokenizer and its image processor are; ``tokenizer`` is that of a language model.
+    """
 
     label: str
     model: Any
     tokenizer: Any
+    directories: tuple[Path, ...] = ()
+
+    def named(self, label: str, model: Any = None) -> Variant:
+        return replace(self, label=label, model=self.model if model is None else model)
 
 
 def variants(
@@ -100,7 +114,7 @@ def load(source: str | Path, where: Where) -> tuple[Any, Any]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise CheckpointError(
             f'"{source}" is an encoder with a decoder ({model.config.model_type}), and lm-eval tasks are measured of '
-            "causal language models here; give its task's data to `negate` or `grid_search` of tvbases_hf in Python"
+            "causal language models here; give its task's data with --data NAME=FILE"
         )
     if where.place != AUTO:
         model.to(torch.device(where.place))  # type: ignore[arg-type]
@@ -121,19 +135,46 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def opened(label: str, source: str | Path, where: Where, spare: tuple[Path, ...] = ()) -> Variant:
+    """A model of the class that its configuration names; a language model where that names none.
+
+    ``spare`` directories are looked at for what its own does not hold: tokenizers and image processors. Raises
+    CheckpointError as ``load`` and TaskModel.load do.
+    """
+    path = locate(str(source))
+    if is_language_model(path):
+        return Variant(label, *load(source, where), (path, *spare))
+    spread = "auto" if where.place == AUTO else None
+    loaded = TaskModel.load(Checkpoint.open(path, label=str(source)), where.dtype or "auto", device_map=spread)
+    if spread is None:
+        loaded.model.to(torch.device(where.place))
+    directories = (path, *spare)
+    of_text = writes(loaded.model) and loaded.input == "input_ids"
+    tokenizer = TaskModel(loaded.model, directories).tokenizer if of_text else None
+    return Variant(label, loaded.model, tokenizer, directories)
+
+
+def is_language_model(path: Path) -> bool:
+    """By its configuration: a causal one, or one that names no class."""
+    file = path / CONFIG
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = (config.get("architectures") or [""])[0]
+    return not named or named.endswith(WRITERS)
+
+
 def _basis(basis: Basis, base: str, tasks: Sequence[str], where: Where) -> Iterator[Variant]:
-    model, tokenizer = load(base, where)
-    yield Variant(BEFORE, model, tokenizer)
+    before = opened(BEFORE, base, where)
+    yield before
     if isinstance(basis, LoraBasis):
-        attached = basis.attach(model, task=tasks[0])
+        attached = basis.attach(before.model, task=tasks[0])
         for task in tasks:
             basis.select(attached, task)
-            yield Variant(task, attached, tokenizer)
+            yield before.named(task, attached)
         return
-    place = InPlace(model, basis.names)
+    place = InPlace(before.model, basis.names)
     for task in tasks:
         with place.changed(basis.reconstruct(task).__getitem__):
-            yield Variant(task, model, tokenizer)
+            yield before.named(task)
 
 
 def _adapter(path: Path, base: str, source: str, where: Where) -> Iterator[Variant]:
@@ -141,16 +182,26 @@ def _adapter(path: Path, base: str, source: str, where: Where) -> Iterator[Varia
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtraError(f'an adapter needs PEFT ({error}); pip install "tvbases-hf[peft]"') from error
-    model, tokenizer = load(base, where)
-    check_expressions(read_config(path, source), [name for name, _ in model.named_modules()], source)
-    yield Variant(BEFORE, model, tokenizer)
-    yield Variant(Path(source).name, PeftModel.from_pretrained(model, str(path)).eval(), tokenizer)
+    before = opened(BEFORE, base, where)
+    check_expressions(read_config(path, source), [name for name, _ in before.model.named_modules()], source)
+    yield before
+    yield before.named(Path(source).name, PeftModel.from_pretrained(before.model, str(path)).eval())
 
 
 def _checkpoint(path: Path, base: str | None, source: str, where: Where) -> Iterator[Variant]:
-    if base is not None:
-        yield Variant(BEFORE, *load(base, where))
-    yield Variant(Path(source).name, *load(path, where))
+    label = Path(source).name
+    if base is None:
+        yield opened(label, path, where)
+        return
+    before = opened(BEFORE, base, where)
+    yield before
+    if is_language_model(path) or answers(Checkpoint.open(path, label=source)):
+        yield opened(label, path, where, before.directories)
+        return
+    # A part of the base, such as CLIP's tower of images alone: the rest is the base's.
+    vectors = Vectors.open(base, {label: source})
+    with InPlace(before.model, vectors.names).changed(change_of(vectors, label)):
+        yield before.named(label)
 
 
 def _chosen(basis: Basis, tasks: Sequence[str] | None, source: str) -> list[str]:

@@ -12,7 +12,9 @@ import torch
 
 from commands.command_line import refused, tvbases
 from tvbases_hf.errors import ParameterError
-from tvbases_hf.learning.taskfiles import Columns, TaskModel, read_rows
+from tvbases_hf.learning.batches import Columns
+from tvbases_hf.learning.rows import read_rows
+from tvbases_hf.learning.taskfiles import TaskModel
 from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.hf_models import VOCABULARY, WORDS, Family, make_family, make_llama, save_tokenizer
 
@@ -126,7 +128,7 @@ def test_data_that_cannot_be_read_is_refused(classifiers: Family, tmp_path: Path
         ("empty.jsonl", "has no row"),
         ("other.csv", 'has no "text" in 1 of 1 rows (first: row 1, which has sentence, label)'),
         ("unlabelled.jsonl", 'has no "label" in 1 of 2 rows (first: row 2, which has text)'),
-        ("notes.txt", "is none of .jsonl, .json, .csv"),
+        ("notes.txt", "is none of .jsonl, .json, .csv, .npz"),
         ("bytes.jsonl", "cannot be read"),
     ):
         message = refused(tmp_path, *arguments(classifiers), "--bounds", f"--data=sst={tmp_path / source}")
@@ -156,7 +158,7 @@ def test_a_data_set_that_is_neither_here_nor_on_the_hub_is_refused(monkeypatch: 
     ):
         read_rows("sst", "me/absent:test")
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{"text": split}])
-    assert read_rows("sst", "me/there") == [{"text": "train"}]
+    assert read_rows("sst", "me/there").values == [{"text": "train"}]
 
 
 def test_models_that_answer_nothing_are_refused(bert: Family, tmp_path: Path) -> None:

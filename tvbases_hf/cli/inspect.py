@@ -11,6 +11,17 @@ import typer
 from .. import defaults
 from ..errors import ParameterError
 from .app import app, console
+from .data import (
+    TEMPLATES,
+    BatchSize,
+    Classes,
+    Data,
+    ImageColumn,
+    LabelColumn,
+    Templates,
+    TextColumn,
+    parse_classes,
+)
 from .options import (
     Base,
     Device,
@@ -46,14 +57,9 @@ def inspect(
     plot: Annotated[Path | None, file_option("Draw everything; implies --layers.", "PNG")] = None,
     html: Annotated[Path | None, file_option("All of it on one page, pictures too; implies --layers.")] = None,
     bounds: Annotated[bool, typer.Option("--bounds", help="Also the error bounds, both sides; needs --data.")] = False,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            help="Data of a task: .jsonl, .json, .csv, or DATASET[:SPLIT] of the Hub; repeat.",
-            metavar="NAME=FILE_OR_ID",
-        ),
-    ] = None,
+    data: Data = None,
+    classes: Classes = None,
+    template: Templates = TEMPLATES,
     num_bases: Annotated[
         float | None,
         typer.Option(
@@ -64,10 +70,11 @@ def inspect(
         ),
     ] = None,
     alpha: Annotated[float, scale_option("of the negation in --bounds, 0 to 1.")] = 1.0,
-    text_column: Annotated[str, typer.Option(help="--data: the column of text.")] = "text",
-    label_column: Annotated[str, typer.Option(help="--data: the column of labels, for classifiers.")] = "label",
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    image_column: ImageColumn = "image",
     max_rows: Annotated[int, typer.Option(help="--data: rows to read of each task.")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts at a time.")] = 16,
+    batch_size: BatchSize = 16,
     extra_rows: ExtraRows = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -84,16 +91,20 @@ def inspect(
 
     if bounds != bool(data):
         raise ParameterError("--bounds and --data NAME=FILE go together: a bound is about the losses on data")
+    sources = parse_tasks(data or ())
     rows: Any = {"extra_rows": extra_rows, "rows_of_base": bounds}  # the base is evaluated as it is
     vectors = Vectors.open(base, parse_tasks(task), device=device, **rows)
     found = examine(
         vectors,
         layers=bool(layers or plot or html),
-        data=parse_tasks(data or ()),
+        data=sources,
+        classes=parse_classes(classes or (), sources),
+        templates=template,
         num_bases=num_bases,
         alpha=alpha,
         text_column=text_column,
         label_column=label_column,
+        image_column=image_column,
         max_rows=max_rows,
         batch_size=batch_size,
     )

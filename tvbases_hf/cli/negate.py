@@ -10,8 +10,8 @@ import typer
 from .. import defaults
 from ..errors import ParameterError
 from .app import app
+from .data import TEMPLATES, BatchSize, Classes, Data, ImageColumn, LabelColumn, Templates, TextColumn
 from .evaluate import (
-    BatchSize,
     Continuations,
     Control,
     EvaluationDevice,
@@ -20,6 +20,7 @@ from .evaluate import (
     SamplingSeed,
     ScorerName,
     Target,
+    plan_of,
 )
 from .options import (
     AdapterOut,
@@ -72,6 +73,12 @@ def negate(
     keep: Annotated[float, typer.Option(help="Share of the control metric that has to stay.")] = defaults.KEEP,
     target: Target = None,
     control: Control = None,
+    data: Data = None,
+    classes: Classes = None,
+    template: Templates = TEMPLATES,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    image_column: ImageColumn = "image",
     curve: Annotated[
         bool, typer.Option("--curve", help="Measure every alpha, for all three components; for --plot and --json.")
     ] = False,
@@ -111,9 +118,11 @@ def negate(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Forget a task: write the base minus alpha times its vector. Or what is unique to it, or its AE reconstruction."""
+    """Forget a task: write the base minus alpha times its vector. Or what is unique to it, or its AE reconstruction.
+
+    Data of the forgotten task is the target, and all other data controls, where nothing else is said.
+    """
     from tvbases_lm_eval.forget import negate_task
-    from tvbases_lm_eval.plan import Plan, parse_prompts
 
     from ..methods.devec import Options
     from ..models.vectors import Vectors, parse_tasks
@@ -124,9 +133,10 @@ def negate(
     options = Options(threshold, subspace, pool, side, rank)
     tried = defaults.ALPHAS if alphas is None else _numbers(alphas)
     plan = None
-    if alpha is None or target or control:
-        files = parse_prompts(prompts or ())
-        plan = Plan(tuple(target or ()), tuple(control or ()), files, scorer, continuations, limit, seed, batch_size)
+    if alpha is None or target or control or data:
+        measuring = {"scorer": scorer, "continuations": continuations, "limit": limit, "seed": seed}
+        columns = {"text": text_column, "label": label_column, "image": image_column, "templates": template}
+        plan = plan_of(target, control, prompts, data, classes, columns, batch_size=batch_size, **measuring)
     vectors = Vectors.open(base, parse_tasks(task), extra_rows=extra_rows, rows_of_base=True)
     warn(vectors.coverage.notes())
     how: dict[str, Any] = {"component": component, "alpha": alpha, "alphas": tried, "keep": keep, "curve": curve}

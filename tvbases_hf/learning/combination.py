@@ -158,6 +158,7 @@ def learn(
         parameters = _start(start, mixture.shape, squared).requires_grad_()
         descent = optimizer([parameters])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent, steps) if cosine else None
+        data = [task.fixed(model, vectors.names) for task in data]
         losses, rounds = [], [_forever(task) for task in data]
         with bar(title, steps, "step") as shown:
             for _ in range(steps):

@@ -1,13 +1,15 @@
 """The data of one task, and how a model's answers to it are read: what every method that needs data takes.
 
-A model is any module that a readout knows how to ask. ``transformers_readout`` asks transformers' causal language
-models and classifiers of text, tokens or images; another readout (a frozen head, say) is one function.
+A model is any module that a readout knows how to ask. ``transformers_readout`` asks transformers' language models,
+encoder-decoder models and classifiers of text, tokens, images or sound; zeroshot.ZeroShot asks models of images and
+names; another readout (a frozen head, say) is one function.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,17 +26,50 @@ Readout = Callable[[Any, Any], tuple[Tensor, Tensor | None]]
 def transformers_readout(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """(logits [n, C], labels [n] int64 or None) of a transformers model; n counts tokens for models of tokens.
 
-    The next token is what a causal language model is asked for; tokens labelled -100 do not count.
+    The next token is what a causal language model is asked for. An encoder-decoder model is asked for every token of
+    ``labels`` after those before it, which it makes its decoder's inputs of itself. Tokens labelled -100 do not count.
     """
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    labels = inputs.pop(LABELS, None)
+    inputs = fitting(model, batch)
+    targets = decodes(model)
+    if targets and LABELS not in inputs and "decoder_input_ids" not in inputs:
+        raise ParameterError(
+            f"a batch of an encoder-decoder model ({_class_of(model)}) has no labels: it is asked for the tokens of a "
+            f'target; add a column "{LABELS}"'
+        )
+    labels = inputs.get(LABELS) if targets else inputs.pop(LABELS, None)
     logits = model(**inputs).logits
     if logits.ndim == 3:
         if _is_causal(model):
             logits, labels = logits[:, :-1], None if labels is None else labels[:, 1:]
         logits = logits.flatten(0, 1)
     return logits, None if labels is None else labels.flatten()
+
+
+def fitting(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch where the model is, numbers that are no indices in its dtype."""
+    first = next(model.parameters())
+    dtype = getattr(model, "dtype", first.dtype)
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(first.device, dtype) if value.is_floating_point() else value.to(first.device)
+
+    return {key: moved(value) for key, value in batch.items()}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How many examples (or tokens) were asked for, the share that is right, and the mean cross-entropy in nats."""
+
+    count: int
+    accuracy: float
+    loss: float
+
+    @property
+    def accuracy_error(self) -> float:
+        """The standard error of the accuracy over independent examples."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.count)
 
 
 @dataclass(frozen=True)
@@ -66,24 +101,40 @@ class TaskData:
     def loss(self, model: Any, batch: Any) -> Tensor:
         """Mean cross-entropy of one batch, nats."""
         logits, labels = self.labelled(model, batch)
-        return nn.functional.cross_entropy(_wide(logits), labels)
+        return nn.functional.cross_entropy(_wide(self._counting(logits)), labels)
 
     def entropy(self, model: Any, batch: Any) -> Tensor:
-        """Mean entropy of the model's answers to one batch, nats; no labels are needed."""
-        logs = _wide(self.logits(model, batch)).log_softmax(dim=1)
+        """Mean entropy of the model's answers to one batch, nats; no labels are needed but of encoder-decoders."""
+        logs = _wide(self._counting(self.logits(model, batch))).log_softmax(dim=1)
         return -(logs.exp() * logs).sum(dim=1).mean()
 
+    def fixed(self, model: Any, changing: Iterable[str] = ()) -> TaskData:
+        """The same data while only the weights ``changing`` change: what does not depend on them is computed once."""
+        fix = getattr(self.readout, "fixed", None)
+        return self if fix is None else replace(self, readout=fix(model, changing))
+
     @torch.no_grad()
-    def accuracy(self, model: Any) -> float:
-        """Share of all examples (or tokens) whose highest logit is the label."""
-        right = count = 0
-        for batch in self.batches:
-            logits, labels = self.labelled(model, batch)
+    def answers(self, model: Any) -> Answers:
+        """What a model makes of all of the data. Raises ParameterError for data that is empty, or without labels."""
+        task = self.fixed(model)
+        right, loss, count = 0, 0.0, 0
+        for batch in task.batches:
+            logits, labels = task.labelled(model, batch)
             right += int((logits.argmax(dim=1) == labels).sum())
+            loss += float(nn.functional.cross_entropy(_wide(logits), labels, reduction="sum"))
             count += len(labels)
         if not count:
             raise ParameterError(f'the data of "{self.name}" is empty')
-        return right / count
+        return Answers(count, right / count, loss / count)
+
+    def accuracy(self, model: Any) -> float:
+        """Share of all examples (or tokens) whose highest logit is the label."""
+        return self.answers(model).accuracy
+
+    def _counting(self, logits: Tensor) -> Tensor:
+        if len(logits) == 0:
+            raise ParameterError(f'a batch of the data of "{self.name}" has no label that counts: all are {IGNORED}')
+        return logits
 
     @classmethod
     def of_dataset(
@@ -177,10 +228,29 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def _asked(model: Any) -> Any:
+    """The model itself; see inplace.Reparametrised."""
+    return getattr(model, "reparametrised", model)
+
+
+def _class_of(model: Any) -> str:
+    return type(_asked(model)).__name__
+
+
 def _is_causal(model: Any) -> bool:
     """Whether a model of tokens predicts the next one; its class says so in transformers."""
-    asked = type(getattr(model, "reparametrised", model))  # see inplace.Reparametrised
-    names = [*(getattr(model.config, "architectures", None) or ()), asked.__name__]
-    if any(name.endswith(("ForTokenClassification", "ForMaskedLM")) for name in names):
+    names = [*(getattr(model.config, "architectures", None) or ()), _class_of(model)]
+    if any(name.endswith(("ForTokenClassification", "ForMaskedLM")) for name in names) or decodes(model):
         return False
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    return any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names)
+
+
+def writes(model: Any) -> bool:
+    """Whether a model is asked for tokens, not for one class of an example."""
+    return _is_causal(model) or decodes(model)
+
+
+def decodes(model: Any) -> bool:
+    """Whether a model of an encoder and a decoder writes a target text, as T5, BART and Whisper do."""
+    config, generates = getattr(model, "config", None), getattr(model, "can_generate", None)
+    return bool(getattr(config, "is_encoder_decoder", False) and generates is not None and generates())

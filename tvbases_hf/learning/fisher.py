@@ -99,7 +99,7 @@ def diagonal_fisher(
     the tokens' information in expectation.
     """
     generator = torch.Generator().manual_seed(seed)
-    asked = Reparametrised(model, leaves)
+    asked, task = Reparametrised(model, leaves), task.fixed(model, leaves)
     total = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
     count = 0
     for batch in task.batches:

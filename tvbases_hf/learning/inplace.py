@@ -74,13 +74,44 @@ class Reparametrised:
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self.reparametrised, self._weights = model, Translation(model, weights).assembled(weights)
+        self.reparametrised, self.names = model, tuple(weights)
+        self._weights = Translation(model, weights).assembled(weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.reparametrised, self._weights, args, kwargs)
 
+    def ask(self, method: str, **inputs: Any) -> Any:
+        """What another method of the model than ``forward`` answers with these weights."""
+        weights = {f"model.{name}": weight for name, weight in self._weights.items()}
+        return functional_call(_Method(self.reparametrised, method), weights, kwargs=inputs)
+
+    def weight(self, name: str) -> Tensor | None:
+        """A parameter that it is asked with, by the model's own name; None where there is none."""
+        return self._weights.get(name, getattr(self.reparametrised, name, None))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.reparametrised, name)
+
+
+class _Method(nn.Module):
+    """``functional_call`` calls a module; here it calls any method of one."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, **inputs: Any) -> Any:
+        return getattr(self.model, self.method)(**inputs)
+
+
+def ask(model: Any, method: str, **inputs: Any) -> Any:
+    """A method of a model, or of one with other weights."""
+    return model.ask(method, **inputs) if isinstance(model, Reparametrised) else getattr(model, method)(**inputs)
+
+
+def weight_of(model: Any, name: str) -> Tensor | None:
+    """A parameter at a model's top, or what it is asked with instead."""
+    return model.weight(name) if isinstance(model, Reparametrised) else getattr(model, name, None)
 
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

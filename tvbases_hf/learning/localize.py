@@ -91,7 +91,7 @@ def loss_gradient(
     total: dict[str, Tensor] = {}
     asked = Reparametrised(model, leaves)
     for weight, task in mixture:
-        batches = list(task.batches)
+        task, batches = task.fixed(model, leaves), list(task.batches)
         if not batches:
             raise ParameterError(f'the data of "{task.name}" is empty')
         for batch in batches:

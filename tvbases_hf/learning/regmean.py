@@ -20,6 +20,7 @@ from ..storage.run import bar
 from .data import TaskData
 from .inplace import Reparametrised
 from .learned import asking, combined, mean_change, moved, paired, task_changes
+from .padding import Padding
 
 # What the authors multiply the entries of X^T X beside the diagonal by (their alpha, 0.9 for most models).
 SHRINK = 0.9
@@ -38,7 +39,7 @@ def regmean(
     X_i [tokens, in] are the layer's inputs when the model at theta_0 plus the vector of task i is asked about the
     task's data: see task_changes for where that is when the vectors are bases, and ``at``. The paper is silent about
     it; with its task models still at hand, ``at`` is the task vectors. Sums over tokens, as in the formula: a task with
-    more data counts more. Padding (where a model is given an attention mask) does not count. No labels are needed.
+    more data counts more. Padding (where a model is given an attention mask, or a decoder labels) does not count.
 
     Weights of other layers, biases, and layers that no data reaches take the plain mean of the vectors, as the authors
     do; ``report`` counts them. Where the sum of the G_m is singular, directions that no input has stay at theta_0.
@@ -106,12 +107,16 @@ def _is_linear(module: nn.Module | None) -> bool:
 def input_products(
     model: nn.Module, leaves: dict[str, Tensor], layers: dict[str, str], task: TaskData
 ) -> dict[str, Tensor]:
-    """{weight: X^T X [in, in] float64} of the inputs that a task's data makes for each layer that it reaches."""
+    """{weight: X^T X [in, in] float64} of the inputs that a task's data makes for each layer that it reaches.
+
+    What a readout computes once for all of the data, as the embeddings of class names, is counted once.
+    """
     found: dict[str, Tensor] = {}
-    empty = True
+    asked, empty = Reparametrised(model, leaves), True
     with torch.no_grad(), _watching(model, layers, found):
+        readout = task.fixed(asked).readout
         for batch in task.batches:
-            task.readout(Reparametrised(model, leaves), batch)
+            readout(asked, batch)
             empty = False
     if empty:
         raise ParameterError(f'the data of "{task.name}" is empty')
@@ -120,26 +125,20 @@ def input_products(
 
 @contextlib.contextmanager
 def _watching(model: nn.Module, layers: dict[str, str], found: dict[str, Tensor]) -> Iterator[None]:
-    mask: list[Tensor | None] = [None]
-
-    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask[0] = kwargs.get("attention_mask")
+    padding = Padding(model)
 
     def take(weight: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs, seen = args[0].detach(), mask[0]
-            if seen is not None and seen.ndim == 2 and inputs.shape[:-1] == seen.shape:
-                inputs = inputs[seen.bool()]
-            rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float64)
+            rows = padding.without(args[0].detach()).to(torch.float64)
             _accumulate(found, weight, rows.T @ rows)
 
         return hook
 
     modules = dict(model.named_modules())
-    hooks = [model.register_forward_pre_hook(ask, with_kwargs=True)]
-    hooks += [modules[layer].register_forward_pre_hook(take(weight)) for weight, layer in layers.items()]
+    hooks = [modules[layer].register_forward_pre_hook(take(weight)) for weight, layer in layers.items()]
     try:
-        yield
+        with padding.watched():
+            yield
     finally:
         for hook in hooks:
             hook.remove()

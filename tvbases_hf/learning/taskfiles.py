@@ -1,141 +1,215 @@
-"""Data of tasks from files and from the Hub, for a transformers model of a checkpoint directory.
+"""Data of tasks from files, folders and the Hub, for a transformers model of a checkpoint directory.
 
-``NAME=FILE.jsonl`` (or .json, .csv), or ``NAME=DATASET[:SPLIT]`` for a data set of the Hub. Classifiers need a column
-of text and one of labels (numbers, or names that the model's configuration knows); causal language models text only.
+Classifiers of text need a column of text and one of labels (numbers, or names that the model's configuration knows),
+causal language models text only, encoder-decoder models a text and as its label the text to write. Classifiers of
+images, and models of images and texts with the names of the classes, take folders of images by class, or images. Any
+model takes its own inputs from an npz: ``input_ids``, ``pixel_values`` or ``input_features``, and ``labels``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..errors import CheckpointError, MissingExtraError, ParameterError, first_line
 from ..storage.checkpoint import Checkpoint
-from ..storage.json_files import parse_json
 from ..storage.run import current
-from .data import IGNORED, LABELS, TaskData
+from .batches import Columns, collator, labelled
+from .classes import Classes, prompt_name
+from .data import TaskData, transformers_readout
+from .images import describe, has_processor, image_processor
+from .rows import Rows, read_rows
+from .zeroshot import ZeroShot, can_name_images
 
-SUFFIXES = (".jsonl", ".json", ".csv")
 TRANSFORMERS = 'transformers is missing ({}); pip install "tvbases-hf[demo]"'
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """How data is read: the names of its columns, and how many rows, rows a batch and tokens a row at most."""
-
-    text: str = "text"
-    label: str = "label"
-    max_rows: int | None = None
-    batch_size: int = 16
-    max_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        for name in ("max_rows", "batch_size", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ParameterError(f"{name.replace('_', '-')} must be 1 or more, got {value}")
+CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+WRITERS = ("ForCausalLM", "LMHeadModel")
+LOADERS = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForImageClassification": "AutoModelForImageClassification",
+    **dict.fromkeys(WRITERS, "AutoModelForCausalLM"),
+}
+COLUMNS = Columns()
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
 @dataclass(frozen=True)
 class TaskModel:
-    """A base with its head, float32 and without dropout, and its tokenizer."""
+    """A model with its head, and the directories, the first first, where its tokenizer and image processor are."""
 
     model: Any
-    tokenizer: Any
+    directories: tuple[Path, ...]
 
     @classmethod
-    def load(cls, base: Checkpoint) -> TaskModel:
-        """The model that the directory's configuration names.
+    def load(
+        cls, base: Checkpoint, dtype: torch.dtype | str = torch.float32, device_map: str | None = None
+    ) -> TaskModel:
+        """The model that the directory's configuration names, without dropout.
 
         Raises:
             MissingExtraError: no transformers.
-            ParameterError: a model that neither predicts the next token nor classifies.
+            ParameterError: a model that neither writes nor classifies.
             CheckpointError: a directory that transformers does not load, or without the head that it names.
         """
+        path = Path(str(base.path))
         try:
-            from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-        except ImportError as error:
-            raise MissingExtraError(TRANSFORMERS.format(error)) from error
-        named = (base.config.get("architectures") or ["none"])[0]
-        known = {"ForSequenceClassification": AutoModelForSequenceClassification}
-        known |= dict.fromkeys(("ForCausalLM", "LMHeadModel"), AutoModelForCausalLM)
-        loaders = [loader for suffix, loader in known.items() if named.endswith(suffix)]
-        if not loaders:
-            raise ParameterError(
-                f'"{base.label}" is a {named}, which answers nothing that a file could check; give a model for '
-                "sequence classification or a causal language model, or call measure_bounds with a readout of your own"
-            )
-        path = str(base.path)
-        try:
-            loader: Any = loaders[0]
-            code = {"trust_remote_code": current().trust_remote_code}  # None asks on a terminal
+            kind, code = class_of(base), {"trust_remote_code": current().trust_remote_code}  # None asks on a terminal
+            how: dict[str, Any] = code if device_map is None else {**code, "device_map": device_map}
             with quiet_transformers():
-                model, found = loader.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **code)
-                tokenizer = AutoTokenizer.from_pretrained(path, **code)
+                model, found = kind.from_pretrained(str(path), dtype=dtype, output_loading_info=True, **how)
         except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, ParameterError):
+                raise
             raise CheckpointError(f'"{base.label}" cannot be loaded by transformers: {first_line(error)}') from error
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise CheckpointError(
-                f'"{base.label}" lacks {len(missing)} weights of a {named} (first: {missing[0]}): what it answers '
-                "would be random; give the model with its head"
+                f'"{base.label}" lacks {len(missing)} weights of a {architecture(base)} (first: {missing[0]}): what it '
+                "answers would be random; give the model with its head"
             )
-        return cls(model.eval(), tokenizer)
+        return cls(model.eval(), (path,))
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """Raises CheckpointError where there is none."""
+        from transformers import AutoTokenizer
+
+        holders = [path for path in self.directories if any((path / file).is_file() for file in TOKENIZERS)]
+        if not holders:
+            raise CheckpointError(f'"{self.directories[0]}" holds no tokenizer, which its data needs; save it there')
+        try:
+            with quiet_transformers():
+                return AutoTokenizer.from_pretrained(str(holders[0]), trust_remote_code=current().trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise CheckpointError(f'the tokenizer in "{holders[0]}" cannot be loaded: {first_line(error)}') from error
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """Of images; see image_processor."""
+        with quiet_transformers():
+            return image_processor(self.directories, self.model.config)
 
     @property
     def is_classifier(self) -> bool:
-        return type(self.model).__name__.endswith("ForSequenceClassification")
+        return type(self.model).__name__.endswith(CLASSIFIERS)
 
-    def data(self, name: str, source: str, columns: Columns = Columns()) -> TaskData:
-        """The data of one task. Raises ParameterError for rows without the columns needed, or with wrong labels."""
-        rows = read_rows(name, source)[: columns.max_rows]
-        wanted = (columns.text, columns.label) if self.is_classifier else (columns.text,)
-        _check_columns(name, rows, wanted)
-        if self.is_classifier:
-            labels = [self._label(name, number, row[columns.label]) for number, row in enumerate(rows, 1)]
-            rows = [{**row, LABELS: label} for row, label in zip(rows, labels, strict=True)]
-        return TaskData.of_dataset(name, rows, batch_size=columns.batch_size, collate=self._collate(columns))
+    @property
+    def names_images(self) -> bool:
+        return not self.is_classifier and can_name_images(self.model)
 
-    def _label(self, name: str, number: int, value: Any) -> int:
-        config = self.model.config
-        known = {str(label): int(index) for index, label in (config.id2label or {}).items()}
-        index: Any = known.get(str(value), value)
-        try:
-            index = int(index)
-        except (TypeError, ValueError):
-            index = -1
-        if not 0 <= index < config.num_labels:
+    @property
+    def input(self) -> str:
+        """What an example is for the model: ``input_ids``, ``pixel_values`` or ``input_features``."""
+        return "pixel_values" if self.names_images else str(self.model.main_input_name)
+
+    def data(self, name: str, source: str | Rows, columns: Columns = COLUMNS) -> TaskData:
+        """The data of one task, once the model has answered its first batch.
+
+        Raises:
+            ParameterError: rows without the columns needed, wrong labels, or what the model does not take.
+            CheckpointError: a tokenizer or an image processor that is needed and absent.
+        """
+        rows = read_rows(name, source, columns.max_rows) if isinstance(source, str) else source
+        classes, readout = columns.classes_of(name), transformers_readout
+        if self.names_images:
+            named = classes or _classes_of(name, rows, columns)
+            names = named.names if classes else [prompt_name(known) for known in named.names]
+            classes, readout = named, ZeroShot.of_names(self.model, self.tokenizer, names, columns.templates)
+        elif self.is_classifier:
+            classes = self._known(name, rows, classes)
+        collate = collator(self, name, rows, columns)
+        values = labelled(self, name, rows, columns, classes)
+        data = TaskData.of_dataset(name, values, batch_size=columns.batch_size, collate=collate, readout=readout)
+        self._try(data)
+        return data
+
+    def notes(self) -> list[str]:
+        """What a user should know of how images are read, once some were."""
+        unsaid = "processor" in vars(self) and not has_processor(self.directories)
+        return [describe(self.processor)] if unsaid else []
+
+    def _known(self, name: str, rows: Rows, given: Classes | None) -> Classes:
+        """The labels of a classifier, in the order of its outputs."""
+        own = Classes.of_model(self.model.config)
+        if given is None:
+            return own.called(rows.classes)
+        if given.count != own.count:
             raise ParameterError(
-                f'the data of "{name}", row {number}: {value!r} is not a label of this model; it knows 0 to '
-                f"{config.num_labels - 1} ({', '.join(known) or 'without names'})"
+                f'the data of "{name}": {given.count} names of classes for a model of {own.count} classes; give one '
+                "for each, in the order of its outputs"
             )
-        return index
+        return given
 
-    def _collate(self, columns: Columns) -> Callable[[list[Row]], dict[str, Tensor]]:
-        tokenizer = self.tokenizer
-        if tokenizer.pad_token is None:  # GPT-2 and Llama have none; padded places do not count
-            tokenizer.pad_token = tokenizer.eos_token
+    def _try(self, data: TaskData) -> None:
+        """Data that the model does not take is known before the work, and said in one line."""
+        batch = next(iter(data.batches))
+        try:
+            with torch.no_grad():
+                data.readout(self.model, batch)
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            if isinstance(error, ParameterError):
+                raise
+            raise ParameterError(
+                f'the data of "{data.name}" is not what a {type(self.model).__name__} takes: {first_line(error)}'
+            ) from error
 
-        def collate(rows: list[Row]) -> dict[str, Tensor]:
-            texts = [str(row[columns.text]) for row in rows]
-            options = {"padding": True, "truncation": True, "max_length": columns.max_tokens, "return_tensors": "pt"}
-            batch = dict(tokenizer(texts, **options))
-            known = _inputs_of(self.model)
-            batch = {key: value for key, value in batch.items() if key in known}
-            if self.is_classifier:
-                return {**batch, LABELS: torch.tensor([row[LABELS] for row in rows])}
-            return {**batch, LABELS: batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
 
-        return collate
+def class_of(base: Checkpoint) -> Any:
+    """What loads the class that a checkpoint's configuration names, if it writes, classifies or compares.
+
+    Raises MissingExtraError without transformers, ParameterError for another class, and what AutoConfig raises.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError(TRANSFORMERS.format(error)) from error
+    named = architecture(base)
+    for suffix, loader in LOADERS.items():  # these load code of the model's own, too
+        if named.endswith(suffix):
+            return getattr(transformers, loader)
+    if not answers(base):
+        with quiet_transformers():
+            transformers.AutoConfig.from_pretrained(str(base.path))  # a type that nobody knows is said as such
+        raise ParameterError(
+            f'"{base.label}" is a {named}, which answers nothing that data could check; give a model that classifies '
+            "texts or images, writes text, or compares images with texts, or a readout of your own in Python"
+        )
+    return getattr(transformers, named)
+
+
+def architecture(base: Checkpoint) -> str:
+    """The class that a checkpoint's configuration names first."""
+    return str((base.config.get("architectures") or ["none"])[0])
+
+
+def answers(base: Checkpoint) -> bool:
+    """Whether a checkpoint's class is one that TaskModel loads."""
+    import transformers
+
+    named = architecture(base)
+    kind: Any = getattr(transformers, named, None)
+    if named.endswith(tuple(LOADERS)) or not hasattr(kind, "from_pretrained"):
+        return named.endswith(tuple(LOADERS))
+    compares = hasattr(kind, "get_image_features") and hasattr(kind, "get_text_features")
+    return compares or bool(kind.can_generate())
+
+
+def _classes_of(name: str, rows: Rows, columns: Columns) -> Classes:
+    """Of images that are to be told apart by names: those that the source has."""
+    labels = {str(row[columns.label]) for row in rows.values if isinstance(row.get(columns.label), str)}
+    names = rows.classes or tuple(sorted(labels))
+    if not names:
+        raise ParameterError(
+            f'the data of "{name}" does not name its classes, which this model tells apart by their names; give a file '
+            "of them, one a line in the order of the labels, with --classes"
+        )
+    return Classes.named(names)
 
 
 @contextlib.contextmanager
@@ -152,92 +226,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
-
-
-def read_rows(name: str, source: str) -> list[Row]:
-    """The rows of a JSON lines, JSON or CSV file, or of a data set of the Hub.
-
-    Raises:
-        ParameterError: no such file, a line that is not a JSON object, no row.
-        MissingExtraError: a data set of the Hub without ``datasets``.
-    """
-    path = Path(source).expanduser()
-    if path.suffix.lower() not in SUFFIXES and not path.is_file():
-        rows = _from_hub(name, source)
-    elif not path.is_file():
-        raise ParameterError(f'the data of "{name}": there is no file "{source}"')
-    elif path.suffix.lower() not in SUFFIXES:
-        raise ParameterError(f'the data of "{name}": "{source}" is none of {", ".join(SUFFIXES)}')
-    else:
-        rows = _from_file(name, path)
-    if not rows:
-        raise ParameterError(f'the data of "{name}" is empty: "{source}" has no row')
-    return rows
-
-
-def _from_file(name: str, path: Path) -> list[Row]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f'the data of "{name}": "{path}" cannot be read ({error})') from error
-    match path.suffix.lower():
-        case ".csv":
-            return list(csv.DictReader(text.splitlines(keepends=True)))
-        case ".json":
-            return _objects(name, path, _parsed(name, path, 0, text))
-        case _:
-            lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-            return _objects(name, path, [_parsed(name, path, number, line) for number, line in lines])
-
-
-def _parsed(name: str, path: Path, number: int, text: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        where = f" line {number}" if number else ""
-        raise ParameterError(f'the data of "{name}": "{path}"{where} is not JSON ({error})') from error
-
-
-def _objects(name: str, path: Path, values: Any) -> list[Row]:
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise ParameterError(f'the data of "{name}": "{path}" does not hold one JSON object per row')
-    return values
-
-
-def _from_hub(name: str, source: str) -> list[Row]:
-    dataset, _, split = source.partition(":")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise MissingExtraError(
-            f'the data of "{name}": "{source}" is no file, and a data set of the Hub needs datasets ({error}); '
-            'pip install "tvbases-hf[eval]"'
-        ) from error
-    try:
-        return list(load_dataset(dataset, split=split or "train"))  # type: ignore[arg-type]
-    except Exception as error:  # whatever the Hub, the network or the data set's own reader raises
-        raise ParameterError(
-            f'the data of "{name}": "{source}" is neither a file nor a data set that can be had: {_first_line(error)}'
-        ) from error
-
-
-def _check_columns(name: str, rows: Sequence[Row], wanted: Sequence[str]) -> None:
-    for column in wanted:
-        lacking = [number for number, row in enumerate(rows, 1) if row.get(column) is None]
-        if lacking:
-            has = ", ".join(str(key) for key in rows[lacking[0] - 1])
-            raise ParameterError(
-                f'the data of "{name}" has no "{column}" in {len(lacking)} of {len(rows)} rows (first: row '
-                f"{lacking[0]}, which has {has or 'nothing'}); name the column with --text-column or --label-column"
-            )
-
-
-def _inputs_of(model: nn.Module) -> set[str]:
-    """What the model's forward takes: some tokenizers give token types to models that have none."""
-    from inspect import signature
-
-    return set(signature(model.forward).parameters)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"

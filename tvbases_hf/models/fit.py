@@ -13,6 +13,7 @@ from ..storage.tensors import TensorInfo
 from ..storage.tied import embedding_of, is_output
 from .adapter import Adapter
 from .identity import model_name, other_base
+from .towers import is_tower
 from .vocabulary import differing_rows, shapes_of
 
 
@@ -120,6 +121,8 @@ def _quoted(task: str, model: Checkpoint | Adapter) -> str:
 
 
 def _check_architecture(task: str, model: Checkpoint, base: Checkpoint, names: Sequence[str]) -> None:
+    if is_tower(model.config, base.config):
+        return
     ours, theirs = base.config.get("model_type"), model.config.get("model_type")
     if ours and theirs and ours != theirs:
         raise MismatchError(

@@ -26,6 +26,7 @@ from ..text import printable
 from .adapter import Adapter, adapter_folder, is_adapter
 from .finite import finite_values
 from .fit import Coverage, check_fit, same_outputs
+from .towers import placed
 from .vocabulary import same_rows
 
 Model = Checkpoint | Adapter
@@ -80,7 +81,7 @@ class Vectors:
         extra_rows: ExtraRows | None = None,
         rows_of_base: bool = False,
     ) -> Vectors:
-        """Task vectors tau_i = theta_i - theta_0, once every model is known to fit the base.
+        """Task vectors tau_i = theta_i - theta_0, once every model is known to fit the base, or one of its towers.
 
         ``names`` are the floating-point tensors of the base, in its order, of adapters those that one of them changes;
         integer buffers carry no task vector.
@@ -97,6 +98,7 @@ class Vectors:
             ParameterError: no task.
             MismatchError: another architecture, tensors of other shapes, or quantised ones.
         """
+        models = {task: placed(m, base) if isinstance(m, Checkpoint) else m for task, m in models.items()}
         base, models = same_outputs(base, models)
         base, models, note = same_rows(base, models, extra_rows, rows_of_base=rows_of_base)
         coverage = replace(check_fit(base, models, skip_mismatched), rows=note)

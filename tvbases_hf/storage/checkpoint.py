@@ -125,6 +125,16 @@ class Checkpoint:
         """The model as it is in its files."""
         return self._stored
 
+    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
+        """The same tensors by other names, as a larger model has them."""
+        found, read = copy.copy(self), self._read
+        stored = {rename(name): name for name in self.tensors}
+        found.tensors = {new: self.tensors[name] for new, name in stored.items()}
+        found.quantised = {rename(name): weight for name, weight in self.quantised.items()}
+        found._followers = {rename(name): rename(first) for name, first in self._followers.items()}
+        found._read = lambda name: read(stored.get(name, name))
+        return found
+
     def mapped(self, name: str) -> list[Tensor]:
         """What is stored of a tensor, mapped and not dequantised."""
         stored = self._followers.get(name, name)

@@ -41,8 +41,10 @@ def cross_entropy(data: TaskData) -> Terms:
     """The mean cross-entropy over all examples (or tokens) of a task's data, nats."""
 
     def terms(model: Any) -> Iterator[tuple[Tensor, int]]:
-        for batch in data.batches:
-            logits, labels = data.labelled(model, batch)
+        changing = model.names if isinstance(model, Reparametrised) else ()
+        fixed = data.fixed(model, changing) if changing or not torch.is_grad_enabled() else data
+        for batch in fixed.batches:
+            logits, labels = fixed.labelled(model, batch)
             logits = logits if logits.dtype == torch.float64 else logits.float()
             yield nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels)
 

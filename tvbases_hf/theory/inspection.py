@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..bases import BasisWeights, ae_bases
 from ..bases.weights import resolve_num_bases
+from ..defaults import TEMPLATE
 from ..errors import ParameterError
-from ..learning.taskfiles import Columns, TaskModel
+from ..learning.batches import Columns
+from ..learning.taskfiles import TaskModel
 from ..models.gram import Gram, gram_matrix
 from ..models.layers import LayerReport, examine_layers
 from ..models.vectors import Vectors
@@ -29,6 +31,7 @@ class Inspection:
     bases: tuple[BasisWeights, ...]
     layers: LayerReport | None = None
     bounds: Bounds | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def unexplained(self) -> list[float]:
@@ -42,7 +45,7 @@ class Inspection:
 
     @property
     def warnings(self) -> list[str]:
-        return list(dict.fromkeys([*self.vectors.coverage.notes(), *self.gram.warnings()]))
+        return list(dict.fromkeys([*self.vectors.coverage.notes(), *self.gram.warnings(), *self.notes]))
 
     @property
     def _total(self) -> float:
@@ -76,16 +79,20 @@ def inspect(
     alpha: float = 1.0,
     text_column: str = "text",
     label_column: str = "label",
+    image_column: str = "image",
     max_rows: int = 256,
     batch_size: int = 16,
+    classes: Mapping[str, str] | None = None,
+    templates: Sequence[str] = (TEMPLATE,),
 ) -> Inspection:
     """One pass over all models; another one, of several SVDs per matrix, for ``layers``.
 
     Args:
         layers: also interference, sharing and decay of the singular values, by layer.
-        data: by task, a file (.jsonl, .json, .csv) or a data set of the Hub: also the error bounds (Theorems 3.5 to
-            3.7), both sides, over ``num_bases`` bases (None: as many as are suggested), negation with ``alpha``.
-        text_column, label_column, max_rows, batch_size: how the data is read.
+        data: by task, a folder of images, a file (.npz, .jsonl, .json, .csv) or a data set of the Hub: also the error
+            bounds (Theorems 3.5 to 3.7), both sides, over ``num_bases`` bases (None: as many as are suggested),
+            negation with ``alpha``.
+        text_column, label_column, image_column, max_rows, batch_size, classes, templates: how it is read; see Columns.
 
     Raises:
         ParameterError: data of no task, that cannot be read, or of task vectors that are not on the CPU.
@@ -93,16 +100,18 @@ def inspect(
     """
     if data and vectors.device.type != "cpu":
         raise ParameterError("--bounds are computed on the CPU; leave --device out")
-    losses, model = {}, None
+    losses, model, notes = {}, None, ()
     if data:
-        read = Columns(text_column, label_column, max_rows, batch_size)
+        named = {"image": image_column, "classes": classes or {}, "templates": templates}
+        read = Columns(text_column, label_column, max_rows, batch_size, **named)
         loaded = TaskModel.load(vectors.base)
         model = loaded.model
         losses = {name: cross_entropy(loaded.data(name, source, read)) for name, source in data.items()}
+        notes = tuple(loaded.notes())
     gram = gram_matrix(vectors)
     found = Inspection(vectors, gram, tuple(ae_bases(gram.matrix, m) for m in range(1, len(vectors) + 1)))
     bounds = None
     if model is not None:
         count = resolve_num_bases(found.suggested_num_bases if num_bases is None else num_bases, len(vectors))
         bounds = measure_bounds(model, vectors, losses, count, gram=gram, alpha=alpha)
-    return Inspection(vectors, gram, found.bases, examine_layers(vectors) if layers else None, bounds)
+    return Inspection(vectors, gram, found.bases, examine_layers(vectors) if layers else None, bounds, notes)
