@@ -99,8 +99,8 @@ def load(source: str | Path, where: Where) -> tuple[Any, Any]:
         ) from error
     if getattr(model.config, "is_encoder_decoder", False):
         raise CheckpointError(
-            f'"{source}" is an encoder with a decoder ({model.config.model_type}), and lm-eval tasks are measured of causal '
-            "language models here; give its task's data to `negate` or `grid_search` of tvbases_hf in Python"
+            f'"{source}" is an encoder with a decoder ({model.config.model_type}), and lm-eval tasks are measured of '
+            "causal language models here; give its task's data to `negate` or `grid_search` of tvbases_hf in Python"
         )
     if where.place != AUTO:
         model.to(torch.device(where.place))  # type: ignore[arg-type]
