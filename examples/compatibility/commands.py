@@ -160,6 +160,7 @@ def procrustes(matrix: Tensor) -> Tensor:
 
 
 def negate(place: Place) -> None:
+    """The base less half a task vector."""
     out = place.root / "negated"
     tvbases("negate", *place.inputs, "--forget", "a", "--alpha", 0.5, "--out", out)
     compare_loaded(place.family, out, place.family.added({"a": -0.5}))
@@ -251,14 +252,28 @@ def evaluate(place: Place) -> None:
     models = {"base": place.family.base, "task arithmetic": place.root / "task arithmetic"}
     for path in models.values():
         save_tokenizer(path)
+    ids = tokens(models["base"], text.read_text("utf-8"))
+    try:
+        expected = [perplexity(load(place.family.kind, path)[0], ids, text.stat().st_size) for path in models.values()]
+    except Exception as error:  # sizes that were cut to what the class itself cannot compute with
+        raise Absent from error
     options = ("--control", f"text:{text}", "--device", "cpu", "--json", report)
     tvbases("evaluate", models["task arithmetic"], "--base", models["base"], *options)
     rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
     values = next(row["values"] for row in rows if row["metric"] == "byte_perplexity")
-    ids = AutoTokenizer.from_pretrained(models["base"])(text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
-    expected = [perplexity(load(place.family.kind, path)[0], ids, text.stat().st_size) for path in models.values()]
     found = torch.tensor([value["value"] for value in values.values()], dtype=torch.float64)
     near("perplexity", found, torch.tensor(expected, dtype=torch.float64), 1e-4 * torch.tensor(expected))
+
+
+def tokens(directory: Path, text: str) -> list[int]:
+    """Absent where transformers takes another kind of tokenizer for a type, which does not know these words."""
+    try:
+        ids = AutoTokenizer.from_pretrained(directory)(text, add_special_tokens=False)["input_ids"]
+    except Exception:  # whatever that kind says to a file that is none of its own
+        ids = []
+    if not ids:
+        raise Absent
+    return ids
 
 
 def perplexity(model: PreTrainedModel, ids: list[int], size: int) -> float:

@@ -62,7 +62,7 @@ def cell(column: str, place: Place) -> Cell:
     except Absent:
         return Cell("absent")
     except Refused as refusal:
-        return Cell("refused", str(refusal).replace(str(place.family.base), "base"))
+        return Cell("refused", str(refusal).replace(f"{place.family.base.parent}/", ""))
     except Wrong as difference:
         return Cell("wrong", str(difference))
     except Exception:  # whatever it is, it is a defect
@@ -94,7 +94,8 @@ def page(rows: Sequence[Row], columns: Sequence[str] = tuple(COLUMNS)) -> str:
         "a small model of every architecture that transformers' own classes make, two fine-tunes of it, saved by "
         "`save_pretrained`, and every command run on them. A cell is right (✓) where the numbers are those of a dense "
         "float64 computation and the result loads in the model's class without a missing or unexpected weight; "
-        "refused where the command said why, and wrote nothing; – where it has no data for such a model.",
+        "refused where the command said why, and wrote nothing; – where there is no text for such "
+        "a model, or the small one cannot compute. Kernels of convolutions are no matrices to any method.",
         "",
         f"{len(made)} model types, {total} cells: {counts['right']} right ({counts['right'] / max(1, total):.1%}), "
         f"{counts['refused']} refused, {counts['wrong']} wrong, {counts['crash']} crashed.",
