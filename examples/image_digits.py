@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import random
 import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,12 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tvbases_hf import fine_tune
-from tvbases_hf.cli import app
-from tvbases_hf.learning.batches import Columns
-from tvbases_hf.learning.data import TaskData
-from tvbases_hf.learning.rows import read_rows
-from tvbases_hf.learning.taskfiles import TaskModel
+from tvbases_hf import Columns, TaskData, TaskModel, fine_tune, read_rows
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VIEWS = {
@@ -108,15 +105,13 @@ def training_data(loaded: TaskModel, view: str, images: Path) -> TaskData:
 
 def train(kind: str, directory: Path, images: Path, training: Training) -> None:
     """The base, and one fine-tune of it for every other view."""
-    from tvbases_hf.storage.checkpoint import Checkpoint
-
     torch.manual_seed(0)
     make_vit(directory / "base") if kind == "vit" else make_clip(directory / "base")
-    loaded = TaskModel.load(Checkpoint.open(directory / "base"))
+    loaded = TaskModel.load(directory / "base")
     fine_tune(loaded.model, training_data(loaded, "upright", images), lr=2e-3, epochs=training.base)
     loaded.model.save_pretrained(directory / "base")
     for task in TASKS:
-        loaded = TaskModel.load(Checkpoint.open(directory / "base"))
+        loaded = TaskModel.load(directory / "base")
         trained = loaded.model if kind == "vit" else loaded.model.vision_model
         for weight in loaded.model.parameters():
             weight.requires_grad_(False)
@@ -160,7 +155,7 @@ def main(given: list[str] | None = None) -> None:
             train(kind, workdir / kind, images, training)
             for command in commands(workdir / kind, images):
                 print("$ tvbases", shlex.join(command), flush=True)
-                app(command, standalone_mode=False)
+                subprocess.run([sys.executable, "-m", "tvbases_hf", *command], check=True)
 
 
 if __name__ == "__main__":

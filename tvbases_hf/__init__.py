@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot follow the table below; a t
     from .basis.online import OnlineBasis as OnlineBasis
     from .cli.planning import plan as plan
     from .errors import TvbasesError as TvbasesError
+    from .learning.batches import Columns as Columns
     from .learning.coefficients import (
         accuracies as accuracies,
         coordinate_search as coordinate_search,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # for type checkers, which cannot follow the table below; a t
     from .learning.directions import direction as direction
     from .learning.inplace import InPlace as InPlace
     from .learning.negation import Negation as Negation, change_of as change_of, negate as negate
+    from .learning.rows import read_rows as read_rows
+    from .learning.taskfiles import TaskModel as TaskModel
     from .learning.training import fine_tune as fine_tune
     from .learning.with_data import DATA_METHODS as DATA_METHODS
     from .merging.apply import merged as merged
@@ -44,12 +47,15 @@ _NAMES = {
     "basis.online": "OnlineBasis",
     "cli.planning": "plan",
     "errors": "TvbasesError",
+    "learning.batches": "Columns",
     "learning.coefficients": "accuracies coordinate_search grid_search summed",
     "learning.curve": "Curve",
     "learning.data": "TaskData stratified",
     "learning.directions": "direction",
     "learning.inplace": "InPlace",
     "learning.negation": "Negation change_of negate",
+    "learning.rows": "read_rows",
+    "learning.taskfiles": "TaskModel",
     "learning.training": "fine_tune",
     "learning.with_data": "DATA_METHODS",
     "merging.apply": "merged",

@@ -60,10 +60,10 @@ def test_the_style_example_trains_mixes_draws_and_counts(
     assert "all four: unique + one copy" in capsys.readouterr().out
 
 
-def test_the_example_of_images_trains_and_runs_its_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_of_images_trains_and_runs_its_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "image_digits.py"))
     example["main"](["--quick", "--model", "clip", "--workdir", str(tmp_path)])
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     for command in ("inspect", "compress", "evaluate", "merge", "negate"):
         assert f"$ tvbases {command} " in printed
     assert "data upright" in printed and '"target" (accuracy of inverted)' in printed

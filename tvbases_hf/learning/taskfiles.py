@@ -48,7 +48,7 @@ class TaskModel:
 
     @classmethod
     def load(
-        cls, base: Checkpoint, dtype: torch.dtype | str = torch.float32, device_map: str | None = None
+        cls, base: Checkpoint | str | Path, dtype: torch.dtype | str = torch.float32, device_map: str | None = None
     ) -> TaskModel:
         """The model that the directory's configuration names, without dropout.
 
@@ -57,6 +57,7 @@ class TaskModel:
             ParameterError: a model that neither writes nor classifies.
             CheckpointError: a directory that transformers does not load, or without the head that it names.
         """
+        base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
         path = Path(str(base.path))
         try:
             kind, code = class_of(base), {"trust_remote_code": current().trust_remote_code}  # None asks on a terminal
