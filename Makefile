@@ -8,7 +8,7 @@ BIN       := .venv/bin
 STAMP     := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz kills lint format tables compatibility bench bench-text clean
+.PHONY: help venv demo test test-oldest fuzz kills lint format tables compatibility bench bench-text clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,6 +30,20 @@ test: $(STAMP)  ## run the tests; choose some with ARGS="-k gram"
 
 fuzz: $(STAMP)  ## damage files at random under every command: SECONDS=3600; what breaks is printed, as small as it gets
 	cd tests && ../$(BIN)/python -m attacks.fuzzing --seconds $(or $(SECONDS),600)
+
+# The oldest PEFT that is allowed, with the transformers that trainers pin beside it.
+OLDEST      := peft==0.20.0 transformers==5.16.1
+OLDEST_TEST := tests/integrations/peft/test_peft_integration.py tests/integrations/peft/test_peft_add_weighted.py
+
+.venv-oldest/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-oldest
+	grep -v '^peft==\|^transformers==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+		-c .venv-oldest/constraints.txt -e '.[mergekit,peft]' $(OLDEST) pytest scipy scikit-learn hypothesis
+	@touch $@
+
+test-oldest: .venv-oldest/.installed  ## the tests of PEFT, with the oldest that is allowed
+	.venv-oldest/bin/python -m pytest $(OLDEST_TEST)
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .
@@ -58,5 +72,5 @@ kills: $(STAMP)  ## kill every command that writes, N=1000 times at random momen
 	$(BIN)/python tests/attacks/kills.py $(or $(N),1000)
 
 clean:  ## remove .venv, build outputs and caches
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find tvbases_hf integrations tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

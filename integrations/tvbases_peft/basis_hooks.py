@@ -131,7 +131,7 @@ def _peft() -> Any:
         import peft
         from peft.tuners.lora.layer import LoraVariant  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(f'attach needs PEFT 0.18 or later ({error}); pip install "tvbases-hf[peft]"') from error
+        raise MissingExtraError(f'attach needs PEFT 0.20 or later ({error}); pip install "tvbases-hf[peft]"') from error
     return peft
 
 

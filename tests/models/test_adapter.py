@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import CheckpointError
 from tvbases_hf.models.adapter import Adapter
-from tvbases_hf.models.lora_config import HANDLED, HARMLESS, REFUSED
+from tvbases_hf.models.lora_config import HANDLED, HARMLESS, OF_PEFT, REFUSED
 from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.hf_models import save_state
 from zoo.peft_models import (
@@ -75,8 +76,8 @@ def bert_base(root: Path) -> Path:
 
 def test_every_option_of_peft_is_classified_once() -> None:
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert fields == HARMLESS | HANDLED | set(REFUSED)
-    assert len(HARMLESS) + len(HANDLED) + len(REFUSED) == len(fields)
+    assert fields == HARMLESS | HANDLED | set(REFUSED) | set(OF_PEFT)
+    assert len(HARMLESS) + len(HANDLED) + len(REFUSED) + len(OF_PEFT) == len(fields)
 
 
 @pytest.mark.parametrize("option", sorted(REFUSED))
@@ -139,23 +140,25 @@ def other_methods() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["LOHA", "LOKR", "IA3", "ADALORA", "VERA", "FOURIERFT"])
-def test_another_method_is_refused_by_name(method: str, base: Path, tmp_path: Path) -> None:
+def test_another_method_on_a_base_that_transformers_cannot_load_is_refused_by_name(
+    method: str, base: Path, tmp_path: Path
+) -> None:
     model: Any = load_base(base, LLAMA)
     get_peft_model(model, other_methods()[method]).save_pretrained(str(tmp_path / "a"))
-    assert method in refusal(tmp_path / "a", base)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    copyfile(base / "model.safetensors", bare / "model.safetensors")
+    message = refusal(tmp_path / "a", bare)
+    assert method in message and "merge_and_unload" in message
 
 
 def real_variants() -> dict[str, tuple[dict[str, Any], str]]:
-    from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+    from peft.tuners.lora.config import KasaConfig
 
     return {
         "KaSA": ({"kasa_config": KasaConfig()}, "kasa_config"),
-        "BD-LoRA": ({"use_bdlora": BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2), "r": 4}, "use_bdlora"),
         "aLoRA": ({"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
-        "VeLoRA": ({"velora_config": VeloraConfig(num_groups=2)}, "velora_config"),
-        "MonteCLoRA": ({"monteclora_config": MontecloraConfig()}, "monteclora_config"),
-        "trained tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        "parameters": ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters"),
+        "replicated layers": ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
     }
 
 

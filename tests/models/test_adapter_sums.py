@@ -14,8 +14,9 @@ from tvbases_hf.algebra.delta import Delta, Dense, Dora, LowRank, dense
 from tvbases_hf.algebra.sums import total
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Limits
-from tvbases_hf.models.adapter import Adapter, Layout
+from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.gram import gram_matrix
+from tvbases_hf.models.layouts import Layout
 from tvbases_hf.models.lora_files import Template, adapter_tensors, write_adapter
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint

@@ -192,7 +192,71 @@ class Dora:
         return rows.reshape(-1)[start - first * columns : stop - first * columns] + self.low.block(start, stop)
 
 
-Delta = Dense | LowRank | Dora
+@dataclass(frozen=True)
+class Stacked:
+    """``left`` [E, n, r] times ``right`` [E, r, m]: the low-rank changes of E matrices in one tensor [E, n, m]."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.left.shape[:2], self.right.shape[2])
+
+    @property
+    def device(self) -> torch.device:
+        return self.left.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        return (self.left, self.right)
+
+    @property
+    def low(self) -> None:
+        return None
+
+    @property
+    def row_scale(self) -> None:
+        return None
+
+    @property
+    def T(self) -> Stacked:
+        """Each matrix transposed."""
+        return Stacked(self.right.mT, self.left.mT)
+
+    @property
+    def parts(self) -> list[LowRank]:
+        """The changes of the matrices."""
+        return [LowRank(left, right) for left, right in zip(self.left, self.right, strict=True)]
+
+    def to(self, device: torch.device) -> Stacked:
+        return Stacked(self.left.to(device), self.right.to(device))
+
+    def with_low(self, change: Callable[[LowRank], LowRank]) -> Stacked:
+        """With ``change`` of every matrix's change, padded with zeros to one rank."""
+        return Stacked.of([change(part) for part in self.parts])
+
+    @staticmethod
+    def of(parts: Sequence[LowRank]) -> Stacked:
+        """The changes of E matrices, padded with zeros to one rank."""
+        rank = max(part.rank for part in parts)
+        left = [torch.nn.functional.pad(part.left, (0, rank - part.rank)) for part in parts]
+        right = [torch.nn.functional.pad(part.right, (0, 0, 0, rank - part.rank)) for part in parts]
+        return Stacked(torch.stack(left), torch.stack(right))
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Elements start..stop of the flattened change, float64; only the matrices that hold them are formed."""
+        _, n, m = self.shape
+        first, last = start // (n * m), math.ceil(stop / (n * m))
+        parts = [part.block(0, n * m) for part in self.parts[first:last]] or [torch.empty(0, dtype=torch.float64)]
+        return torch.cat(parts)[start - first * n * m : stop - first * n * m]
+
+
+Delta = Dense | LowRank | Dora | Stacked
 
 
 def zeros(shape: Sequence[int], device: torch.device | None = None) -> LowRank | Dense:
@@ -240,13 +304,15 @@ def blocks(deltas: Sequence[Delta]) -> Iterator[Tensor]:
 
 def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
     """The change as one tensor [*shape] of ``dtype``; differences of stored numbers are taken in float64 first."""
-    if isinstance(delta, LowRank):
+    if isinstance(delta, (LowRank, Stacked)):
         return delta.left.to(dtype) @ delta.right.to(dtype)
     return delta.block(0, math.prod(delta.shape)).reshape(delta.shape).to(dtype)
 
 
 def is_zero(delta: Delta) -> bool:
     """Whether nothing changes, up to the rounding of what a Dora scales its rows with."""
+    if isinstance(delta, Stacked):
+        return all(map(is_zero, delta.parts))
     if delta.low is None:
         return not any(piece.any() for piece in pieces(delta))
     rows = torch.zeros(()) if delta.row_scale is None else delta.row_scale

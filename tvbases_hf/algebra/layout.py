@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .delta import Delta, Dense, dense, reshaped, work_dtype
+from .delta import Delta, Dense, LowRank, Stacked, dense, reshaped, work_dtype
 
 # gpt-oss, Llama-4, and what transformers 5 and mergekit make of Mixtral and its kin: mlp.experts.down_proj; Aria:
 # experts.fc1.weight; Granite-MoE and JetMoE: block_sparse_moe.input_linear.weight, mlp.output_linear.weight; Step-3:
@@ -48,7 +48,9 @@ def stacked(parts: Sequence[Delta]) -> Dense:
     return Dense(out)
 
 
-def _part(delta: Delta, index: int) -> Dense:
+def _part(delta: Delta, index: int) -> Dense | LowRank:
+    if isinstance(delta, Stacked):
+        return delta.parts[index]
     assert isinstance(delta, Dense)  # of three dimensions
     return Dense(delta.tuned[index], None if delta.base is None else delta.base[index])
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .delta import Delta, Dense, Dora, LowRank, blocks, low_parts, work_dtype
+from .delta import Delta, Dense, Dora, LowRank, Stacked, blocks, low_parts, work_dtype
 
 
 def total(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delta:
@@ -26,6 +26,10 @@ def total(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> De
     if weights == [1.0]:
         return deltas[0]
     terms = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight != 0]
+    stacks = [(delta, weight) for delta, weight in terms if isinstance(delta, Stacked)]
+    if stacks and all(isinstance(d, Stacked) or (isinstance(d, LowRank) and not d.rank) for d, _ in terms):
+        lefts, rights = [delta.left * weight for delta, weight in stacks], [delta.right for delta, _ in stacks]
+        return Stacked(torch.cat(lefts, dim=2), torch.cat(rights, dim=1))
     scaled = [(delta, weight) for delta, weight in terms if isinstance(delta, Dora)]
     whole = len(low_parts(deltas)) < len(deltas)
     if whole or not all(_is_same(delta.base, scaled[0][0].base) for delta, _ in scaled):

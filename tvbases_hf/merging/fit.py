@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import defaults
-from ..algebra.delta import Delta, Dense, LowRank, dense, low_parts, square_distance
+from ..algebra.delta import Delta, Dense, LowRank, Stacked, dense, low_parts, square_distance
 from ..algebra.rank import RankRule
 from ..algebra.svd import svd
 from ..models.adapter import Adapter
@@ -18,6 +18,9 @@ from ..models.hosts import check_foreseen, fitted
 from ..models.lora_files import Template, nonzero
 from ..models.positions import in_order
 from ..storage.checkpoint import Checkpoint
+
+# Random columns by which a matrix of low rank is told.
+SKETCH = 256
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,11 @@ class Limits:
 
     def fit(self, name: str, change: Delta, inputs: Sequence[Delta], base: Checkpoint, template: Template) -> Delta:
         """The change as an adapter will store it: factors where the template has factors, else a saved tensor."""
+        if name in template.parameters and change.low is None:
+            return _rounded(self._stacked(change, inputs), self.dtype)
         if template.has_factors(name, change):
             return _rounded(self._truncated(change, inputs), self.dtype)
-        if name in template.bias_modules:
+        if name in template.bias_modules or name in template.tokens:
             return change
         tensor = base.read(name)
         return Dense((tensor.to(torch.float64) + dense(change).reshape(tensor.shape)).to(tensor.dtype), tensor)
@@ -52,12 +57,21 @@ class Limits:
         """An adapter as it is written. Raises ParameterError for one that the host cannot load."""
         return fitted(tensors, config, self.equal_rank, self.host)
 
+    def _stacked(self, change: Delta, inputs: Sequence[Delta]) -> Delta:
+        """Matrix by matrix; a matrix that is stored whole as one that a LoRA could make."""
+        if isinstance(change, Stacked):
+            return change if self.rank is None else change.with_low(self._cut)
+        if len(change.shape) != 3:
+            return self._truncated(change, inputs)
+        parts = dense(change, torch.float32)
+        return Stacked.of([_without_loss(part) for part in parts]).with_low(self._cut)
+
     def _truncated(self, change: Delta, inputs: Sequence[Delta]) -> Delta:
         if change.low is not None:
             return change.with_low(self._cut)
         flat, low = dense(change, torch.float32).reshape(change.shape[0], -1), low_parts(inputs)
         if self.rank is None and len(low) < len(inputs):
-            return _whole(flat)
+            return _without_loss(flat)
         return svd(flat, self.rank or RankRule("absolute", max(1, sum(part.rank for part in low)))).low_rank()
 
     def _cut(self, low: LowRank) -> LowRank:
@@ -92,6 +106,24 @@ class Errors:
 
 def _ratio(lost: float, total: float) -> float:
     return (lost / total) ** 0.5 if total > 0 else 0.0
+
+
+def _without_loss(matrix: Tensor) -> LowRank:
+    """A matrix as factors of its rank, up to the rounding of its numbers, where few tell; else of full rank.
+
+    Its product with more random columns than its rank spans its own columns (Halko et al., 2011, algorithm 4.1).
+    """
+    exact, sketched = matrix.to(torch.float64), min(SKETCH, min(matrix.shape) // 2)
+    random = torch.randn(matrix.shape[1], sketched, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    span = torch.linalg.qr(exact @ random.to(matrix.device)).Q
+    inside = span.T @ exact
+    noise = 4 * torch.finfo(torch.float32).eps * float(exact.norm())
+    if float((exact - span @ inside).norm()) > noise:
+        return _whole(matrix)
+    left, values, right = torch.linalg.svd(inside, full_matrices=False)
+    rank = int((values > noise / max(1, sketched)).sum())
+    root = values[:rank].sqrt()
+    return LowRank((span @ left[:, :rank] * root).float(), (root[:, None] * right[:rank]).float())
 
 
 def _whole(matrix: Tensor) -> LowRank:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,12 @@ from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import INDEX, locate
 from ..storage.files import WEIGHT_FILES as CHECKPOINT_FILES
 from ..storage.tied import is_token_matrix
-from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, read_config
+from .layouts import TRANSPOSED, Layout, find_layout
+from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, is_lora, read_config
 from .lora_parts import BIAS, MAGNITUDE, PAIRS, Parts
-from .names import Naming, has_names, is_conv1d, is_shared, is_tied_away
-from .skeleton import names_in_memory
-
-# Kinds whose weight the base stores as [in, out], the transpose of B A.
-TRANSPOSED = ("conv1d", "embedding")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How PEFT stores the factors of a weight: ``kind`` linear, conv1d (weight [in, out]), embedding or conv."""
-
-    module: str
-    kind: str
-    kernel: tuple[int, ...] = ()
+from .names import Naming, has_names, is_shared, is_tied_away
+from .parameters import Parameter, Place, parameters_of, places_in
+from .skeleton import names_in_memory, skeleton
 
 
 @dataclass(frozen=True)
@@ -61,8 +51,18 @@ class Adapter:
     embeddings do not limit their norm.
     """
 
-    def __init__(self, label: str, config: Mapping[str, Any], stored: Checkpoint, base: Checkpoint) -> None:
+    def __init__(
+        self,
+        label: str,
+        config: Mapping[str, Any],
+        stored: Checkpoint,
+        base: Checkpoint,
+        parameters: Mapping[str, Parameter] | None = None,
+    ) -> None:
         """Match every stored tensor to a tensor of the base.
+
+        Args:
+            parameters: by stored module, those of ``target_parameters``; None to find them in the base's class.
 
         Raises:
             CheckpointError: a variant that is not a plain change of weights, or two files that do not belong together.
@@ -73,18 +73,20 @@ class Adapter:
         self._options = LoraOptions.parse(self.config, label)
         found = Parts.of(stored, label)
         parts, saved = found.factors, found.saved
+        self._places, self._of_parameters = self._find_parameters(parts, parameters)
         for module, own in parts.items():
             self._check_parts(module, own)
-        weights = [f"{module}.weight" for module in parts]
+        weights = [f"{module}.weight" for module in (*parts, *found.tokens)]
         memory = {} if has_names(weights or saved, base) else names_in_memory(base)
-        self._head = {name: saved.pop(name) for name in self._find_head(saved, memory)} if parts else {}
+        self._head = {name: saved.pop(name) for name in self._find_head(saved, memory)} if weights else {}
         self.naming = self._resolve(weights, list(saved), memory)
         self._modules: dict[str, LoraModule] = {}
         self._biases: dict[str, LoraModule] = {}
         for module, own in parts.items():
             self._add_module(module, own)
         self._saved = self._match_saved(saved)
-        self.names = tuple(dict.fromkeys([*self._modules, *self._biases, *self._saved]))
+        self._tokens = self._match_tokens(found.tokens)
+        self.names = tuple(dict.fromkeys([*self._modules, *self._biases, *self._saved, *self._tokens, *self._places]))
         self._refuse_shared()
 
     @classmethod
@@ -98,7 +100,8 @@ class Adapter:
         file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
         if file is None:
             raise CheckpointError(f'"{label}": {CONFIG_FILE} is here but not {WEIGHT_FILES[0]}; copy the weights too')
-        return cls(label, config, Checkpoint.open(file, label=label), base)
+        stored = Checkpoint.open(file, label=label)
+        return cls(label, config, stored, base) if is_lora(config) else _host().open_adapter(path, config, stored, base)
 
     @property
     def base_id(self) -> str:
@@ -170,12 +173,24 @@ class Adapter:
         """
         if name in self._modules:
             return self._change(self._modules[name], name)
+        if name in self._tokens:
+            return self._change_of_rows(name)
+        if name in self._places:
+            return self._change_of_parameter(self._places[name])
         saved = Dense(self.saved(name), self._base.read(name)) if name in self._saved else None
         if name not in self._biases:
             return saved
         module = self._biases[name]
         bias = module.scaling * self._factor(module.parts[BIAS])
         return Dense(bias if saved is None else bias + dense(saved, bias.dtype))
+
+    def place(self, name: str) -> Place | None:
+        """Which numbers of a parameter with factors of its own the base's tensor ``name`` holds."""
+        return self._places.get(name)
+
+    def rows(self, name: str) -> tuple[int, ...]:
+        """Of trained tokens: the rows of the base's tensor ``name`` that change."""
+        return self._tokens[name][1] if name in self._tokens else ()
 
     def layout(self, name: str) -> Layout | None:
         """How the factors of a weight are stored; None for biases, saved modules and what the adapter lacks."""
@@ -197,6 +212,20 @@ class Adapter:
         if not torch.isfinite(change.row_scale).all():
             raise CheckpointError(f'"{self.label}": {name} plus its factors has rows of zeros, which DoRA divides by')
         return Dense(dense(change, product.left.dtype).T) if transposed else change
+
+    def _change_of_parameter(self, place: Place) -> Delta:
+        parts = self._of_parameters[place.parameter.name]
+        a, b = (self._factor(parts[part]) for part in PAIRS[0])
+        name = place.parameter.name
+        return place.take(place.parameter.change(a, b, self._options.scaling(name, self._options.rank_of(name))))
+
+    def _change_of_rows(self, name: str) -> LowRank:
+        """What PEFT stores of trained tokens are their new rows, not the change of them."""
+        stored, rows = self._tokens[name]
+        base = self._base.read(name)
+        left = torch.zeros(len(base), len(rows))
+        left[list(rows), range(len(rows))] = 1.0
+        return LowRank(left, (self._factor(stored).double() - base[list(rows)].double()).to(torch.float32))
 
     def _factor(self, stored: str) -> Tensor:
         """A stored tensor in float32 at least."""
@@ -246,6 +275,42 @@ class Adapter:
                 "the two files do not belong together"
             )
 
+    def _find_parameters(
+        self, parts: dict[str, dict[str, str]], parameters: Mapping[str, Parameter] | None
+    ) -> tuple[dict[str, Place], dict[str, dict[str, str]]]:
+        """The base's tensors that hold parameters with factors, and these, taken out of ``parts``, by parameter."""
+        if not self._options.parameters:
+            return {}, {}
+        model = skeleton(self._base) if parameters is None else None
+        if parameters is None and model is None:
+            raise CheckpointError(
+                f'"{self.label}": uses target_parameters, and transformers has no class that the configuration of '
+                f"{self._base.label} names, which would tell where they are; give the base with its config.json"
+            )
+        known = parameters_of(model, self._options.parameters) if model is not None else dict(parameters or {})
+        held = {known[module]: parts.pop(module) for module in list(parts) if module in known}
+        for parameter, own in held.items():
+            self._check_parameter(parameter, own)
+        places = places_in(self._base, list(held), model)
+        missing = {parameter.name for parameter in held} - {place.parameter.name for place in places.values()}
+        if missing:
+            raise MismatchError(
+                f'"{self.label}": changes {len(missing)} parameters that the base ({self._base.label}) does not store '
+                f"(first: {min(missing)}); give the base that the adapter was trained on"
+            )
+        return places, {parameter.name: own for parameter, own in held.items()}
+
+    def _check_parameter(self, parameter: Parameter, parts: Mapping[str, str]) -> None:
+        (columns, rows), size = parameter.factor_shapes, self._options.rank_of(parameter.name) * parameter.experts
+        found = {part: self._shape(stored) for part, stored in parts.items()}
+        if found != {"lora_A": (size, columns), "lora_B": (rows, size)}:
+            raise MismatchError(
+                f'"{self.label}": the factors of {parameter.name} are '
+                + ", ".join(f"{part} {list(shape)}" for part, shape in found.items())
+                + f", where its shape {list(parameter.shape)} in the base ({self._base.label}) and {CONFIG_FILE} make "
+                f"lora_A {[size, columns]}, lora_B {[rows, size]}; give the base it was trained on"
+            )
+
     def _resolve(self, weights: list[str], saved: list[str], memory: Mapping[str, str]) -> Naming:
         """How the adapter's names become the base's. Names of tied outputs, which the base lacks, are refused."""
         saved = [name.replace(".base_layer.", ".") for name in saved]
@@ -286,7 +351,8 @@ class Adapter:
                 f'"{self.label}": {module} has factors, but {CONFIG_FILE} does not target it, so that PEFT leaves '
                 "them out; the two files do not belong together"
             )
-        layout = self._find_layout(module, name, parts)
+        shapes = {part: self._shape(stored) for part, stored in parts.items()}
+        layout = find_layout(self.label, module, name, shapes, self._base, self._options)
         if layout.kind in TRANSPOSED and MAGNITUDE in parts and len(self._base.tensors[name].shape) != 2:
             raise MismatchError(f'"{self.label}": {module} is no matrix in the base ({self._base.label})')
         scaling = self._options.scaling(module, self._options.rank_of(module))
@@ -299,44 +365,6 @@ class Adapter:
                     "no change of the base's tensors does what it does"
                 )
             self._biases[bias] = self._modules[name]
-
-    def _find_layout(self, module: str, name: str, parts: Mapping[str, str]) -> Layout:
-        embedding = "lora_embedding_A" in parts
-        a, b = (self._shape(parts[part]) for part in PAIRS[embedding])
-        shape = self._base.tensors[name].shape
-        magnitude = math.prod(self._shape(parts[MAGNITUDE])) if MAGNITUDE in parts else b[0]
-        matching = math.prod(b[1:]) == a[0] and magnitude == b[0]
-        made = b[:1] + a[1:]
-        kind = self._find_kind(name, shape, made, embedding) if matching else None
-        if kind is not None:
-            return Layout(module, kind, a[2:])
-        if len(a) > 2 and len(b) > 1 and 0 < b[1] < a[0]:
-            raise CheckpointError(
-                f'"{self.label}": {module} is a convolution in {a[0] // b[1]} groups, which LoRA mixes, so that no '
-                "change of its weight does what PEFT computes; PEFT cannot merge it either"
-            )
-        raise MismatchError(
-            f'"{self.label}": the factors of {module} make a change of shape {list(made)} but the base\'s weight '
-            f"({self._base.label}) is {list(shape)}; give the base it was trained on"
-        )
-
-    def _find_kind(self, name: str, shape: tuple[int, ...], made: tuple[int, ...], embedding: bool) -> str | None:
-        """The kind of a weight of ``shape`` that factors of a product [out, in, *kernel] fit; None if none does."""
-        if embedding:
-            return "embedding" if shape == made[::-1] else None
-        if len(made) > 2:
-            return "conv" if shape == made else None
-        if shape not in (made, made[::-1]):
-            return None
-        stored_as_in_out = is_conv1d(name, self._base, self._options.fan_in_fan_out)
-        if stored_as_in_out is None and shape[0] == shape[1]:
-            raise CheckpointError(
-                f'"{self.label}": {CONFIG_FILE} says fan_in_fan_out, and nothing in the base tells whether the square '
-                f"weight {name} is stored as [in, out]; set fan_in_fan_out to false if it is an nn.Linear"
-            )
-        if stored_as_in_out is None:
-            stored_as_in_out = shape != made
-        return ("conv1d" if stored_as_in_out else "linear") if shape == made[:: -1 if stored_as_in_out else 1] else None
 
     def _match_saved(self, saved: Mapping[str, str]) -> dict[str, str]:
         """Saved modules and biases, by the base's name. PEFT stores targeted embeddings too: a copy changes nothing."""
@@ -364,9 +392,25 @@ class Adapter:
         theirs, ours = self._shape(stored), self._base.tensors[own].shape
         return theirs[1:] == ours[1:] and own not in self._modules and is_token_matrix(own, ours)
 
+    def _match_tokens(self, tokens: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """By the base's name: the stored rows and which they are."""
+        found = {}
+        for module, stored in tokens.items():
+            name, rows = self._name(f"{module}.weight"), self._options.tokens_of(module)
+            shape, own = self._base.tensors[name].shape, self._shape(stored)
+            if len(shape) != 2 or own != (len(rows), shape[1]) or not all(0 <= row < shape[0] for row in rows):
+                raise MismatchError(
+                    f'"{self.label}": {len(rows)} trained tokens of {module} ({CONFIG_FILE}: trainable_token_indices), '
+                    f"stored as {list(own)}, do not fit the base ({self._base.label}), where it is {list(shape)}"
+                )
+            if name in self._modules or name in self._saved or len(set(rows)) < len(rows):
+                raise CheckpointError(f'"{self.label}": trains tokens of {module} more than once')
+            found[name] = (stored, rows)
+        return found
+
     def _refuse_shared(self) -> None:
         for name in self.names:
-            if is_shared(name, self._base, self.config):
+            if name not in self._tokens and is_shared(name, self._base, self.config):
                 raise self._tied(name.removesuffix(".weight"))
 
     def _tied(self, module: str) -> TvbasesError:
@@ -375,6 +419,12 @@ class Adapter:
             "(tied); PEFT changes one of the two uses, which no change of the one matrix does. Untie the base "
             "(tie_word_embeddings: false, saved with both matrices) or merge the adapter with PEFT into such a base"
         )
+
+
+def _host() -> Any:
+    """What reads other methods announces itself by an entry point: this package knows no integration by name."""
+    (found,) = entry_points(group="tvbases_hf.hosts", name="peft")
+    return found.load()
 
 
 def is_adapter(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,6 @@ HARMLESS = frozenset(
         "ensure_weight_tying",  # adapters of tied matrices are refused, whether tied themselves or not
         "eva_config",
         "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
         "loftq_config",
         "lora_dropout",
         "lora_ga_config",
@@ -46,13 +45,17 @@ HANDLED = frozenset(
         "exclude_modules",
         "fan_in_fan_out",
         "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
         "lora_alpha",
         "lora_bias",
         "peft_type",
         "r",
         "rank_pattern",
         "target_modules",
+        "target_parameters",
         "task_type",
+        "trainable_token_indices",
         "use_dora",
         "use_rslora",
     }
@@ -64,13 +67,10 @@ REFUSED = {
     "kasa_config": "KaSA, which also truncates the base's weights",
     "layer_replication": "replicated layers, which the base does not have",
     "megatron_config": "Megatron's parallel layers",
-    "monteclora_config": "MonteCLoRA, which samples its weights",
-    "target_parameters": "LoRA on parameters without a module of their own",
-    "trainable_token_indices": "trained tokens, kept beside the embedding",
-    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
     "use_qalora": "QA-LoRA, which pools its input",
-    "velora_config": "VeLoRA, which keeps projections of its own",
 }
+# LoRA whose change only PEFT computes: MonteCLoRA averages experts, BD-LoRA has blocks, VeLoRA projections of its own.
+OF_PEFT = ("monteclora_config", "use_bdlora", "velora_config")
 # Written by other programs; about training only.
 FOREIGN = frozenset({"lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "merge_weights"})
 # Initialisations that subtract s B A from the base: the factors belong to that base until they are converted.
@@ -112,6 +112,10 @@ class LoraOptions:
     label: str = ""
     """What messages call the adapter."""
     patience: Patience = field(default_factory=Patience, compare=False)
+    layers: tuple[int, ...] = ()
+    layers_patterns: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] | tuple[int, ...] = ()
+    parameters: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], label: str) -> LoraOptions:
@@ -135,6 +139,10 @@ class LoraOptions:
                 targets=_modules(config.get("target_modules")),
                 excluded=_modules(config.get("exclude_modules")),
                 label=label,
+                layers=_numbers(config.get("layers_to_transform")),
+                layers_patterns=tuple(check_pattern(str(own)) for own in _several(config.get("layers_pattern"))),
+                tokens=_tokens(config.get("trainable_token_indices")),
+                parameters=tuple(map(str, _several(config.get("target_parameters")))),
             )
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {error}') from error
@@ -149,9 +157,27 @@ class LoraOptions:
 
     def is_target(self, module: str) -> bool:
         """Whether PEFT would put an adapter on this module; True where the configuration does not say."""
-        if self.targets is None or self.targets == "all-linear":
+        if (self.targets is None and not self.parameters) or self.targets == "all-linear":
             return not self._matches(self.excluded, module)
-        return self._matches(self.targets, module) and not self._matches(self.excluded, module)
+        return (
+            self._matches(self.targets, module)
+            and not self._matches(self.excluded, module)
+            and self._is_in_chosen_layer(module)
+        )
+
+    def _is_in_chosen_layer(self, module: str) -> bool:
+        """PEFT's rule: layers are chosen among modules named by the end of their name, by the first number in it."""
+        if not self.layers or isinstance(self.targets, str) or module in (self.targets or ()):
+            return True
+        patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_patterns] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
+        return found is not None and int(found[1]) in self.layers
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The rows of an embedding that were trained; none where the configuration does not say."""
+        if not isinstance(self.tokens, Mapping):
+            return self.tokens
+        return next((rows for name, rows in self.tokens.items() if f".{module}".endswith(f".{name}")), ())
 
     def _first_match(self, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
         """PEFT's rule: the first pattern that matches the end of the module's name, at a dot."""
@@ -206,12 +232,21 @@ def check_expressions(config: Mapping[str, Any], modules: Iterable[str], label: 
         raise CheckpointError(f'"{label}": {CONFIG_FILE}: {error}') from error
 
 
+def is_lora(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter is read here; False where only PEFT itself can read its method."""
+    return _kind(config) in ("", "LORA") and not any(_is_on(config.get(option)) for option in OF_PEFT)
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    return str(config.get("peft_type") or "").upper().removeprefix("PEFTTYPE.")
+
+
 def _refuse_variants(config: Mapping[str, Any], label: str) -> None:
-    kind = str(config.get("peft_type") or "").upper().removeprefix("PEFTTYPE.")
-    if kind != "LORA":
+    kind = _kind(config)
+    if not is_lora(config) or not kind:
         raise CheckpointError(
-            f'"{label}": {kind or "not a known kind of"} adapter; only LoRA and DoRA are read from files. Load it with '
-            "PEFT and use tvbases_peft.task_vectors, or merge it (merge_and_unload) and give the full checkpoint"
+            f'"{label}": {kind or "not a known kind of"} adapter where LoRA or DoRA is needed; merge it with PEFT '
+            "(merge_and_unload) and give the full checkpoint"
         )
     used = [f"{name} ({REFUSED[name]})" for name in sorted(REFUSED) if _is_on(config.get(name))]
     if used:
@@ -219,7 +254,8 @@ def _refuse_variants(config: Mapping[str, Any], label: str) -> None:
             f'"{label}": uses {", ".join(used)}, so that s B A is not the change of a weight; '
             "merge it with PEFT (merge_and_unload) where PEFT can, and give the full checkpoint"
         )
-    unknown = [n for n in config if n not in HARMLESS | HANDLED | FOREIGN and n not in REFUSED and _is_on(config[n])]
+    known = HARMLESS | HANDLED | FOREIGN | {*REFUSED, *OF_PEFT}
+    unknown = [name for name in config if name not in known and _is_on(config[name])]
     if unknown:
         raise CheckpointError(
             f'"{label}": {CONFIG_FILE} sets {len(unknown)} options that are not known here (first: {unknown[0]}); they '
@@ -234,8 +270,8 @@ def _refuse_variants(config: Mapping[str, Any], label: str) -> None:
 
 
 def _is_on(value: object) -> bool:
-    """PEFT turns an empty object into a default configuration, which is on; an empty list is off."""
-    return value is not None and value is not False and value != []
+    """PEFT turns an empty object into a default configuration, which is on; an empty list or set is off."""
+    return value is not None and value is not False and value not in ([], set())
 
 
 def _whole(value: Any) -> int:
@@ -253,6 +289,20 @@ def _finite(value: Any) -> float:
 def _end(pattern: str) -> str:
     """PEFT's expression for a name that ends with the pattern, at a dot. Raises PatternError."""
     return check_pattern(rf"(.*\.)?({check_pattern(pattern)})$")
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, (str, int)) else tuple(value)
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    return tuple(map(_whole, _several(value)))
+
+
+def _tokens(value: Any) -> Mapping[str, tuple[int, ...]] | tuple[int, ...]:
+    return {str(k): _numbers(v) for k, v in value.items()} if isinstance(value, Mapping) else _numbers(value)
 
 
 def _modules(value: list[str] | str | None) -> tuple[str, ...] | str | None:

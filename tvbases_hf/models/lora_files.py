@@ -19,10 +19,12 @@ from ..storage.files import without_revision
 from ..storage.output import contains_only, write_json
 from ..storage.tensor_files import ONE_FILE, TensorFiles, metadata_of
 from ..version import library_version
-from .adapter import TRANSPOSED, Adapter, Layout
+from .adapter import Adapter
+from .layouts import TRANSPOSED, Layout
 from .lora_config import CONFIG_FILE, WEIGHT_FILES
-from .lora_parts import BIAS, MAGNITUDE, PREFIX
+from .lora_parts import BIAS, MAGNITUDE, PREFIX, TOKENS
 from .names import Naming
+from .parameters import Parameter, Place, assembled, stored_module
 
 OUR_FILES = (CONFIG_FILE, WEIGHT_FILES[0], ".gitattributes")
 # In the header of the weights: an adapter that was trained has the same files as one that we wrote.
@@ -38,7 +40,9 @@ class Template:
 
     ``layouts`` and ``bias_modules`` are by name of the base's tensors; the modules in them, and ``naming``, are named
     as in the first source (that has a head). ``saved`` are tensors that some source carries whole; ``head`` those of
-    them that the base lacks, by the adapter's name; ``saved_modules`` what the sources call modules that are saved.
+    them that the base lacks, by the adapter's name; ``saved_modules`` what the sources call modules that are saved;
+    ``tokens`` the rows of embeddings of which only these change; ``parameters`` where the changes of those tensors go
+    that hold parameters without a module of their own, such as experts.
     """
 
     layouts: dict[str, Layout]
@@ -48,6 +52,8 @@ class Template:
     naming: Naming = field(default_factory=Naming)
     head: Mapping[str, Tensor] = field(default_factory=dict)
     saved_modules: frozenset[str] = frozenset()
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: Mapping[str, Place] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter], base_id: str) -> Template:
@@ -73,11 +79,15 @@ class Template:
                 config[word] = values[0]
         saved = frozenset(name for adapter in adapters for name in adapter.saved_names)
         modules = frozenset(module for adapter in adapters for module in adapter.config.get("modules_to_save") or ())
-        return cls(layouts, biases, config, saved, naming, _common_head(adapters), modules)
+        rows = {name: sorted({row for a in adapters for row in a.rows(name)}) for a in adapters for name in a.names}
+        tokens = {n: tuple(own) for n, own in rows.items() if own and n not in layouts and n not in saved}
+        places = {name: place for a in adapters for name in a.names if (place := a.place(name)) and name not in layouts}
+        return cls(layouts, biases, config, saved, naming, _common_head(adapters), modules, tokens, places)
 
     def has_factors(self, name: str, change: Delta) -> bool:
         """Whether a change goes into factors, not into a saved tensor."""
-        return name in self.layouts and (change.low is not None or name not in self.saved)
+        own = name in self.layouts or name in self.parameters
+        return own and (change.low is not None or name not in self.saved)
 
     def module_to_save(self, name: str) -> str:
         """The module by which PEFT saves a tensor: the outermost that a source names, else the tensor's own.
@@ -102,12 +112,15 @@ def adapter_tensors(
     Raises ParameterError for a dense change of a module that no source carries whole, and where PEFT cannot express
     the changes in one adapter.
     """
-    factored = {name: delta for name, delta in changes.items() if template.has_factors(name, delta)}
-    others = {name: delta for name, delta in changes.items() if name not in factored}
+    of_parameters = {name: delta for name, delta in changes.items() if name in template.parameters}
+    factored = {n: delta for n, delta in changes.items() if n not in of_parameters and template.has_factors(n, delta)}
+    others = {name: delta for name, delta in changes.items() if name not in factored and name not in of_parameters}
     dora = any(delta.row_scale is not None for delta in factored.values())
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for name, delta in (factored or _placeholder(template, others, base)).items():
+    parameters = _parameter_factors(of_parameters, template, tensors, dtype)
+    needed = factored or ({} if parameters else _placeholder(template, others, base))
+    for name, delta in needed.items():
         layout = template.layouts[name]
         low, magnitude = _as_dora(delta, base.read(name), layout) if dora else (_low_rank(delta, name), None)
         ranks[layout.module] = max(1, low.rank)
@@ -117,9 +130,15 @@ def adapter_tensors(
             shape = (1, -1, *ones) if layout.kind == "conv" else (-1,)
             tensors[f"{PREFIX}{layout.module}.{MAGNITUDE}"] = magnitude.to(torch.float32).reshape(shape)
     words = {} if dora else _lora_biases(others, template, factored, tensors)
-    trained = {name: delta for name, delta in others.items() if dora or name not in template.bias_modules}
+    if parameters and (dora or words):
+        raise ParameterError(
+            f"{next(iter(parameters))} is a parameter, of which PEFT has no DoRA and no bias; write a full checkpoint"
+        )
+    beside = {*template.tokens, *(() if dora else template.bias_modules)}
+    trained = {name: delta for name, delta in others.items() if name not in beside}
+    words |= _trained_tokens(others, template, base, tensors)
     words |= _saved_tensors(trained, template, base, tensors, ranks)
-    return tensors, config_of(template, ranks, dora, words)
+    return tensors, config_of(template, ranks, dora, words, parameters)
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -239,6 +258,38 @@ def _lora_biases(
     return {"lora_bias": True}
 
 
+def _parameter_factors(
+    changes: Mapping[str, Delta], template: Template, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, int]:
+    """Add factors of parameters to ``tensors``; their ranks by the names of the parameters."""
+    found, ranks = assembled(template.parameters, changes), {}
+    modules: dict[str, list[Parameter]] = {}
+    for parameter in sorted(found, key=lambda own: own.index):
+        modules.setdefault(parameter.module, []).append(parameter)
+    for module, held in modules.items():
+        for index, parameter in enumerate(held):
+            stack = found[parameter]
+            prefix = f"{PREFIX}{template.naming.strip}{stored_module(module, index, len(held))}"
+            a, b = parameter.factors(stack)
+            tensors |= {f"{prefix}.lora_A.weight": a.to(dtype), f"{prefix}.lora_B.weight": b.to(dtype)}
+            ranks[f"{template.naming.strip}{parameter.name}"] = stack.left.shape[2]
+    return ranks
+
+
+def _trained_tokens(
+    others: Mapping[str, Delta], template: Template, base: Checkpoint, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Add rows of embeddings to ``tensors``, as PEFT has them: the new rows, float32 at least."""
+    indices: dict[str, list[int]] = {}
+    for name, rows in template.tokens.items():
+        if name in others:
+            module, own = template.naming.to_adapter(name).removesuffix(".weight"), base.read(name)
+            indices[module] = list(rows)
+            changed = own[list(rows)].double() + dense(others[name])[list(rows)]
+            tensors[f"{PREFIX}{module}.{TOKENS}"] = changed.to(torch.promote_types(own.dtype, torch.float32))
+    return {"trainable_token_indices": indices} if indices else {}
+
+
 def _saved_tensors(
     trained: Mapping[str, Delta],
     template: Template,
@@ -289,11 +340,19 @@ def _sum(base: Checkpoint, name: str, delta: Delta) -> Tensor:
     return (base.read(name).to(torch.float64) + dense(delta).reshape(info.shape)).to(info.dtype)
 
 
-def config_of(template: Template, ranks: Mapping[str, int], dora: bool, words: Mapping[str, Any]) -> dict[str, Any]:
+def config_of(
+    template: Template,
+    ranks: Mapping[str, int],
+    dora: bool,
+    words: Mapping[str, Any],
+    parameters: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """alpha = r everywhere, so that every scaling is 1 and the factors are the change."""
-    common = Counter(ranks.values()).most_common(1)[0][0]
+    parameters = parameters or {}
+    every = {**ranks, **parameters}
+    common = Counter(every.values()).most_common(1)[0][0]
     # PEFT matches patterns with the ends of names: anchored, one cannot reach a longer name.
-    pattern = {f"^{module}": rank for module, rank in ranks.items() if rank != common}
+    pattern = {f"^{module}": rank for module, rank in every.items() if rank != common}
     conv1d = any(layout.kind == "conv1d" for layout in template.layouts.values())
     return {
         "peft_type": "LORA",
@@ -310,5 +369,6 @@ def config_of(template: Template, ranks: Mapping[str, int], dora: bool, words: M
         "use_dora": dora,
         "init_lora_weights": True,
         "inference_mode": True,
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         **words,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -38,14 +39,26 @@ def names_in_memory(base: Checkpoint) -> dict[str, str]:
     }
 
 
-@lru_cache(maxsize=4)
-def _skeleton(config: str) -> nn.Module | None:
-    words: dict[str, Any] = json.loads(config)
-    architectures = words.get("architectures") or [None]
+def model_class(base: Checkpoint) -> Any:
+    """transformers' class of model that the base's configuration names; None where there is no such class."""
+    return _class(base.config)
+
+
+def _class(config: Mapping[str, Any]) -> Any:
+    architectures = config.get("architectures") or [None]
     try:
         import transformers
 
-        kind: Any = getattr(transformers, str(architectures[0]))
+        return getattr(transformers, str(architectures[0]), None)
+    except Exception:  # importing a class may fail for whatever it needs
+        return None
+
+
+@lru_cache(maxsize=4)
+def _skeleton(config: str) -> nn.Module | None:
+    words: dict[str, Any] = json.loads(config)
+    kind = _class(words)
+    try:
         with torch.device("meta"):
             return kind(kind.config_class.from_dict(words))
     except Exception:  # whatever another library has against a configuration, its names are not known then

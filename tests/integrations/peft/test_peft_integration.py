@@ -6,17 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError
+from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.gram import gram_matrix
 from tvbases_hf.models.vectors import Vectors
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_peft import add_weighted_adapter, task_vectors
-from tvbases_peft.loaded import ADDITIVE
 from zoo.peft_models import Case, active, load_base, loaded, make_base, outputs, relative
 
 TOLERANCE = 1e-5
@@ -90,59 +91,20 @@ def test_a_gram_matrix_of_loaded_adapters_is_that_of_their_files(tmp_path: Path)
     assert relative(gram_matrix(task_vectors(model)).matrix, gram_matrix(files).matrix) <= 1e-6
 
 
-def additive(method: str) -> Any:
-    import peft
-
-    where: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"]}
-    options: dict[str, tuple[str, dict[str, Any]]] = {
-        "ADALORA": ("AdaLoraConfig", {"total_step": 10, "init_r": 3}),
-        "C3A": ("C3AConfig", {"block_size": 8}),
-        "DELORA": ("DeloraConfig", {"r": 2}),
-        "FOURIERFT": ("FourierFTConfig", {"n_frequency": 9}),
-        "GRALORA": ("GraloraConfig", {"r": 4, "gralora_k": 2}),
-        "LOHA": ("LoHaConfig", {"r": 2}),
-        "LOKR": ("LoKrConfig", {"r": 2}),
-        "RANDLORA": ("RandLoraConfig", {"r": 2}),
-        "SHIRA": ("ShiraConfig", {"r": 2}),
-        "VBLORA": ("VBLoRAConfig", {"r": 2, "num_vectors": 6, "vector_length": 8, "topk": 2}),
-        "VERA": ("VeraConfig", {"r": 2}),
-        "WAVEFT": ("WaveFTConfig", {"n_frequency": 16}),
-        "HIRA": ("HiraConfig", {"r": 2}),
-        "OFT": ("OFTConfig", {"oft_block_size": 4}),
-        "HRA": ("HRAConfig", {"r": 2}),
-        "IA3": ("IA3Config", {"feedforward_modules": []}),
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "LILY"])
+def test_methods_that_are_no_change_of_weights_are_refused_by_name(method: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", Case("llama", {}))
+    configs: dict[str, Any] = {
+        "PROMPT_TUNING": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "LILY": lambda: peft.LilyConfig(r=2, target_modules=["q_proj"]),
     }
-    name, words = options[method]
-    return getattr(peft, name)(**where, **words)
-
-
-@pytest.mark.parametrize("method", sorted(ADDITIVE))
-def test_other_additive_methods_are_read_as_what_peft_computes(method: str, tmp_path: Path) -> None:
-    case = Case("llama", {})
-    base = make_base(tmp_path / "base", case)
-    config = additive(method)
-    if method in ("LOHA", "LOKR"):
-        config.modules_to_save = ["lm_head"]
-    origin: Any = load_base(base, case)
-    model: Any = get_peft_model(origin, config)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    vectors = task_vectors(model)
-    plain: Any = load_base(base, case).double()
-    for name in vectors.names:
-        plain.state_dict()[name].add_(dense(vectors.deltas(name)[0]))
-    expected = outputs(model)
-    assert relative(outputs(load_base(base, case)), expected) > 1e-3
-    assert relative(outputs(plain), expected) <= TOLERANCE
-
-
-@pytest.mark.parametrize("method", ["HIRA", "OFT", "HRA", "IA3"])
-def test_methods_that_multiply_the_weight_are_refused_by_name(method: str, tmp_path: Path) -> None:
-    origin: Any = load_base(make_base(tmp_path / "base", Case("llama", {})), Case("llama", {}))
+    origin: Any = load_base(base, Case("llama", {}))
+    model: Any = get_peft_model(origin, configs[method]())
     with pytest.raises(CheckpointError, match=f"{method} adapter"):
-        task_vectors(get_peft_model(origin, additive(method)))
+        task_vectors(model)
+    model.save_pretrained(str(tmp_path / "a"))
+    with pytest.raises(CheckpointError, match=f'"mine": {method} adapter'):
+        Adapter.open(tmp_path / "a", Checkpoint.open(base), label="mine")
 
 
 def test_what_files_do_not_show_is_refused_in_a_loaded_model(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...algebra.delta import LowRank
 from ...errors import ParameterError
-from ...models.adapter import Layout
+from ...models.layouts import Layout
 from ...models.lora_parts import PREFIX
 from .cores import Shared
 
