@@ -55,7 +55,7 @@ def save_images(directory: Path, count: int) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))[:count]
     for view, turn in VIEWS.items():
         for number, index in enumerate(order):

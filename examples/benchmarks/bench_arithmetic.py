@@ -44,7 +44,8 @@ from tvbases_hf.learning.localize import Stitched
 from tvbases_hf.learning.with_data import DATA_METHODS
 from tvbases_hf.merging.apply import merged
 from tvbases_hf.methods.registry import METHODS
-from tvbases_hf.storage.output import readable_size, write_json
+from tvbases_hf.storage.output import write_json
+from tvbases_hf.storage.system import readable_size
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0)
 START = 0.3  # effective weight per task where the search for alpha, and AdaMerging, start

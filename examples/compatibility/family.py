@@ -118,7 +118,8 @@ def make_family(kind: Kind, root: Path) -> Family:
 
 def load(kind: Kind, path: Path) -> tuple[PreTrainedModel, frozenset[str]]:
     """The model, and the names that are missing, unexpected, or of another shape."""
-    model, info = kind.architecture.from_pretrained(path, output_loading_info=True)
+    loaded: Any = kind.architecture.from_pretrained(path, output_loading_info=True)
+    model, info = loaded
     odd = (str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key])
     return model.eval(), frozenset(odd)
 

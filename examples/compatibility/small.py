@@ -113,6 +113,7 @@ def clear_padding(model: nn.Module) -> None:
 def find(model_type: str) -> Kind:
     """The kind of this type; whatever its classes raise where they cannot be made small."""
     kind = _architecture(model_type)
+    assert kind.config_class is not None
     config = shrunk(kind.config_class, OVERRIDES.get(model_type, {}))
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in kind(config).parameters())

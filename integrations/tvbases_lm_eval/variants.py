@@ -22,7 +22,7 @@ from tvbases_hf.learning.data import writes
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.learning.negation import change_of
 from tvbases_hf.learning.taskfiles import WRITERS, TaskModel, answers
-from tvbases_hf.models.adapter import is_adapter
+from tvbases_hf.models.adapter_files import is_adapter
 from tvbases_hf.models.lora_config import check_expressions, read_config
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint

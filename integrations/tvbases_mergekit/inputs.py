@@ -12,7 +12,8 @@ from mergekit.config import MergeConfiguration
 
 from tvbases_hf.defaults import ExtraRows
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
-from tvbases_hf.models.adapter import Adapter, adapter_folder, is_adapter
+from tvbases_hf.models.adapter import Adapter
+from tvbases_hf.models.adapter_files import adapter_folder, is_adapter
 from tvbases_hf.models.vectors import Model, Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.files import locate

@@ -89,8 +89,8 @@ def add_weighted_adapter(
     errors, changes = Errors(groups_of(vectors.base.tensors)), {}
     for name in vectors.names:
         inputs = vectors.deltas(name)
-        sum_only = combine is None or len(inputs) == 1
-        change = total(inputs, [*shares.values()]) if sum_only else combine(inputs, [*shares.values()])
+        made = total if combine is None or len(inputs) == 1 else combine
+        change = made(inputs, [*shares.values()])
         changes[name] = limits.fit(name, change, inputs, vectors.base, template)
         errors.add(name, change, changes[name])
     tensors, config = adapter_tensors(changes, template, vectors.base)

@@ -38,7 +38,8 @@ def expected(deltas: list[Delta], weights: list[float]) -> Tensor:
 
 def bound(deltas: list[Delta], weights: list[float]) -> Tensor:
     """One float32 rounding of every factor, row scale and sum, in each of the terms."""
-    ranks = [0 if isinstance(d, Dense) else (d.low if isinstance(d, Dora) else d).rank for d in deltas]
+    lows = [d.low if isinstance(d, Dora) else d for d in deltas]
+    ranks = [low.rank if isinstance(low, LowRank) else 0 for low in lows]
     sizes = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
     for delta, weight in zip(deltas, weights, strict=True):
         low = delta.low if isinstance(delta, Dora) else delta

@@ -195,7 +195,9 @@ def longer(file: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [touched, longer])
-@pytest.mark.parametrize("command", [*WRITING, lambda pair: ["inspect", *inputs(pair)]], ids=str)
+@pytest.mark.parametrize(
+    "command", [*WRITING, lambda pair: ["inspect", *inputs(pair)]], ids=[*map(str, range(len(WRITING))), "inspect"]
+)
 def test_an_input_that_changes_while_it_is_read_is_said(
     command: Command, change: Callable[[Path], None], pair: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:

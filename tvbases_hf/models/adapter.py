@@ -17,12 +17,12 @@ from ..algebra.delta import Delta, Dense, Dora, LowRank, dense, is_zero
 from ..algebra.finite import count_not_finite
 from ..errors import CheckpointError, MismatchError, TvbasesError
 from ..storage.checkpoint import Checkpoint, TensorInfo
-from ..storage.files import INDEX, locate
-from ..storage.files import WEIGHT_FILES as CHECKPOINT_FILES
+from ..storage.files import locate
 from ..storage.tied import is_token_matrix
+from .adapter_files import adapter_folder
 from .layouts import TRANSPOSED, Layout, find_layout
 from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, is_lora, read_config
-from .lora_parts import BIAS, MAGNITUDE, PAIRS, Parts
+from .lora_parts import BIAS, MAGNITUDE, PAIRS, Parts, check_parts
 from .names import Naming, has_names, is_shared, is_tied_away
 from .parameters import Parameter, Place, parameters_of, places_in
 from .skeleton import names_in_memory, skeleton
@@ -75,7 +75,8 @@ class Adapter:
         parts, saved = found.factors, found.saved
         self._places, self._of_parameters = self._find_parameters(parts, parameters)
         for module, own in parts.items():
-            self._check_parts(module, own)
+            shapes = {part: self._shape(name) for part, name in own.items()}
+            check_parts(label, module, shapes, self._options)
         weights = [f"{module}.weight" for module in (*parts, *found.tokens)]
         memory = {} if has_names(weights or saved, base) else names_in_memory(base)
         self._head = {name: saved.pop(name) for name in self._find_head(saved, memory)} if weights else {}
@@ -247,34 +248,6 @@ class Adapter:
     def _shape(self, stored: str) -> tuple[int, ...]:
         return self._stored.tensors[stored].shape
 
-    def _check_parts(self, module: str, parts: Mapping[str, str]) -> None:
-        """One complete pair of factors, and nothing that the configuration denies or lacks."""
-        options, label = self._options, f'"{self.label}": {module}'
-        pair = PAIRS[any("embedding" in part for part in parts)]
-        missing = [part for part in pair if part not in parts]
-        if missing:
-            raise CheckpointError(f"{label} has {', '.join(parts)} but not {missing[0]}; the file is incomplete")
-        extra = [part for part in parts if part not in (*pair, MAGNITUDE, BIAS)]
-        if extra:
-            raise CheckpointError(f"{label} has {extra[0]}, which no variant that is known here has")
-        for part, option, on in ((MAGNITUDE, "use_dora", options.use_dora), (BIAS, "lora_bias", options.lora_bias)):
-            if (part in parts) != on:
-                raise CheckpointError(
-                    f"{label} has {part if part in parts else f'no {part}'}, but {CONFIG_FILE} says {option}: "
-                    f"{str(on).lower()}; the two files do not belong together"
-                )
-        flat = [part for part in pair if len(self._shape(parts[part])) < 2]
-        if flat:
-            raise CheckpointError(f"{label}: {flat[0]} is no matrix (a part of a sharded one?); save the adapter again")
-        rank, configured = self._shape(parts[pair[0]])[0], options.rank_of(module)
-        if rank < 1 or configured < 1:
-            raise CheckpointError(f"{label} has rank 0, so it changes nothing; train or save it again")
-        if rank != configured:
-            raise CheckpointError(
-                f"{label} has rank {rank} but {CONFIG_FILE} says {configured}, so its scaling is unknown; "
-                "the two files do not belong together"
-            )
-
     def _find_parameters(
         self, parts: dict[str, dict[str, str]], parameters: Mapping[str, Parameter] | None
     ) -> tuple[dict[str, Place], dict[str, dict[str, str]]]:
@@ -425,21 +398,3 @@ def _host() -> Any:
     """What reads other methods announces itself by an entry point: this package knows no integration by name."""
     (found,) = entry_points(group="tvbases_hf.hosts", name="peft")
     return found.load()
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a local directory holds an adapter, or one half of its two files, and not a whole model."""
-    return not _has_model(path) and any((path / name).is_file() for name in (CONFIG_FILE, *WEIGHT_FILES))
-
-
-def adapter_folder(path: Path) -> Path:
-    """The one folder in ``path`` that holds an adapter, as in a training run; ``path`` where it is not as clear."""
-    if not path.is_dir() or is_adapter(path) or _has_model(path) or any(path.glob("*.safetensors")):
-        return path
-    folders = [folder for folder in path.iterdir() if folder.is_dir()]
-    found = [folder for folder in folders if (folder / CONFIG_FILE).is_file() and is_adapter(folder)]
-    return found[0] if len(found) == 1 and not any(map(_has_model, folders)) else path
-
-
-def _has_model(path: Path) -> bool:
-    return any((path / f"{name}{index}").is_file() for name in CHECKPOINT_FILES for index in ("", INDEX))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ..errors import CheckpointError
 from ..storage.checkpoint import Checkpoint
 from ..storage.tensors import TensorInfo
+from .lora_config import CONFIG_FILE, LoraOptions
 
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
@@ -88,4 +89,37 @@ def _refuse_empty(tensors: Mapping[str, TensorInfo], label: str) -> None:
             f'"{label}": {len(empty)} of {len(tensors)} tensors hold no numbers (first: {empty[0]}): the training run '
             "saved nothing of them, because their shards (DeepSpeed ZeRO-3, FSDP) were not gathered. Save again with "
             "stage3_gather_16bit_weights_on_model_save or under deepspeed.zero.GatheredParameters"
+        )
+
+
+def check_parts(label: str, module: str, shapes: Mapping[str, tuple[int, ...]], options: LoraOptions) -> None:
+    """One complete pair of factors, and nothing that the configuration denies or lacks; else CheckpointError.
+
+    Args:
+        shapes: of the module's tensors, by part.
+    """
+    where = f'"{label}": {module}'
+    pair = PAIRS[any("embedding" in part for part in shapes)]
+    missing = [part for part in pair if part not in shapes]
+    if missing:
+        raise CheckpointError(f"{where} has {', '.join(shapes)} but not {missing[0]}; the file is incomplete")
+    extra = [part for part in shapes if part not in (*pair, MAGNITUDE, BIAS)]
+    if extra:
+        raise CheckpointError(f"{where} has {extra[0]}, which no variant that is known here has")
+    for part, option, on in ((MAGNITUDE, "use_dora", options.use_dora), (BIAS, "lora_bias", options.lora_bias)):
+        if (part in shapes) != on:
+            raise CheckpointError(
+                f"{where} has {part if part in shapes else f'no {part}'}, but {CONFIG_FILE} says {option}: "
+                f"{str(on).lower()}; the two files do not belong together"
+            )
+    flat = [part for part in pair if len(shapes[part]) < 2]
+    if flat:
+        raise CheckpointError(f"{where}: {flat[0]} is no matrix (a part of a sharded one?); save the adapter again")
+    rank, configured = shapes[pair[0]][0], options.rank_of(module)
+    if rank < 1 or configured < 1:
+        raise CheckpointError(f"{where} has rank 0, so it changes nothing; train or save it again")
+    if rank != configured:
+        raise CheckpointError(
+            f"{where} has rank {rank} but {CONFIG_FILE} says {configured}, so its scaling is unknown; "
+            "the two files do not belong together"
         )

@@ -23,7 +23,8 @@ from ..storage import run
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import local_path, locate
 from ..text import printable
-from .adapter import Adapter, adapter_folder, is_adapter
+from .adapter import Adapter
+from .adapter_files import adapter_folder, is_adapter
 from .finite import finite_values
 from .fit import Coverage, check_fit, same_outputs
 from .towers import placed

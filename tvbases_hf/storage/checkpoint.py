@@ -132,7 +132,7 @@ class Checkpoint:
         found.tensors = {new: self.tensors[name] for new, name in stored.items()}
         found.quantised = {rename(name): weight for name, weight in self.quantised.items()}
         found._followers = {rename(name): rename(first) for name, first in self._followers.items()}
-        found._read = lambda name: read(stored.get(name, name))
+        found._read = lambda name: read(stored.get(name) or name)
         return found
 
     def mapped(self, name: str) -> list[Tensor]:
