@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..errors import CheckpointError, MismatchError, TvbasesError
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import locate
 from ..storage.tied import is_token_matrix
-from .adapter_files import adapter_folder
+from .adapter_files import adapter_folder, host
 from .layouts import TRANSPOSED, Layout, find_layout
 from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, is_lora, read_config
 from .lora_parts import BIAS, MAGNITUDE, PAIRS, Parts, check_parts
@@ -102,7 +101,7 @@ class Adapter:
         if file is None:
             raise CheckpointError(f'"{label}": {CONFIG_FILE} is here but not {WEIGHT_FILES[0]}; copy the weights too')
         stored = Checkpoint.open(file, label=label)
-        return cls(label, config, stored, base) if is_lora(config) else _host().open_adapter(path, config, stored, base)
+        return cls(label, config, stored, base) if is_lora(config) else host().open_adapter(path, config, stored, base)
 
     @property
     def base_id(self) -> str:
@@ -392,9 +391,3 @@ class Adapter:
             "(tied); PEFT changes one of the two uses, which no change of the one matrix does. Untie the base "
             "(tie_word_embeddings: false, saved with both matrices) or merge the adapter with PEFT into such a base"
         )
-
-
-def _host() -> Any:
-    """What reads other methods announces itself by an entry point: this package knows no integration by name."""
-    (found,) = entry_points(group="tvbases_hf.hosts", name="peft")
-    return found.load()

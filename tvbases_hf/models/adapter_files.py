@@ -1,8 +1,10 @@
-"""Which folders hold an adapter."""
+"""Which folders hold an adapter, and who reads those of other methods than LoRA."""
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from ..storage.files import INDEX
 from ..storage.files import WEIGHT_FILES as CHECKPOINT_FILES
@@ -25,3 +27,9 @@ def adapter_folder(path: Path) -> Path:
 
 def _has_model(path: Path) -> bool:
     return any((path / f"{name}{index}").is_file() for name in CHECKPOINT_FILES for index in ("", INDEX))
+
+
+def host() -> Any:
+    """What reads other methods announces itself by an entry point: this package knows no integration by name."""
+    (found,) = entry_points(group="tvbases_hf.hosts", name="peft")
+    return found.load()
