@@ -37,7 +37,7 @@ OLDEST_TEST := tests/integrations/peft/test_peft_integration.py tests/integratio
 
 .venv-oldest/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-oldest
-	grep -v '^peft==\|^transformers==' constraints.txt > .venv-oldest/constraints.txt
+	grep -v '^peft==\|^transformers==\|^tokenizers==\|^huggingface' constraints.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
 		-c .venv-oldest/constraints.txt -e '.[mergekit,peft]' $(OLDEST) pytest scipy scikit-learn hypothesis
 	@touch $@

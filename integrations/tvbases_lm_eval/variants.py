@@ -155,11 +155,11 @@ def opened(label: str, source: str | Path, where: Where, spare: tuple[Path, ...]
 
 
 def is_language_model(path: Path) -> bool:
-    """By its configuration: a causal one, or one that names no class."""
+    """By its configuration: a causal one, of its own code too, or one that names no class."""
     file = path / CONFIG
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     named = (config.get("architectures") or [""])[0]
-    return not named or named.endswith(WRITERS)
+    return not named or named.endswith(WRITERS) or "AutoModelForCausalLM" in (config.get("auto_map") or {})
 
 
 def _basis(basis: Basis, base: str, tasks: Sequence[str], where: Where) -> Iterator[Variant]:

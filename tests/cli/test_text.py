@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import html
 import io
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +22,7 @@ from commands.command_line import compress, inputs, refused, root, tvbases
 from tvbases_hf.basis import Basis
 from tvbases_hf.basis.adapters.verdict import adapter_card
 from tvbases_hf.basis.info import AdapterInfo, BasisInfo, model_card
+from tvbases_hf.cli.app import console
 from tvbases_hf.cli.doctor import print_findings
 from tvbases_hf.cli.page import write_page
 from tvbases_hf.merging import card as merging_card
@@ -166,7 +166,7 @@ def test_reports_name_tasks_as_they_were_given(pair: Family, tmp_path: Path) -> 
     sources = [*pair.tasks.values()] * len(names)
     tasks = [part for item in zip(names, sources, strict=False) for part in ("--task", f"{item[0]}={item[1]}")]
     for more in (["inspect"], ["compress", "-m", 1, "--out", tmp_path / "basis"]):
-        with patch.dict(os.environ, {"COLUMNS": "400"}):
+        with patch.object(console, "_width", 400):
             done = tvbases(*more, "--base", pair.base, *tasks)
         assert done.code == 0 and all(done.out.count(name) for name in names), done.out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,7 +281,7 @@ def test_a_killed_run_goes_on_where_it_was(
     def stopping(*given: Any) -> Any:
         counts["cut"] += 1
         if counts["cut"] == 20:  # in the second task
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return cut(*given)
 
     monkeypatch.setattr(extraction, "singular_values", counted)

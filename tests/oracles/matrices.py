@@ -56,5 +56,6 @@ class Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for part in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(part, Tensor):
-                self.numbers = max(self.numbers, part.numel())
+                bytes_of_floats = 4 if part.dtype == torch.uint8 else 1  # as they are written to a file
+                self.numbers = max(self.numbers, part.numel() // bytes_of_floats)
         return result

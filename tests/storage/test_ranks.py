@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -311,8 +312,8 @@ def test_a_fine_tune_that_changed_in_between_begins_anew(tmp_path: Path, dead: N
     finished: list[str] = []
     finish = TensorFiles.finish
 
-    def stop(self: TensorFiles, name: str, row: object = ()) -> None:
-        finish(self, name, row)  # type: ignore[arg-type]
+    def stop(self: TensorFiles, name: str, *given: Any) -> None:
+        finish(self, name, *given)
         finished.append(name)
         if len(finished) == 3:
             raise KeyboardInterrupt

@@ -128,7 +128,7 @@ def evaluate(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Measure the base and MODEL, before and after, on data and lm-eval tasks. Targets and controls in one table."""
+    """Measure the base and MODEL on data and lm-eval tasks. Targets and controls stand in one table."""
     from tvbases_lm_eval.evaluate import evaluate_model
     from tvbases_lm_eval.table import print_table
 

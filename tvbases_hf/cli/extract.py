@@ -54,7 +54,7 @@ def extract(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Write the change of full fine-tunes as LoRAs that PEFT loads: OUT/NAME for each task."""
+    """Write the change of full fine-tunes as LoRAs for PEFT. Each task has OUT/NAME."""
     from ..merging.extract import extract as run
     from ..models.vectors import parse_tasks
     from .tables import print_extraction

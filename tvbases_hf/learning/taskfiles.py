@@ -171,12 +171,12 @@ def class_of(base: Checkpoint) -> Any:
     except ImportError as error:
         raise MissingExtraError(TRANSFORMERS.format(error)) from error
     named = architecture(base)
-    for suffix, loader in LOADERS.items():  # these load code of the model's own, too
-        if named.endswith(suffix):
-            return getattr(transformers, loader)
+    if loader := _loader(base):
+        return getattr(transformers, loader)
     if not answers(base):
         with quiet_transformers():
-            transformers.AutoConfig.from_pretrained(str(base.path))  # a type that nobody knows is said as such
+            code = {"trust_remote_code": current().trust_remote_code}
+            transformers.AutoConfig.from_pretrained(str(base.path), **code)  # an unknown type is said as such
         raise ParameterError(
             f'"{base.label}" is a {named}, which answers nothing that data could check; give a model that classifies '
             "texts or images, writes text, or compares images with texts, or a readout of your own in Python"
@@ -189,14 +189,20 @@ def architecture(base: Checkpoint) -> str:
     return str((base.config.get("architectures") or ["none"])[0])
 
 
+def _loader(base: Checkpoint) -> str | None:
+    """The Auto class for a checkpoint: they load code of the model's own, too, which says by which of them."""
+    own = base.config.get("auto_map") or {}
+    return next((auto for end, auto in LOADERS.items() if architecture(base).endswith(end) or auto in own), None)
+
+
 def answers(base: Checkpoint) -> bool:
     """Whether a checkpoint's class is one that TaskModel loads."""
     import transformers
 
     named = architecture(base)
     kind: Any = getattr(transformers, named, None)
-    if named.endswith(tuple(LOADERS)) or not hasattr(kind, "from_pretrained"):
-        return named.endswith(tuple(LOADERS))
+    if _loader(base) or not hasattr(kind, "from_pretrained"):
+        return bool(_loader(base))
     compares = hasattr(kind, "get_image_features") and hasattr(kind, "get_text_features")
     return compares or bool(kind.can_generate())
 

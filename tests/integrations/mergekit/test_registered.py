@@ -245,10 +245,10 @@ def test_the_command_prints_the_schema_or_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "parameters", "message"),
     [
-        ("top_k", {"density": 0}, "density of top_k (share of entries that is kept) must be a number, above 0"),
+        ("top_k", {"density": 0}, "density is 0; give a number above 0 and at most 1"),
         ("top_k", {"overlap": "al"}, "must be all or shared (did you mean all?)"),
         ("magmax", {"density": 0.5}, "magmax has no parameter 'density'"),
-        ("ae_bases", {"merge": "top_k", "density": 2}, "density of top_k (share of entries that is kept)"),
+        ("ae_bases", {"merge": "top_k", "density": 2}, "density is 2; give a number above 0 and at most 1"),
         ("ae_bases", {"steps": 0}, "steps of ae (adam: how many) must be a whole number, at least 1"),
         ("pca_positive", {"temperature": 1.0}, "pca_positive has no parameter 'temperature'"),
         ("ae_bases", {"merge": "magmax", "scope": "model"}, "scope is not a parameter of merge: magmax"),
