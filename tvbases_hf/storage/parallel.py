@@ -34,8 +34,8 @@ MAX_WORKERS = 8
 MADV_WILLNEED = 3
 READ_AHEAD = 1 << 28
 M_MMAP_THRESHOLD = -3
-# More than a piece of anything: whole tensors.
-LARGE = 1 << 22
+# Whole tensors, and what their pieces are computed with: pages for these are dear only where pieces are small.
+LARGE = 1 << 18
 
 
 def default_workers() -> int:
@@ -228,9 +228,9 @@ def read_ahead(tensors: Iterable[Tensor]) -> None:
 
 
 def _give_back_freed() -> None:
-    """Whole tensors that are freed go back to the system, where glibc allocates: else each thread keeps some of them.
+    """Tensors that are freed go back to the system, where glibc allocates: else each thread keeps some of them.
 
-    What is kept so (up to the largest tensors of every thread) would come on top of what the gate counts.
+    What is kept so (the largest tensors and the pieces of every thread) would come on top of what the gate counts.
     """
     mallopt = getattr(_libc(), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
