@@ -19,10 +19,12 @@ from torch import Tensor
 from commands.ranks import free_port, launch
 from tvbases_hf.cli.options import parse_size
 from tvbases_hf.errors import OutputError, ParameterError
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.journal import Journal, read_entries
+from tvbases_hf.storage.model import stream_model
 from tvbases_hf.storage.output import transaction
 from tvbases_hf.storage.parallel import each, rows
-from tvbases_hf.storage.run import Run, shares, using
+from tvbases_hf.storage.run import Alone, Run, shares, using
 from tvbases_hf.storage.tensor_files import TensorFiles
 from zoo.models import SHAPES, random_state, save_checkpoint, tune
 
@@ -329,3 +331,23 @@ def test_a_fine_tune_that_changed_in_between_begins_anew(tmp_path: Path, dead: N
         patch.setattr(TensorFiles, "write", lambda s, name, *rest: (written.append(name), write(s, name, *rest))[1])
         build().save_pretrained(tmp_path / "basis")
     assert set(written) == set(SHAPES)
+
+
+class Second(Alone):
+    """The second of two processes; what the first one did is done."""
+
+    def same(self, value: object) -> object:
+        return None, None
+
+
+def test_only_the_first_process_writes_what_describes_a_model(tmp_path: Path) -> None:
+    """Another one read a configuration while it was being written, and ended in a traceback."""
+    state = random_state(0)
+    base = Checkpoint.open(save_checkpoint(tmp_path / "base", state))
+    out = tmp_path / "out"
+    out.mkdir()
+    for team, described in ((Alone(), True), (Second(rank=1, size=2), False)):
+        (out / "config.json").unlink(missing_ok=True)
+        with using(Run(team=team, workers=1, quiet=True)):
+            stream_model(base, out, lambda _: None)
+        assert (out / "config.json").is_file() is described

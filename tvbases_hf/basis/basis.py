@@ -24,6 +24,7 @@ from ..storage.cards import write_card
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import locate
 from ..storage.output import transaction, write_json
+from ..storage.run import once
 from .build import build
 from .info import CONFIG_FILE, BasisInfo, is_basis_directory, model_card
 from .reconstruction import Reconstruction
@@ -196,8 +197,12 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
 
     def _save_pretrained(self, save_directory: Path) -> None:
         info = self._source.write(save_directory, self.info)
-        write_json(save_directory / CONFIG_FILE, info.to_json())
-        write_card(save_directory, self._card(info))
+
+        def describe() -> None:
+            write_json(save_directory / CONFIG_FILE, info.to_json())
+            write_card(save_directory, self._card(info))
+
+        once(describe)
 
     def _card(self, info: BasisInfo) -> str:
         return model_card(info)

@@ -82,9 +82,13 @@ def extract(
         found = {job.task: job.write(work / job.task, contents, squares) for job, contents, squares in plans}
         report = {"out": str(out), "base": opened.label, "rank_rule": str(size), "save": save, "tasks": found}
         report["loading"] = [f'"{task}": {note}' for task, kept in found.items() for note in kept["loading"]]
-        for task, kept in found.items():
-            write_card(work / task, _card(task, opened.label, kept))
-        write_json(work / MARKER, {**report, "files": files_in(work)})
+
+        def describe() -> None:
+            for task, kept in found.items():
+                write_card(work / task, _card(task, opened.label, kept))
+            write_json(work / MARKER, {**report, "files": files_in(work)})
+
+        run.once(describe)
     return {**report, "warnings": [*notes, *(note for kept in found.values() for note in kept["notes"])]}
 
 

@@ -21,7 +21,7 @@ from ..models.vectors import Vectors
 from ..storage.cards import write_card
 from ..storage.model import is_edited_model, stream_model
 from ..storage.output import check_apart, transaction
-from ..storage.run import track
+from ..storage.run import once, track
 from .card import model_card
 from .changes import Edit, Made
 from .fit import Errors, Limits
@@ -93,7 +93,7 @@ def _merged_checkpoint(merge: Merge, out: Path, dtype: torch.dtype | None) -> di
         stored = dtype or next((written[name].dtype for name in merge.names), torch.float32)
         report = merge.report("checkpoint", out)
         report["warnings"] += files.notes
-        return _finish(merge, work, {**report, "dtype": _name(stored)})
+        return once(lambda: _finish(merge, work, {**report, "dtype": _name(stored)}))
 
 
 def _merged_adapter(merge: Merge, out: Path, limits: Limits) -> dict[str, Any]:
@@ -117,14 +117,14 @@ def _merged_adapter(merge: Merge, out: Path, limits: Limits) -> dict[str, Any]:
             "error": errors.relative(),
             "loading": host_notes(limits.host, config),
         }
-        return _finish(merge, work, report)
+        return once(lambda: _finish(merge, work, report))
 
 
 def _edited_checkpoint(edit: Edit, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     size = sum(info.nbytes for info in edit.base.written(dtype).values())
     with transaction(out, is_checkpoint_of_ours, size) as work:
         stream_model(edit.base, work, _pieces(edit), dtype=dtype, need=edit.need)
-        edit.leave_marker(work)
+        once(lambda: edit.leave_marker(work))
     return {"out": str(out), "kind": "checkpoint", "edit": edit.note}
 
 

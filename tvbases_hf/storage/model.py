@@ -16,6 +16,7 @@ from .json_files import read_json
 from .output import files_in, write_json
 from .parallel import written
 from .quantised import without_quantisation
+from .run import once
 from .side_files import put, side_files
 from .tensor_files import TensorFiles
 
@@ -63,9 +64,13 @@ def stream_model(
 
     needed = lambda name: need(name) + base.copied(name)  # noqa: E731
     written(files, list(tensors), write, 0, "Writing", lambda n: tensors[n].nbytes, needed, reads)
-    copy_side_files(beside, directory)
-    if dtype is not None:
-        _declare_dtype(directory / "config.json", dtype)
+
+    def describe() -> None:
+        copy_side_files(beside, directory)
+        if dtype is not None:
+            _declare_dtype(directory / "config.json", dtype)
+
+    once(describe)  # of several processes one would read what another is writing
 
 
 def _unchanged(tensor: Tensor) -> Iterable[Tensor]:
