@@ -83,8 +83,11 @@ class Session:
             task.set_fewshot_seed(seed=plan.seed)
         wrapper: Any = HFLM  # its decorator hides the constructor from type checkers
         with _silent():
+            asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=plan.batch_size)
+            if asked.max_length < 1:  # XLNet's configuration says -1: as long as one likes
+                asked._max_length = asked._DEFAULT_MAX_LENGTH
             results = evaluate(
-                wrapper(pretrained=model, tokenizer=tokenizer, batch_size=plan.batch_size),
+                asked,
                 dict(self.loaded),  # type: ignore[arg-type]
                 limit=plan.limit,
                 bootstrap_iters=100,

@@ -18,6 +18,7 @@ from tvbases_hf.errors import CheckpointError, ParameterError
 from tvbases_hf.learning.directions import COMPONENTS
 from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_lm_eval.evaluate import Session
 from tvbases_lm_eval.forget import TARGET, negate_task, units, worth
 from tvbases_lm_eval.plan import Plan
 from tvbases_lm_eval.variants import Where, load, variants
@@ -133,6 +134,14 @@ def test_a_model_that_accelerate_places_is_the_same_model(family: Family, monkey
     placed, _ = load(family.base, Where("auto"))
     assert torch.equal(logits(placed), logits_of(family.base))
     assert maps == ["auto", None]
+
+
+def test_a_model_that_takes_texts_of_any_length_is_measured_as_others_are(family: Family, text: Path) -> None:
+    session = Session.open(Plan(controls=(f"text:{text}",)))
+    model, tokenizer = load(family.base, HERE)
+    expected = session.measure(model, tokenizer)
+    model.config.max_position_embeddings = -1  # as XLNet says it
+    assert session.measure(model, tokenizer) == expected
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(
