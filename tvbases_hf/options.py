@@ -116,14 +116,14 @@ class Declared(Protocol):
     @property
     def summary(self) -> str: ...
     @property
-    def options(self) -> Mapping[str, Option]: ...
+    def own_options(self) -> Mapping[str, Option]: ...
 
 
 def markdown_table(declared: Iterable[Declared], kind: str) -> str:
     """A row for each: its name, what it does, and its options with default and what they may be."""
     rows = [f"| {kind} | what it makes of the vectors | options |", "|---|---|---|"]
     for one in declared:
-        options = ", ".join(_told(option) for option in one.options.values())
+        options = ", ".join(_told(option) for option in one.own_options.values())
         rows.append(f"| `{one.name}` | {one.summary.rstrip('.')} | {options}{' ' if options else ''}|")
     return "\n".join(rows)
 

@@ -247,7 +247,7 @@ def test_adding_balanced_bases_is_adding_all_task_vectors(num_bases: int, target
     [
         ("tie", {}, r"unknown merging method 'tie' \(did you mean ties\?\)"),
         ("ties", {"densty": 0.1}, r"densty is no option of ties \(did you mean density\?\)"),
-        ("mean", {"density": 0.1}, r"density is no option of mean; it has none"),
+        ("mean", {"density": 0.1}, r"density is no option of mean; it has calibrate, spectrum"),
         ("ties", {"density": 0.0}, "above 0 and at most 1; got 0.0"),
         ("ties", {"density": 1.5, "scope": "tensor"}, "above 0 and at most 1; got 1.5"),
         ("top_k", {"scope": "layer"}, "scope of top_k must be model or tensor; got 'layer'"),
@@ -262,6 +262,8 @@ def test_bad_options_are_refused_by_name(method: str, options: dict[str, Any], m
 
 
 def test_options_are_told_with_their_defaults() -> None:
-    assert find_method("ties").defaults == {"density": 0.2, "consensus": "mean", "scope": "model"}
-    assert find_method("top_k").defaults == {"density": 0.05, "overlap": "all", "scope": "model"}
-    assert find_method("tsv").defaults == {"rank": None, "low_rank": True, "orthogonalize": True}
+    last = {"calibrate": "none", "spectrum": 1.0}
+    assert find_method("ties").defaults == {"density": 0.2, "consensus": "mean", "scope": "model"} | last
+    assert find_method("top_k").defaults == {"density": 0.05, "overlap": "all", "scope": "model"} | last
+    assert find_method("tsv").defaults == {"rank": None, "low_rank": True, "orthogonalize": True} | last
+    assert find_method("iso_c").defaults == last | {"spectrum": 0.0}

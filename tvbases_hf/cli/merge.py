@@ -38,18 +38,26 @@ class MergeCommand(TyperCommand):
 
         from ..bases.registry import CONSTRUCTIONS
         from ..methods.registry import METHODS
+        from ..methods.spectrum import LastStep
+        from ..options import options_of
 
         methods = [(name, _described(method)) for name, method in METHODS.items() if name not in MERGEKITS]
         bases = [(bases.yaml, bases.summary) for bases in CONSTRUCTIONS.values()]
         with formatter.section("Our merge_method, and its parameters (tvbases schema has mergekit's too)"):
             formatter.write_dl(methods)
+        with formatter.section("Every one of these takes, for matrices,"):
+            formatter.write_dl([(name, _told(option)) for name, option in options_of(LastStep).items()])
         with formatter.section("Over bases, with the parameters of tvbases compress"):
             formatter.write_dl(bases)
         super().format_epilog(ctx, formatter)
 
 
+def _told(option: Any) -> str:
+    return f"{option.name}: {option.help}, default: {option.default}"
+
+
 def _described(method: Any) -> str:
-    options = [f"{name}: {option.help}, default: {option.default}" for name, option in method.options.items()]
+    options = [_told(option) for option in method.own_options.values()]
     return " ".join([method.summary, *(f"{option};" for option in options)]).rstrip(";")
 
 

@@ -1,21 +1,33 @@
-"""Iso-C: the sum of the vectors with all of its directions equally strong (Marczak et al., 2025)."""
+"""Isotropic merging: the vectors with all of their directions equally strong (Marczak et al., 2025)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+import torch
+from pydantic import Field
+
+from ..algebra.core import Core
 from ..algebra.delta import Delta, LowRank
+from ..algebra.linalg import polar_factor
 from ..algebra.sums import total
-from ..algebra.svd import svd
+from ..algebra.svd import exact_svd, svd
 from .registry import method
+from .spectrum import flattened
+
+PAPER = "https://arxiv.org/abs/2502.04959"
+Flatness = Annotated[float, Field(ge=0, le=1, description="power of the singular values: 0 all equal, 1 as they are")]
+Common = Annotated[float, Field(ge=0, le=1, description="share of the directions that are those of the sum")]
 
 
-@method("iso_c", title="Iso-C", source="https://arxiv.org/abs/2502.04959", of_matrices=True, sum_only=True)
-def iso_c(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
+@method("iso_c", title="Iso-C", source=PAPER, of_matrices=True, sum_only=True)
+def iso_c(deltas: Sequence[Delta], weights: Sequence[float], *, spectrum: Flatness = 0.0) -> Delta:
     """The sum of the vectors, all of its singular values replaced by their mean.
 
     mean(S) U V^T of sum_i w_i delta_i = U S V^T; other shapes than matrices take their mean,
-    (1/K) sum_i w_i delta_i, as in TSV-Merge. A sum of low-rank changes is never multiplied out.
+    (1/K) sum_i w_i delta_i, as in TSV-Merge. A sum of low-rank changes is never multiplied out. With a ``spectrum``
+    between 0 and 1 the values are S^p, scaled to the same nuclear norm: half-flat, and at 1 task arithmetic.
 
     Of a sum of rank k below min(n, m) the other directions are not known, so the mean is over the k singular values
     that are more than rounding noise, however the changes are stored. The nuclear norm is that of the sum.
@@ -24,4 +36,28 @@ def iso_c(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     if len(summed.shape) != 2:
         return total(deltas, [weight / len(deltas) for weight in weights])
     parts = svd(summed)
-    return LowRank(parts.U * parts.S.mean(), parts.V.T) if parts.rank else parts.low_rank()
+    return LowRank(parts.U * flattened(parts.S, spectrum), parts.V.T) if parts.rank else parts.low_rank()
+
+
+@method("iso_cts", title="Iso-CTS", source=PAPER, of_matrices=True)
+def iso_cts(deltas: Sequence[Delta], weights: Sequence[float], *, common: Common = 0.8) -> Delta:
+    """The leading directions of the sum and the vectors' own ones, all equally strong.
+
+    Of the r directions of s = sum_i w_i delta_i the leading share ``common`` is kept; the rest is left to the leading
+    directions of every w_i delta_i - U_k U_k^T w_i delta_i, equally many of each of the T vectors (k = r - T round((r -
+    common r) / T)). Both sides are replaced by their polar factors, and all values by the mean of those that were kept.
+    Other shapes take their mean. Everything happens in the coordinates of the vectors' joint spaces.
+    """
+    if len(deltas[0].shape) != 2:
+        return total(deltas, [weight / len(deltas) for weight in weights])
+    core = Core.of(deltas, weights)
+    tasks = [matrix for matrix in core.matrices if matrix.any()]
+    if not tasks:
+        return core.change(core.matrices[0])
+    summed = exact_svd(sum(tasks[1:], tasks[0]))
+    own = round((summed.rank - int(common * summed.rank)) / len(tasks))
+    kept = summed.keep(max(0, summed.rank - own * len(tasks)))
+    rest = [exact_svd(task - kept.U @ (kept.U.T @ task)).keep(own) for task in tasks]
+    parts = [kept, *rest]
+    left, right = (polar_factor(torch.cat(side, dim=1)) for side in ([p.U for p in parts], [p.V for p in parts]))
+    return core.product(left * torch.cat([part.S for part in parts]).mean(), right.T)

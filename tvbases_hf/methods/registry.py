@@ -26,6 +26,7 @@ from ..algebra.delta import Delta, reshaped, work_dtype
 from ..algebra.layout import is_matrix, is_stack, stacked, unstacked
 from ..errors import ParameterError, did_you_mean
 from ..options import Option, checked, options_of
+from .spectrum import LastStep
 
 SCOPE = Option(
     "scope",
@@ -67,9 +68,14 @@ class Method:
         return "side" in inspect.signature(self.combine).parameters
 
     @property
-    def options(self) -> dict[str, Option]:
-        """What may be set."""
+    def own_options(self) -> dict[str, Option]:
+        """What may be set of this method."""
         return options_of(self.combine) | ({SCOPE.name: SCOPE} if self.trims else {})
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """What may be set, the last step included that every merge may have."""
+        return self.own_options | {k: step for k, step in options_of(LastStep).items() if k not in self.own_options}
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -99,14 +105,32 @@ class Method:
         To a method of matrices experts in one tensor [E, n, m] are E matrices. ``transposed``: a matrix is stored as
         [in, out], so that its rows are what another's columns are.
         """
-        if self.of_matrices and is_stack(name, shape):
+        last = self._last_step(options)
+        if (self.of_matrices or last.changes) and is_stack(name, shape):
             experts = unstacked(deltas, shape)
-            return stacked([self._combined(name, part, weights, options, transposed) for part in experts])
-        if self.of_matrices and not is_matrix(name, shape):  # the factors of a convolution look like a matrix
+            return stacked([self._of_matrix(name, part, weights, options, last, transposed) for part in experts])
+        if is_matrix(name, shape):
+            return self._of_matrix(name, deltas, weights, options, last, transposed)
+        if self.of_matrices:  # the factors of a convolution look like a matrix
             flat = (math.prod(shape),) if len(shape) == 2 else shape
             whole = [reshaped(delta, flat, torch.float32) for delta in deltas]
             return reshaped(self._combined(name, whole, weights, options), shape, work_dtype(whole))
-        return self._combined(name, deltas, weights, options, transposed)
+        return self._combined(name, deltas, weights, options)
+
+    def _last_step(self, options: Mapping[str, Any]) -> LastStep:
+        return LastStep(**{k: options[k] for k in options_of(LastStep) if k in options and k not in self.own_options})
+
+    def _of_matrix(
+        self,
+        name: str,
+        deltas: Sequence[Delta],
+        weights: Sequence[float],
+        options: Mapping[str, Any],
+        last: LastStep,
+        transposed: bool,
+    ) -> Delta:
+        merged = self._combined(name, deltas, weights, options, transposed)
+        return last(merged, deltas, weights) if last.changes else merged
 
     def _combined(
         self,
@@ -117,10 +141,11 @@ class Method:
         transposed: bool = False,
     ) -> Delta:
         if transposed and self.has_side:
-            options = {**options, "side": "row" if options.get("side", "column") == "column" else "column"}
-        own = {key: value for key, value in options.items() if not (self.trims and key == SCOPE.name)}
+            side = options.get("side", self.own_options["side"].default)
+            options = {**options, "side": {"row": "column", "column": "row"}.get(side, side)}
+        given = {key: options[key] for key in ("limits", *options_of(self.combine)) if key in options}
         try:
-            return self.combine(deltas, weights, **own)
+            return self.combine(deltas, weights, **given)
         except ParameterError as error:
             raise type(error)(f"{self.name}, {name}: {error}") from error
 

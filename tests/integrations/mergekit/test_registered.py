@@ -98,9 +98,11 @@ def test_help_knows_the_same_methods_options_and_defaults() -> None:
     entries = re.split(r"\n {2}(?=\w)", tvbases("merge", "--help").out)
     shown = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
     for name in OWN:
-        options = METHODS[name].options.items()
+        options = METHODS[name].own_options.items()
         words = [METHODS[name].summary, *(f"{key}: {o.help}, default: {o.default}" for key, o in options)]
         assert all(text in shown[name] for text in words), shown[name]
+        common = METHODS[name].options.keys() - METHODS[name].own_options.keys()
+        assert all(f"{METHODS[name].options[key].help}, default:" in shown[key] for key in common)
     assert not MERGEKITS & shown.keys()
     assert all(construction.summary in shown[construction.yaml] for construction in CONSTRUCTIONS.values())
 
