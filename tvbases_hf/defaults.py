@@ -30,6 +30,8 @@ Component = Literal["plain", "unique", "reconstructed"]
 FORGETTING_POOL: Pool = "iterative"
 KEEP = 0.95
 ALPHAS = tuple(i / 20 for i in range(21))
+# The scales of a merge that are tried: M convex bases are shorter than T task vectors, and a flat spectrum is longer.
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 # What loads an adapter.
 Host = Literal["vllm", "llama.cpp", "diffusers", "peft"]

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from .evaluate import evaluate_model
     from .forget import negate_task
     from .plan import Plan
+    from .tune import tune_merge
 
-_HOME = {"Plan": "plan", "evaluate_model": "evaluate", "negate_task": "forget"}
+_HOME = {"Plan": "plan", "evaluate_model": "evaluate", "negate_task": "forget", "tune_merge": "tune"}
 
-__all__ = ["Plan", "evaluate_model", "include_path", "negate_task"]
+__all__ = ["Plan", "evaluate_model", "include_path", "negate_task", "tune_merge"]
 
 
 def __getattr__(name: str) -> Any:

@@ -197,9 +197,9 @@ def worth(measured: Measured, plan: Plan) -> dict[str, float]:
     is a perplexity 5.3 % higher; of generated toxicity the toxic rate.
     """
     chosen = {}
-    for task, metric in _counted(measured).items():
+    for task, metric in counted(measured).items():
         value = measured[task, metric][0]
-        chosen[task] = 1 / value if _inverted(measured, task, metric) else value
+        chosen[task] = 1 / value if inverted(measured, task, metric) else value
     targets = [chosen[task] for task in plan.targets if task in chosen]
     lost = [task for task in (*plan.targets, *plan.controls) if task not in chosen and task in _plain(measured, plan)]
     if not targets or lost or not all(map(math.isfinite, chosen.values())):
@@ -215,15 +215,15 @@ def worth(measured: Measured, plan: Plan) -> dict[str, float]:
 def units(measured: Measured, plan: Plan) -> dict[str, str]:
     """What the numbers of ``worth`` are, by the same names."""
     found = {
-        task: f"1/{metric}" if _inverted(measured, task, metric) else metric
-        for task, metric in _counted(measured).items()
+        task: f"1/{metric}" if inverted(measured, task, metric) else metric
+        for task, metric in counted(measured).items()
     }
     targets = [f"{found[task]} of {task}" for task in plan.targets if task in found]
     controls = {task: unit for task, unit in found.items() if task not in plan.targets}
     return {TARGET: ("mean of " if len(targets) > 1 else "") + ", ".join(targets), **controls}
 
 
-def _counted(measured: Measured) -> dict[str, str]:
+def counted(measured: Measured) -> dict[str, str]:
     """{task: the metric that counts}: the first for which higher is better, a perplexity, or the toxic rate."""
     chosen: dict[str, str] = {}
     for (task, metric), (_, _, better) in measured.items():
@@ -232,7 +232,7 @@ def _counted(measured: Measured) -> dict[str, str]:
     return chosen
 
 
-def _inverted(measured: Measured, task: str, metric: str) -> bool:
+def inverted(measured: Measured, task: str, metric: str) -> bool:
     return metric != METRICS[0] and not measured[task, metric][2]
 
 

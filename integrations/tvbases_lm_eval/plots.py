@@ -9,6 +9,7 @@ from typing import Any
 
 from tvbases_hf.errors import MissingExtraError
 from tvbases_hf.learning.negation import Negation
+from tvbases_hf.learning.tuning import Tuning
 from tvbases_hf.storage.reports import write_picture
 from tvbases_hf.text import in_picture
 
@@ -16,13 +17,7 @@ from tvbases_hf.text import in_picture
 def plot_negations(curves: Mapping[str, Mapping[str, Any]], forgotten: str, file: Path) -> None:
     """One PNG of a report's ``curves``; a line for every component, a star where the control rule stops it."""
     found = {name: Negation.from_json(curve) for name, curve in curves.items()}
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise MissingExtraError('--plot needs matplotlib; pip install "tvbases-hf[plot]"') from error
+    plt = _pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     for component, negation in found.items():
         alphas = negation.curve.alphas
@@ -41,6 +36,38 @@ def plot_negations(curves: Mapping[str, Mapping[str, Any]], forgotten: str, file
     axes[2].set(xlabel="share of the control that is kept", ylabel="target")
     axes[2].invert_xaxis()
     axes[0].legend()
+    _write(plt, figure, file)
+
+
+def plot_tuning(tuning: Mapping[str, Any], file: Path) -> None:
+    """One PNG of a report's ``tuning``: every metric as a share of the base's, dashed where it is a control."""
+    found, plt = Tuning.from_json(tuning), _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for task, values in found.curve.metrics.items():
+        shares = [value / values[0] if values[0] else float("nan") for value in values]
+        style = "s--" if task in found.controls else "o-"
+        axes.plot(found.curve.alphas, shares, style, label=in_picture(task))
+    axes.axhline(1, color="0.6", linewidth=1)
+    axes.axhline(found.keep, color="0.6", linestyle=":", linewidth=1)
+    if found.helps:
+        axes.axvline(found.alpha, color="0.6", linewidth=1)
+    axes.set(xlabel="alpha", ylabel="share of the base's metric")
+    axes.legend()
+    _write(plt, figure, file)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise MissingExtraError('--plot needs matplotlib; pip install "tvbases-hf[plot]"') from error
+    return plt
+
+
+def _write(plt: Any, figure: Any, file: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
     plt.close(figure)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from tvbases_hf.defaults import ExtraRows, Host
 
+    from .native import Job
+
 
 def merge(
     config: str | Path,
@@ -52,4 +54,15 @@ def merge(
     )
 
 
-__all__ = ["merge", "register"]
+def open_merge(config: str | Path, out: str | Path, **how: Any) -> Job:
+    """The merge that ``merge`` would write to ``out``, not yet computed: ``write(job.plan(), out, **job.how)`` does it.
+
+    Takes the arguments of ``merge``, and raises as it does.
+    """
+    register()
+    from .native import Job, Request
+
+    return Job.open(Path(config), Path(out), Request(**how))
+
+
+__all__ = ["merge", "open_merge", "register"]

@@ -68,51 +68,73 @@ class Request:
         return Limits(rank, dtype, self.equal_rank, self.host)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A YAML with its models opened and every word of it checked: what is left is to plan it and to write it."""
+
+    config: MergeConfiguration
+    method: MergeMethod
+    inputs: Inputs
+    request: Request
+    recipe: str
+
+    @classmethod
+    def open(cls, file: Path, out: Path, request: Request) -> Job:
+        """Raises TvbasesError for whatever is wrong with the configuration, its models or the output."""
+        place = run.find_device(request.device) if isinstance(request.device, str) else request.device
+        check_output(out, is_merge if request.adapter else is_checkpoint_of_ours)
+        limits = request.limits(torch.float32)
+        config = read_config(file)
+        method = find_method(config.merge_method)
+        _check_supported(config, request.adapter)
+        check_structure(config, method)
+        _dtype(config)
+        inputs = open_inputs(config, out, place, request.extra_rows)
+        if request.adapter and request.host:
+            check_adapter(inputs.vectors, limits)
+        return cls(config, method, inputs, request, file.read_text(encoding="utf-8"))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self.request.dtype or _dtype(self.config)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How ``write`` writes it."""
+        if not self.request.adapter:
+            return {"dtype": self.dtype}
+        return {"as_adapter": True, "limits": self.request.limits(self.dtype or torch.float32)}
+
+    def plan(self) -> Merge:
+        planned = plan(self.config, self.method, self.inputs, self.recipe, self.request)
+        if self.request.adapter:
+            _check_adapter(planned, self.inputs)
+        return planned
+
+
 def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]:
     """Execute the merge of a YAML file and return its report.
 
     Raises:
         TvbasesError: whatever is wrong with the configuration, its models or the output; nothing is written then.
     """
-    place = run.find_device(request.device) if isinstance(request.device, str) else request.device
-    check_output(out, is_merge if request.adapter else is_checkpoint_of_ours)
-    limits = request.limits(torch.float32)
-    config = read_config(file)
-    method = find_method(config.merge_method)
-    _check_supported(config, request.adapter)
-    check_structure(config, method)
-    dtype = request.dtype or _dtype(config)
     with reported():
-        inputs = open_inputs(config, out, place, request.extra_rows)
-        if request.adapter and request.host:
-            check_adapter(inputs.vectors, limits)
-        if request.dry_run:
-            return _preview(config, method, inputs, out, request.adapter, dtype)
-        planned = plan(config, method, inputs, file.read_text(encoding="utf-8"), request)
-        if request.adapter:
-            _check_adapter(planned, inputs)
-            return write(planned, out, as_adapter=True, limits=request.limits(dtype or torch.float32))
-        return write(planned, out, dtype=dtype)
+        job = Job.open(file, out, request)
+        return _preview(job, out) if request.dry_run else write(job.plan(), out, **job.how)
 
 
-def _preview(
-    config: MergeConfiguration,
-    method: MergeMethod,
-    inputs: Inputs,
-    out: Path,
-    adapter: bool,
-    dtype: torch.dtype | None,
-) -> dict[str, Any]:
+def _preview(job: Job, out: Path) -> dict[str, Any]:
     """What would be written, once every parameter is known to fit; only headers are read."""
+    inputs, method = job.inputs, job.method
     tensors, names = inputs.vectors.base.tensors, inputs.vectors.names
-    bound = resolve(config, method, inputs, inputs.floating if method.spec.name == LINEAR else names)
+    bound = resolve(job.config, method, inputs, inputs.floating if method.spec.name == LINEAR else names)
     check_native(method, bound)
     if isinstance(method, BasisMerge):
         check_basis_parameters(method, bound)
-    if adapter:
+    if job.request.adapter:
         return preview(out, len(names), None)
     beside(inputs.vectors.base, inputs.vectors.models, inputs.made)
-    size = sum(info.numel * (dtype or info.dtype).itemsize for info in tensors.values())
+    size = sum(info.numel * (job.dtype or info.dtype).itemsize for info in tensors.values())
     return preview(out, len(tensors), size)
 
 

@@ -27,6 +27,7 @@ from tvbases_hf.version import library_version
 from tvbases_lm_eval.evaluate import evaluate_model
 from tvbases_lm_eval.forget import Forgetting
 from tvbases_lm_eval.plan import Plan
+from tvbases_lm_eval.tune import tune_merge
 from tvbases_mergekit import merge
 from zoo.hf_models import Family
 from zoo.lora_files import write
@@ -42,6 +43,8 @@ MEANINGS = {
     "--num-bases": "How many bases",
     "--rank": "A rank rule (16, 0.25, energy:0.95, gavish-donoho): ",
     "--alpha": "A scale: ",
+    "--alphas": "Scales to try, ascending; default: ",
+    "--keep": "Share of ",
     "--seed": "Of whatever is drawn at random",
     "--device": "Where it is computed: cpu, cuda, ",
     "--batch-size": "Texts at a time",
@@ -54,9 +57,9 @@ MEANINGS = {
 # compress and the commands that came of it declare their options in their own words; see there.
 ELSEWHERE = {"compress", "online"}
 # Every command that reads or writes the bytes of models here, and what it has to offer.
-READERS = {"inspect", "decompose", "merge", "negate", "mix-styles", "evaluate", "plan", "compress", "extract"}
-WRITERS = {"decompose", "extract", "merge", "negate", "mix-styles"}
-STREAMED = {"extract", "inspect", "merge", "negate", "compress"}
+READERS = {"inspect", "decompose", "merge", "negate", "mix-styles", "evaluate", "plan", "compress", "extract", "tune"}
+WRITERS = {"decompose", "extract", "merge", "negate", "mix-styles", "tune"}
+STREAMED = {"extract", "inspect", "merge", "negate", "compress", "tune"}
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -133,6 +136,7 @@ CALLS: dict[str, tuple[Callable[..., Any] | type, ...]] = {
     "merge": (merge,),
     "mix-styles": (mix_style_files,),
     "plan": (plan,),
+    "tune": (tune_merge, Plan),
 }
 # What the command line says in words of its own, and options that stand for parts of an argument.
 WORDED = {"dtype", "alphas", "prompts", "data"}

@@ -131,7 +131,7 @@ def negate(
     if plot and not curve:
         raise ParameterError("--plot draws the curve of every component; add --curve")
     options = Options(threshold, subspace, pool, side, rank)
-    tried = defaults.ALPHAS if alphas is None else _numbers(alphas)
+    tried = defaults.ALPHAS if alphas is None else numbers(alphas)
     plan = None
     if alpha is None or target or control or data:
         measuring = {"scorer": scorer, "continuations": continuations, "limit": limit, "seed": seed}
@@ -161,7 +161,7 @@ def _show(found: dict[str, Any], console: Any) -> None:
     print_loading(found, console)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:

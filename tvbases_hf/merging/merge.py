@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..algebra.delta import PIECE_BYTES, Delta, Dense, pieces
 from ..algebra.finite import is_finite
+from ..algebra.sums import scale
 from ..errors import ParameterError
 from ..models.gram import not_finite
 from ..models.vectors import Vectors
@@ -60,6 +61,21 @@ class Merge:
             raise ParameterError(f"of which vectors {made.method} was made is not known; set made_of to them")
         recipe = f"{recipe}# change {digest(made)}\n"
         return cls(made.made_of, lambda name, _: made.change(name), made.names, made.method, recipe)
+
+    def scaled(self, factor: float) -> Merge:
+        """The merge with ``factor`` times its change."""
+        combine, stream = self.combine, self.stream
+
+        def pieces(name: str, deltas: Sequence[Dense]) -> Iterator[Tensor]:
+            assert stream is not None
+            return (factor * piece for piece in stream(name, deltas))
+
+        return replace(
+            self,
+            combine=lambda name, deltas: scale(combine(name, deltas), factor),
+            stream=None if stream is None else pieces,
+            recipe=f"{self.recipe}# the merged change times {factor!r}\n",
+        )
 
     @property
     def base(self) -> Checkpoint:

@@ -1,0 +1,119 @@
+"""``tvbases tune``: the scale of a merge, by what it is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import defaults
+from ..text import printable
+from .app import app
+from .data import TEMPLATES, BatchSize, Classes, Data, ImageColumn, LabelColumn, Templates, TextColumn
+from .evaluate import Continuations, Control, EvaluationDevice, Limit, Prompts, ScorerName, Target, plan_of
+from .negate import numbers
+from .options import (
+    AdapterOut,
+    DryRun,
+    Dtype,
+    EqualRank,
+    ExtraRows,
+    Host,
+    Json,
+    Memory,
+    Quiet,
+    Seed,
+    Threads,
+    TrustRemoteCode,
+    file_option,
+    parse_dtype,
+    rank_option,
+    tell,
+)
+
+
+@app.command(epilog="Example: tvbases tune merge.yml merged/ --data math=math.jsonl --control text:prose.txt")
+def tune(
+    config: Annotated[Path, typer.Argument(help="A mergekit YAML; models may be adapters.", metavar="CONFIG")],
+    out: Annotated[Path, typer.Argument(help="The directory to write.", metavar="OUT")],
+    target: Target = None,
+    control: Control = None,
+    data: Data = None,
+    classes: Classes = None,
+    template: Templates = TEMPLATES,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    image_column: ImageColumn = "image",
+    alphas: Annotated[
+        str | None,
+        typer.Option(help="Scales to try, ascending; default: 0.1 to 4, coarser upwards.", metavar="A,B,..."),
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Share of every control's metric that has to stay.")] = defaults.KEEP,
+    plot: Annotated[Path | None, file_option("Draw the metrics over alpha.", "PNG")] = None,
+    adapter: AdapterOut = False,
+    rank: Annotated[str | None, rank_option("what is kept of a merged adapter; default: nothing is cut.")] = None,
+    equal_rank: EqualRank = False,
+    host: Host = None,
+    dtype: Dtype = "auto",
+    extra_rows: ExtraRows = None,
+    prompts: Prompts = None,
+    scorer: ScorerName = "profanity",
+    continuations: Continuations = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    device: EvaluationDevice = None,
+    threads: Threads = None,
+    memory: Memory = None,
+    dry_run: DryRun = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Merge at the scale that is best on data or lm-eval tasks: the base plus alpha times what the YAML adds to it.
+
+    Targets, and all data that is no control, should rise; controls stay. Where no scale is better than the base on all
+    targets it says so, writes nothing and ends with exit code 2.
+    """
+    from tvbases_lm_eval.tune import check_helps, tune_merge
+    from tvbases_mergekit import merge, open_merge
+
+    measuring = {"scorer": scorer, "continuations": continuations, "limit": limit, "seed": seed}
+    columns = {"text": text_column, "label": label_column, "image": image_column, "templates": template}
+    plan = plan_of(target, control, prompts, data, classes, columns, batch_size=batch_size, **measuring)
+    tried = defaults.SCALES if alphas is None else numbers(alphas)
+    how: dict[str, Any] = {"adapter": adapter, "rank": rank, "dtype": parse_dtype(dtype), "seed": seed}
+    how |= {"extra_rows": extra_rows, "equal_rank": equal_rank, "host": host}
+    if dry_run:
+        return tell(merge(config, out, dry_run=True, **how), _show, json)
+    job = open_merge(config, out, **how)
+    found = tune_merge(job.plan(), out, plan, keep=keep, alphas=tried, device=device, **job.how)
+    if plot:
+        from tvbases_lm_eval.plots import plot_tuning
+
+        plot_tuning(found["tuning"], plot)
+    tell(found, _show, json)
+    check_helps(found)
+
+
+def _show(found: dict[str, Any], console: Any) -> None:
+    from rich.table import Table
+
+    from ..learning.tuning import Tuning
+    from .tables import print_loading
+
+    tuning = Tuning.from_json(found["tuning"])
+    table = Table("alpha", *(printable(_titled(tuning, task)) for task in tuning.curve.metrics), title_justify="left")
+    for alpha in tuning.curve.alphas:
+        notes = "base" if alpha == 0 else f"{alpha:g}{' *' if alpha == tuning.alpha else ''}"
+        table.add_row(notes, *(f"{value:.4g}" for value in tuning.curve.at(alpha).values()))
+    console.print(table)
+    if tuning.helps:
+        console.print(f"{found['out']}: {printable(tuning.summary())}", highlight=False)
+        print_loading(found, console)
+
+
+def _titled(tuning: Any, task: str) -> str:
+    unit = f", {tuning.units[task]}" if task in tuning.units else ""
+    return f"{task} ({'control' if task in tuning.controls else 'target'}{unit})"
