@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -186,6 +187,7 @@ def _check_finite(out: Path, action: Action) -> None:
 def _check_markup(out: Path, action: Action) -> None:
     for file in [*out.rglob("*.md"), *out.rglob("*.html")] if out.is_dir() else []:
         text = file.read_text(encoding="utf-8")
+        text = MarkdownIt("commonmark").render(text) if file.suffix == ".md" else text
         if any(attack in text for attack in ("<script>alert", "<img src=x", 'href="javascript')):
             raise Broken("markup in a page", f"{_shown(action)}: {file}")
 
