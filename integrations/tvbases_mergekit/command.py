@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import click
 from tvbases_hf.errors import ParameterError, TvbasesError
 from tvbases_hf.merging.merge import is_merge, leave_marker
 from tvbases_hf.storage.cards import CARD, seal_card
+from tvbases_hf.storage.inputs import Input
 from tvbases_hf.storage.output import check_output, preview, transaction
 from tvbases_hf.storage.run import current, using
 from tvbases_hf.storage.side_files import put
@@ -40,6 +41,7 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
         TvbasesError: whatever is wrong with the configuration, its models or the output.
     """
     register()
+    from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions
     from mergekit.scripts.run_yaml import main
 
@@ -70,18 +72,33 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
     check_output(out, is_merge)  # before anything is downloaded
     how = using(replace(current(), quiet=options.quiet, trust_remote_code=options.trust_remote_code))
     with how, reported(), _stopped(options.verbosity > 0), mended_mergekit(), merging(config):
-        needed = check_config(config, options, out)
+        LoaderCache().loaders.clear()  # of an earlier merge in this process, whose files may be others now
+        needed, inputs = check_config(config, options, out)
         if dry_run:
             return preview(out, None, needed)
         with transaction(out, is_merge, needed) as work:
             given["out_path"] = str(work)
-            command.invoke(context)
+            with _reading(inputs):
+                command.invoke(context)
             if not (work / CONFIG_FILE).is_file():  # --no-write-model-card; it tells the next run that this is a merge
                 shutil.copyfile(file, work / CONFIG_FILE)
             put(side_files_left_out(config, options, work), work)
             if (work / CARD).is_file():
                 seal_card(work, (work / CARD).read_text(encoding="utf-8"))
             leave_marker(work, {"merge": "mergekit-yaml"})
+
+
+@contextlib.contextmanager
+def _reading(inputs: Sequence[Input]) -> Iterator[None]:
+    """For mergekit's own loaders, which tell nobody: the transaction sees then whether a file has changed."""
+    for file in inputs:
+        file.now_read()
+    try:
+        yield
+    except Exception:  # whatever it says to a file that was half written
+        for file in inputs:
+            file.check()
+        raise
 
 
 class _Text(logging.Formatter):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.architecture import get_architecture_info
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.merge import _model_out_config
@@ -20,7 +20,8 @@ from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, Tvba
 from tvbases_hf.methods.sums import NO_SUM, base_share
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
-from tvbases_hf.storage.files import locate
+from tvbases_hf.storage.files import locate, weight_files
+from tvbases_hf.storage.inputs import Input
 from tvbases_hf.storage.side_files import is_chat_template, is_tokenizer_file, side_files
 
 from .complete import check_complete
@@ -31,8 +32,8 @@ from .registered import RegisteredMerge
 DELLA = ("della", "della_linear")
 
 
-def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -> int:
-    """Refuse what would fail; return the bytes that the merged model will need, roughly.
+def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -> tuple[int, list[Input]]:
+    """Refuse what would fail; return roughly the bytes of the merged model, and the weight files as they are now.
 
     Raises:
         ParameterError: a value out of range, a model named twice, or what mergekit itself refuses to plan.
@@ -42,6 +43,7 @@ def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -
     method = find_method(config.merge_method)
     check_structure(config, method)
     opened = {ref: _open(ref, options) for ref in all_models(config)}
+    inputs = [Input(file, str(ref)) for ref, model in opened.items() for file in _weights(ref, model, options)]
     check_distinct({ref: (model.path, ref.lora) for ref, model in opened.items()}, out)
     _check_fit(config, method, {ref: model for ref, model in opened.items() if ref.lora is None}, options)
     _side_files(config, options)
@@ -53,7 +55,7 @@ def check_config(config: MergeConfiguration, options: MergeOptions, out: Path) -
             method.check(_bound(task))
     if isinstance(method, BasisMerge):
         check_basis_parameters(method, {task.output_weight.name: _bound(task) for task in tasks})
-    return _output_bytes(config, opened)
+    return _output_bytes(config, opened), inputs
 
 
 def check_structure(config: MergeConfiguration, method: MergeMethod) -> None:
@@ -96,10 +98,20 @@ def _open(reference: ModelReference, options: MergeOptions) -> Checkpoint:
                 f'"{reference}": mergekit keeps the merged model in a directory of your choice; '
                 "add --lora-merge-cache DIR to the command"
             )
-        adapter = locate(reference.lora.path, reference.lora.revision, options.transformers_cache)
-        if not (adapter / "adapter_config.json").is_file():
+        if not (_adapter(reference.lora, options) / "adapter_config.json").is_file():
             raise CheckpointError(f'"{reference.lora}": not a PEFT adapter: it has no adapter_config.json')
     return checkpoint
+
+
+def _adapter(reference: ModelPath, options: MergeOptions) -> Path:
+    return locate(reference.path, reference.revision, options.transformers_cache)
+
+
+def _weights(reference: ModelReference, model: Checkpoint, options: MergeOptions) -> list[Path]:
+    """The files that mergekit reads, those of the adapter included."""
+    assert model.path is not None
+    files, _ = weight_files(model.path, model.label)
+    return [*files, *([] if reference.lora is None else _adapter(reference.lora, options).glob("adapter_model.*"))]
 
 
 def check_distinct(places: Mapping[ModelReference, tuple[Path | None, Any]], out: Path) -> None:

@@ -15,6 +15,7 @@ MOST_VALUES = 100_000
 DEEPEST = 100
 # Characters of one number.
 LONGEST_NUMBER = 300
+SECOND = "but found another document"  # in the parser's words
 TOO_DEEP = f"it is nested more than {DEEPEST} deep"
 
 
@@ -59,6 +60,11 @@ def load_yaml(file: Path) -> Any:
         return _load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
+        if error.problem == SECOND and mark:
+            raise ParameterError(
+                f'"{file}" holds several documents (the second from line {mark.line + 1}), and this command makes one '
+                "model; give each merge a file of its own, and run them in the order in which they need each other"
+            ) from error
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ParameterError(f'"{file}" is not YAML: {place}{error.problem}') from error
     except RecursionError as error:

@@ -83,3 +83,13 @@ def nan_in_the_vectors_of_an_online_basis(place: Workplace) -> None:
 @attack("online", "holds 16 NaN or infinite numbers of 16")
 def nan_in_what_is_added_to_an_online_basis(place: Workplace) -> None:
     rewrite(place / "chat/model.safetensors", lambda s: s["model.norm.weight"].fill_(NAN))
+
+
+@attack("online", "1 of 21 weights of the base have no vectors (first: lm_head.weight)")
+def a_weight_that_is_lost_from_an_online_basis(place: Workplace) -> None:
+    rewrite(place / "online/basis.safetensors", lambda s: s.pop("lm_head.weight"))
+
+
+@attack("online", "the files of the basis do not belong together")
+def a_weight_that_an_online_basis_has_by_another_name(place: Workplace) -> None:
+    rewrite(place / "online/basis.safetensors", lambda s: s.update({"x": s.pop("lm_head.weight")}))

@@ -1,7 +1,8 @@
-"""Files damaged at random under every command that reads them, for as long as is asked: ``make fuzz SECONDS=3600``.
+"""Files damaged and names chosen at random, for as long as is asked: ``make fuzz SECONDS=3600``.
 
-Each input is one file of a workplace, damaged; one command, run in this process; and the check that it kept the promise
-of this package. What breaks it is shrunk by hypothesis, and the smallest damage is printed.
+Each input is one file of a workplace, damaged, or names of its tasks or tensors; one command that reads them, run in
+this process; and the check that it kept the promise of this package. What breaks it is shrunk by hypothesis, and the
+smallest damage is printed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import hypothesis
@@ -26,8 +28,9 @@ import hypothesis.errors
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from attacks.names import TASKS, TENSORS, with_tasks, with_tensors
 from attacks.strategies import of_json, of_safetensors, of_yaml
-from attacks.workplace import Broken, Workplace, actions, held, make_workplace
+from attacks.workplace import Action, Broken, Workplace, actions, held, make_workplace
 
 # By the file that is damaged: the kind of its commands (see workplace.actions).
 TARGETS = {
@@ -53,7 +56,11 @@ TARGETS = {
     "math.safetensors": "style",
     "merge.yml": "yaml",
     "bases.yml": "bases",
+    "merges.yml": "yamls",
+    "names of tasks": "model",
+    "names of tensors": "model",
 }
+NAMED = {"names of tasks": TASKS, "names of tensors": TENSORS}
 STRATEGIES = {".json": of_json, ".safetensors": of_safetensors, ".yml": of_yaml}
 # Bytes beyond what the program holds: an input of some kilobytes explains no more.
 MEMORY = 6 << 30
@@ -81,13 +88,31 @@ class Figures:
         )
 
 
+def _drawn(place: Workplace, target: str) -> st.SearchStrategy[Any]:
+    """What hypothesis draws and shrinks: names, or a damaged file and which command reads it."""
+    if target in NAMED:
+        return NAMED[target]
+    file = place / target
+    damage = STRATEGIES[file.suffix](file.read_bytes())
+    return st.tuples(damage, st.integers(0, len(actions(place)[TARGETS[target]]) - 1))
+
+
+def _input(place: Workplace, target: str, drawn: Any) -> tuple[dict[str, bytes], Action]:
+    """The files that are other than they were, and the command."""
+    commands = actions(place)[TARGETS[target]]
+    if target == "names of tasks":
+        return {}, with_tasks(place, drawn)
+    if target == "names of tensors":
+        return with_tensors(place, drawn), commands[drawn.command % len(commands)]
+    damage, index = drawn
+    return {target: damage}, commands[index]
+
+
 def try_file(place: Workplace, target: str, count: int, figures: Figures, seed: int | None, until: float) -> None:
-    """``count`` damages of one file; what breaks the promise is noted once for each kind of defect.
+    """``count`` damages of one file, or names; what breaks the promise is noted once for each kind of defect.
 
     ``seed`` None is always the same inputs.
     """
-    file, commands = place / target, actions(place)[TARGETS[target]]
-    content = file.read_bytes()
 
     @settings(
         max_examples=count,
@@ -99,15 +124,16 @@ def try_file(place: Workplace, target: str, count: int, figures: Figures, seed: 
         phases=(Phase.generate, Phase.shrink),
         print_blob=False,
     )
-    @given(STRATEGIES[file.suffix](content), st.integers(0, len(commands) - 1))
-    def attack(damage: bytes, index: int) -> None:
+    @given(_drawn(place, target))
+    def attack(drawn: Any) -> None:
         if time.monotonic() > until:
             return
-        with _damaged(place, target, damage), _ended(DEAD):
+        files, command = _input(place, target, drawn)
+        with _damaged(place, files), _ended(DEAD):
             figures.inputs[target] += 1
             begun = time.monotonic()
             try:
-                outcome = held(place, commands[index], "models/online" if TARGETS[target] == "online" else "out")
+                outcome = held(place, command, "models/online" if TARGETS[target] == "online" else "out")
                 figures.codes[outcome.code] += 1
             except Broken as error:
                 if error.kind not in figures.broken:
@@ -134,22 +160,23 @@ def _ended(seconds: float) -> Iterator[None]:
 
 
 class _damaged:
-    """The file damaged; whatever was changed besides is put back from a copy of the workplace."""
+    """These files damaged; whatever was changed besides is put back from a copy of the workplace."""
 
-    def __init__(self, place: Workplace, target: str, damage: bytes) -> None:
-        self._place, self._file, self._damage = place, place / target, damage
+    def __init__(self, place: Workplace, files: Mapping[str, bytes]) -> None:
+        self._place, self._files = place, files
 
     def __enter__(self) -> None:
-        self._content = self._file.read_bytes()
-        self._file.write_bytes(self._damage)
+        self._content = {name: (self._place / name).read_bytes() for name in self._files}
+        for name, damage in self._files.items():
+            (self._place / name).write_bytes(damage)
 
     def __exit__(self, *_: object) -> None:
-        place, kept = self._place, self._place.root.parent / "kept"
-        folder = self._file.parent
-        if folder.name == "online":  # the command has put a new directory there
-            shutil.rmtree(folder)
-            shutil.copytree(kept / "models" / "online", folder)
-        self._file.write_bytes(self._content)
+        place, online = self._place, self._place / "online"
+        if any(name.startswith("online/") for name in self._files):  # the command has put a new directory there
+            shutil.rmtree(online)
+            shutil.copytree(place.root.parent / "kept" / "models" / "online", online)
+        for name, content in self._content.items():
+            (place / name).write_bytes(content)
         shutil.rmtree(place.out, ignore_errors=True)
 
 
@@ -161,7 +188,8 @@ def prepared(root: Path) -> Workplace:
     shutil.copytree(place.root, root / "kept")
     for target in dict(zip(TARGETS.values(), TARGETS, strict=True)).values():  # what takes time once, such as imports
         for command in actions(place)[TARGETS[target]]:
-            with _damaged(place, target, (place / target).read_bytes()), contextlib.suppress(Broken):
+            files = {} if target in NAMED else {target: (place / target).read_bytes()}
+            with _damaged(place, files), contextlib.suppress(Broken):
                 held(place, command, "models/online" if TARGETS[target] == "online" else "out")
     return place
 

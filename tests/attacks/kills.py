@@ -7,18 +7,21 @@ drawn, over an older output or none, with and without fsync), and looks:
     the inputs are as they were, and nothing new lies beside the output but hidden names of ours,
     the same command, run again, ends with exit code 0, the whole output, and nothing beside it.
 
-What fails is printed with its number; the same SEED draws the same trials.
+What fails is printed with its number; the same SEED draws the same trials. Trials of commands that had ended before
+their time was over are looked at and do not count as kills. The commands run in forks of one process that has all
+modules (commands/killing.py): a trial takes some tenths of a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +30,11 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own modules, when this is run as a script
 
-from commands.command_line import snapshot
+from commands.command_line import snapshot, tvbases
 from commands.killer import SIGKILL, Ask, serving
 from zoo.adapter_families import random_adapters
 from zoo.hf_models import make_family, make_llama
 from zoo.lora_files import write
-from zoo.pipelines import FLUX_MODULES, style
 
 NAMES = ("math", "code")
 
@@ -60,78 +62,99 @@ class Known:
 
 
 def commands(root: Path) -> Iterator[Command]:
-    """Every command that writes, on small models."""
-    models = root / "inputs" / "models"
+    """Every command that writes, and ``restore`` of the library, on small models in ``root``/inputs.
+
+    evaluate, plan and schema write the report of ``--json`` as inspect does, by the same function.
+    """
+    yield from of_checkpoints(root)
+    yield from of_adapters(root)
+    yield from of_styles(root)
+
+
+def of_checkpoints(root: Path) -> Iterator[Command]:
+    models, basis = root / "inputs" / "models", root / "inputs" / "basis"
     family = make_family(models, make_llama(models / "llama"), list(NAMES), seed=3)
+    base, both = ["--base", str(family.base)], _tasks(family.tasks)
+    assert tvbases("compress", *base, *both, "--num-bases", 2, "--out", basis, "--quiet").code == 0
+    yield _two(root, "compress", ["compress", *base, *both], "--num-bases", 1, 2)
+    yield _two(root, "negate", ["negate", *base, *both, "--forget", "math"], "--alpha", 0.5, 0.7)
+    yield _two(root, "extract", ["extract", *base, *both], "--rank", 1, 2)
+    yield _two(root, "decompose", ["decompose", *base, *both], "--threshold", 0.6, 0.9)
+    for tool in ("merge", "mergekit-yaml"):
+        yield _merge(root, tool, tool, family.base, family.tasks)
+    place, online = _place(root, "restore"), _place(root, "online")
+    old, new = (["restore", str(basis), name, str(family.base), str(place / "out")] for name in NAMES)
+    yield Command("restore", place, old, new)
+    add = ["online", *base, "--out", str(online / "out"), "--quiet"]
+    yield Command("online", online, [*add, "--num-bases", "2", *both[:2]], [*add, *both[2:]], continues=True)
+    place = _place(root, "reports")
+    files = [part for option, name in REPORTS.items() for part in (option, str(place / name))]
+    old, new = (["inspect", "--quiet", *files, *base, *tasks] for tasks in (both[:2], both))
+    yield Command("reports", place, old, new)
+
+
+def of_adapters(root: Path) -> Iterator[Command]:
     adapters = random_adapters(root / "inputs" / "adapters", tasks=NAMES)
-    full = ["--base", str(family.base), *_tasks(family.tasks)]
-    low = ["--base", str(adapters.base), *_tasks(adapters.tasks)]
-    places = {name: root / "outputs" / name.replace(" ", "-") for name in PLACES}
-    for place in places.values():
-        place.mkdir(parents=True)
-    out = {name: ["--out", str(place / "out"), "--quiet"] for name, place in places.items()}
-
-    def two(name: str, start: list[str], option: str, first: object, second: object, end: list[str]) -> Command:
-        old, new = ([*start, option, str(value), *end] for value in (first, second))
-        return Command(name, places[name], old, new)
-
-    yield two("compress", ["compress", *full], "--num-bases", 1, 2, out["compress"])
-    yield two("compress adapters", ["compress", *low], "--budget", 0.5, 0.9, out["compress adapters"])
-    for name, models in (("negate", full), ("negate adapter", [*low, "--adapter"])):
-        yield two(name, ["negate", *models, "--forget", "math"], "--alpha", 0.5, 0.7, out[name])
-    yield two("decompose", ["decompose", *full], "--threshold", 0.6, 0.9, out["decompose"])
-    for name, tool, base, tasks, more in (
-        ("merge", "merge", family.base, family.tasks, []),
-        ("merge adapter", "merge", adapters.base, adapters.tasks, ["--adapter"]),
-        ("mergekit-yaml", "mergekit-yaml", family.base, family.tasks, []),
-    ):
-        configs = [_config(root / "inputs" / f"{name}-{weight}.yml", base, tasks, weight) for weight in (0.3, 0.6)]
-        old, new = ([tool, config, str(places[name] / "out"), *more, "--quiet"] for config in configs)
-        yield Command(name, places[name], old, new)
-    online = ["online", *out["online"]]
-    first = ["--base", str(family.base), "--num-bases", "2", *_tasks({"math": family.tasks["math"]})]
-    second = _tasks({"code": family.tasks["code"]})
-    yield Command("online", places["online"], [*online, *first], [*online, *second], continues=True)
-    sources = {name: _style(root / "inputs" / name, seed) for seed, name in enumerate("ab")}
-    styles = [part for name, file in sources.items() for part in ("--style", f"{name}={file}")]
-    yield two("mix-styles", ["mix-styles", *styles], "--scale", "a=1", "a=0.5", out["mix-styles"])
-    files = {option: str(places["reports"] / name) for option, name in REPORTS.items()}
-    reports = ["inspect", "--layers", "--quiet", *(part for item in files.items() for part in item)]
-    yield Command("reports", places["reports"], [*reports, *full[:4]], [*reports, *full])
+    models = ["--base", str(adapters.base), *_tasks(adapters.tasks)]
+    yield _two(root, "compress adapters", ["compress", *models], "--budget", 0.5, 0.9)
+    yield _two(root, "negate adapter", ["negate", *models, "--forget", "math", "--adapter"], "--alpha", 0.5, 0.7)
+    yield _merge(root, "merge adapter", "merge", adapters.base, adapters.tasks, "--adapter")
 
 
-PLACES = (
-    *("compress", "compress adapters", "negate", "negate adapter", "decompose", "merge", "merge adapter"),
-    *("mergekit-yaml", "online", "mix-styles", "reports"),
-)
+def of_styles(root: Path) -> Iterator[Command]:
+    from zoo.pipelines import FLUX_MODULES, style  # loads diffusers
+
+    styles: list[str] = []
+    for seed, name in enumerate("ab"):
+        directory = root / "inputs" / name
+        directory.mkdir(parents=True)
+        styles += ["--style", f"{name}={write(directory, style(seed, FLUX_MODULES))}"]
+    yield _two(root, "mix-styles", ["mix-styles", *styles], "--scale", "a=1", "a=0.5")
+
+
 REPORTS = {"--json": "a.json", "--html": "a.html", "--plot": "a.png"}
+
+
+def _two(root: Path, name: str, start: list[str], option: str, first: object, second: object) -> Command:
+    """The command with two values of one option."""
+    place = _place(root, name)
+    old, new = ([*start, option, str(value), "--out", str(place / "out"), "--quiet"] for value in (first, second))
+    return Command(name, place, old, new)
+
+
+def _merge(root: Path, name: str, tool: str, base: Path, tasks: Mapping[str, Path], *more: str) -> Command:
+    place, configs = _place(root, name), []
+    for weight in (0.3, 0.6):
+        models = [{"model": str(path), "parameters": {"weight": weight}} for path in tasks.values()]
+        config = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, "dtype": "float32"}
+        configs.append(root / "inputs" / f"{name}-{weight}.yml")
+        configs[-1].write_text(yaml.safe_dump(config), encoding="utf-8")
+    old, new = ([tool, str(config), str(place / "out"), *more, "--quiet"] for config in configs)
+    return Command(name, place, old, new)
+
+
+def _place(root: Path, name: str) -> Path:
+    return root / "outputs" / name.replace(" ", "-")
 
 
 def _tasks(tasks: Mapping[str, Path]) -> list[str]:
     return [part for name, path in tasks.items() for part in ("--task", f"{name}={path}")]
 
 
-def _config(file: Path, base: Path, tasks: Mapping[str, Path], weight: float) -> str:
-    models = [{"model": str(path), "parameters": {"weight": weight}} for path in tasks.values()]
-    config = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, "dtype": "float32"}
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return str(file)
-
-
-def _style(directory: Path, seed: int) -> Path:
-    directory.mkdir()
-    return write(directory, style(seed, FLUX_MODULES))
-
-
 class Trials:
-    def __init__(self, ask: Ask, root: Path, log: Path, chance: random.Random) -> None:
-        self.ask, self.root, self.log, self.chance = ask, root, log, chance
-        self.commands = list(commands(root))
+    """Kills of ``commands``, which ``ask`` runs and whose standard error is in ``log``."""
+
+    def __init__(self, ask: Ask, root: Path, log: Path, chance: random.Random, commands: Iterable[Command]) -> None:
+        self.ask, self.root, self.log, self.chance, self.commands = ask, root, log, chance, list(commands)
+        # Pictures take as long as several of the others.
+        self.turns = [*(one for one in self.commands if one.name != "reports"), *self.commands]
         self.known = {command.name: self._learn(command) for command in self.commands}
         self.inputs = snapshot(root / "inputs")
         self.seen: Counter[tuple[str, str]] = Counter()
+        self.killed = 0
 
     def _learn(self, command: Command) -> Known:
+        command.place.mkdir(parents=True)
         self._finish(command.old, command)
         old, kept = snapshot(command.place), self.root / "kept" / command.place.name
         shutil.copytree(command.place, kept)
@@ -147,7 +170,7 @@ class Trials:
 
     def run(self, number: int) -> str | None:
         """What went wrong in one trial."""
-        command, chance = self.commands[number % len(self.commands)], self.chance
+        command, chance = self.turns[number % len(self.turns)], self.chance
         known, over = self.known[command.name], command.continues or chance.random() < 0.5
         self._prepare(command, known, over)
         kill = {"step": chance.randint(1, known.steps)} if chance.random() < 0.5 else None
@@ -156,6 +179,7 @@ class Trials:
         done = self.ask(arguments=command.new, root=str(command.place), fsync=fsync, **kill)
         what = f"{command.name}, {kill}, {'over an old output' if over else 'fresh'}, fsync {fsync}"
         state = self._state(command, known, over)
+        self.killed += done["signal"] == SIGKILL
         self.seen[command.name, "killed" if done["signal"] == SIGKILL else "ended"] += 1
         self.seen["with fsync" if fsync else "without fsync", state] += 1
         if state.startswith("half"):
@@ -200,33 +224,32 @@ class Trials:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("number", type=int, nargs="?", default=1000, help="of trials")
+    parser.add_argument("number", type=int, nargs="?", default=1000, help="of kills")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tvbases-kills-") as place:
         log = Path(place) / "stderr"
-        with serving(log, "all") as ask:
-            trials = Trials(ask, Path(place) / "root", log, random.Random(given.seed))
-            failures = [said for number in range(given.number) if (said := _trial(trials, number, given.number))]
+        with serving(log) as ask:
+            root = Path(place) / "root"
+            trials = Trials(ask, root, log, random.Random(given.seed), commands(root))
+            failures = [f"trial {number}: {said}" for number, said in enumerate(_until(trials, given.number)) if said]
         tracebacks = log.read_text(errors="replace").count("Traceback")
-    _report(trials.seen, given.number, failures, tracebacks)
+    for name in (*trials.known, "with fsync", "without fsync"):
+        counts = ", ".join(f"{count} {what}" for (own, what), count in sorted(trials.seen.items()) if own == name)
+        print(f"{name:20} {counts}")
+    print(f"{trials.killed} kills: {len(failures)} failures, {tracebacks} tracebacks")
     return 1 if failures or tracebacks else 0
 
 
-def _trial(trials: Trials, number: int, total: int) -> str | None:
-    said = trials.run(number)
-    if said:
-        print(f"trial {number}: {said}", flush=True)
-    elif number % 100 == 99:
-        print(f"{number + 1} of {total}", flush=True)
-    return said
-
-
-def _report(seen: Mapping[tuple[str, str], int], number: int, failures: list[str], tracebacks: int) -> None:
-    for name in (*PLACES, "with fsync", "without fsync"):
-        counts = ", ".join(f"{count} {what}" for (own, what), count in sorted(seen.items()) if own == name)
-        print(f"{name:20} {counts}")
-    print(f"{number} trials: {len(failures)} failures, {tracebacks} tracebacks")
+def _until(trials: Trials, kills: int) -> Iterator[str | None]:
+    """Trials until so many were killed, and what went wrong in each."""
+    for number in itertools.count():
+        if trials.killed >= kills:
+            return
+        said = trials.run(number)
+        if said or number % 100 == 99:
+            print(f"trial {number}, {trials.killed} of {kills} killed: {said or 'all well'}", flush=True)
+        yield said
 
 
 if __name__ == "__main__":

@@ -1,40 +1,44 @@
-"""The attacks that are known, one small generator each: what is done to a file, and what must be said of it.
+"""The attacks that are known, one small generator each: what is done to a workplace, and what must be said of it.
 
-Each damages a workplace; every command that reads the file must then end with exit code 2 and one line that holds
-``says``, and must leave everything as it was. New kinds that are found are added here.
+Every command that reads what was damaged must end with exit code 2 and one line that holds ``says``, and must leave
+everything as it was; where an attack has code 0 it must be done, and shown as it is. New kinds that are found are added
+here, and in bases.py, merges.py, places.py and texts.py.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from attacks.workplace import Workplace
+from attacks.workplace import Action, Workplace
 
-Spoil = Callable[[Workplace], object]
+# What it gives back is the commands, where they are not those of a kind.
+Spoil = TypeVar("Spoil", bound="Callable[[Workplace], Sequence[Action] | AbstractContextManager[None] | None]")
 ATTACKS: dict[str, Attack] = {}
 NAN, INFINITY = float("nan"), float("inf")
 
 
 @dataclass(frozen=True)
 class Attack:
-    """``commands`` is a kind of workplace.actions."""
+    """``commands`` is a kind of workplace.actions, or nothing where ``spoil`` gives them."""
 
     commands: str
     says: str
-    spoil: Spoil
+    spoil: Callable[[Workplace], Any]
+    code: int = 2
 
 
-def attack(commands: str, says: str) -> Callable[[Spoil], Spoil]:
+def attack(commands: str, says: str, code: int = 2) -> Callable[[Spoil], Spoil]:
     def note(spoil: Spoil) -> Spoil:
-        ATTACKS[getattr(spoil, "__name__", "").replace("_", " ")] = Attack(commands, says, spoil)
+        ATTACKS[getattr(spoil, "__name__", "").replace("_", " ")] = Attack(commands, says, spoil, code)
         return spoil
 
     return note

@@ -97,3 +97,10 @@ def a_file_of_megabytes(place: Workplace) -> None:
 @attack("yaml", "")
 def a_model_with_a_name_of_5000_characters(place: Workplace) -> None:
     text(place, str(place / "math"), "a" * 5000)
+
+
+@attack("yaml", "holds several documents (the second from line")
+def two_merges_in_one_file(place: Workplace) -> None:
+    """As mergekit-multi takes them; the second would be lost."""
+    file = place / "merge.yml"
+    file.write_text("---\n".join([file.read_text(encoding="utf-8")] * 2), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 import yaml
 from hypothesis import strategies as st
+
+from attacks.names import HOSTILE_NAMES
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,11 @@ HOSTILE: tuple[Any, ...] = (
     [0.1] * 2000, Raw("[" * 50 + "]" * 50), Raw("[" * 100_000 + "]" * 100_000), Raw('{"a":' * 5000 + "1" + "}" * 5000),
 )  # fmt: skip
 VALUES = st.one_of(
-    st.sampled_from(HOSTILE), st.integers(-5, 70), st.floats(allow_nan=True, width=32), st.text(max_size=8)
+    st.sampled_from(HOSTILE),
+    st.sampled_from(HOSTILE_NAMES),
+    st.integers(-5, 70),
+    st.floats(allow_nan=True, width=32),
+    st.text(max_size=8),
 )
 MARK = "\x00raw:"
 
@@ -108,7 +115,8 @@ def _places(part: Any) -> list[tuple[Any, Any]]:
 
 
 def _written(value: Any) -> Any:
-    return f"{MARK}{HOSTILE.index(value)}" if isinstance(value, Raw) else value
+    """A copy: a list that stood in two places, or in itself, would change with every later change."""
+    return f"{MARK}{HOSTILE.index(value)}" if isinstance(value, Raw) else copy.deepcopy(value)
 
 
 def as_json(document: Any) -> bytes:
@@ -155,8 +163,13 @@ def of_json(content: bytes) -> st.SearchStrategy[bytes]:
 
 
 def of_yaml(content: bytes) -> st.SearchStrategy[bytes]:
-    document = yaml.safe_load(content)
-    return st.one_of(CHANGES.map(lambda c: as_yaml(changed(document, c))), BYTES.map(lambda b: damaged(content, b)))
+    """One of the file's documents changed, they in any number and order, or any bytes."""
+    documents = list(yaml.safe_load_all(content))
+    each = st.builds(lambda d, c: as_yaml(changed(d, c)), st.sampled_from(documents), CHANGES)
+    several = st.lists(st.one_of(each, st.sampled_from([as_yaml(d) for d in documents])), min_size=1, max_size=3)
+    text = st.builds(bytes.join, st.sampled_from([b"---\n", b"...\n---\n", b"\n--- \n", b"...\n"]), several)
+    change = each if len(documents) == 1 else text
+    return st.one_of(change, BYTES.map(lambda b: damaged(content, b)))
 
 
 def of_safetensors(content: bytes) -> st.SearchStrategy[bytes]:

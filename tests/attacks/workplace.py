@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -22,12 +23,14 @@ from commands.command_line import Outcome, tvbases
 from tvbases_hf import Basis
 from tvbases_hf.basis import LoraBasis
 from tvbases_hf.errors import TvbasesError
-from tvbases_hf.text import printable
+from tvbases_hf.text import JOINERS, printable
 from zoo.adapter_zoo import make_adapter, make_base
 from zoo.hf_models import read_state, save_state
 
 # Seconds for one command, which takes a few tenths of one here.
 PATIENCE = 30.0
+# What a terminal is shown beside characters that can be seen: lines, and the joiners of letters.
+SHOWN = f"\n{JOINERS}"
 Action = Sequence[object] | Callable[[], object]
 
 
@@ -118,6 +121,8 @@ def _make_merges(place: Workplace) -> None:
         listed = [{"model": str(place / model)} for model in models]
         config = {"merge_method": method, "base_model": str(place / "base"), "models": listed, "parameters": parameters}
         (place / f"{name}.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    both = [(place / name).read_text(encoding="utf-8") for name in ("merge.yml", "adapters.yml")]
+    (place / "merges.yml").write_text("---\n".join(both), encoding="utf-8")
 
 
 # The guard
@@ -147,6 +152,7 @@ def held(place: Workplace, action: Action, changes: str = "out") -> Outcome:
         )
     if outcome.code == 0:
         _check_finite(place.root / changes, action)
+        _check_markup(place.root / changes, action)
     return outcome
 
 
@@ -161,6 +167,9 @@ def _called(action: Callable[[], object]) -> Outcome:
 def _check_outcome(outcome: Outcome, action: Action) -> None:
     if outcome.code not in (0, 2):
         raise Broken(f"exit code {outcome.code}", f"{_shown(action)}: {outcome}")
+    hidden = sorted({c for c in outcome.out + outcome.err if c not in SHOWN and not c.isprintable()})
+    if hidden:
+        raise Broken("control characters", f"{_shown(action)}: {hidden}: {(outcome.out + outcome.err)[:2000]!a}")
     lines = outcome.err.strip("\n").split("\n")
     if outcome.code == 2 and (len(lines) != 1 or not lines[0].startswith("error: ")):
         raise Broken("more than one line", f"{_shown(action)}: {outcome.err[:2000]}")
@@ -173,6 +182,14 @@ def _check_finite(out: Path, action: Action) -> None:
                 tensor = stored.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                     raise Broken("NaN written", f"{_shown(action)}: {name} in {file}")
+
+
+def _check_markup(out: Path, action: Action) -> None:
+    for file in [*out.rglob("*.md"), *out.rglob("*.html")] if out.is_dir() else []:
+        text = file.read_text(encoding="utf-8")
+        text = MarkdownIt("commonmark").render(text) if file.suffix == ".md" else text
+        if any(attack in text for attack in ("<script>alert", "<img src=x", 'href="javascript')):
+            raise Broken("markup in a page", f"{_shown(action)}: {file}")
 
 
 def _listing(root: Path) -> dict[str, tuple[int, ...]]:
@@ -279,5 +296,9 @@ def actions(place: Workplace) -> dict[str, list[Action]]:
              "--out", place.out / "mix.safetensors", "--quiet"],
         ],
         "bases": [["merge", place / "bases.yml", place.out, "--quiet"]],
+        "yamls": [
+            ["merge", place / "merges.yml", place.out, "--quiet"],
+            ["mergekit-yaml", place / "merges.yml", place.out, "--dry-run", "--quiet"],
+        ],
         "yaml": [merge, ["mergekit-yaml", place / "merge.yml", place.out, "--dry-run", "--quiet"]],
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import sys
@@ -10,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import typer.main
+
 from zoo.hf_models import Family
+
+# The commands with their options, which typer would read from their signatures at every call: a tenth of a second.
+COMMANDS = functools.cache(typer.main.get_command)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ def tvbases(*arguments: object) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
     with (
+        patch.object(typer.main, "get_command", COMMANDS),
         patch.object(sys, "argv", ["tvbases", *map(str, arguments)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

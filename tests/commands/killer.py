@@ -28,12 +28,12 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 
 
 @contextlib.contextmanager
-def serving(log: Path, *arguments: str) -> Iterator[Ask]:
-    """That process, what it and its children say on standard error in ``log``; ``all``: with all modules loaded."""
+def serving(log: Path) -> Iterator[Ask]:
+    """That process; what it and its children say on standard error is in ``log``."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with log.open("ab") as stderr:
         server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("killing.py")), *arguments],
+            [sys.executable, str(Path(__file__).with_name("killing.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

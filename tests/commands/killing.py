@@ -10,11 +10,17 @@ A request is {"arguments": [...], "root": DIR} with one of
     "delay": seconds  it is killed from outside after that time,
 or nothing for a run to its end; "fsync": true has the disk written as users have it.
 
-The answer is {"signal": ..., "code": ..., "steps": ..., "seconds": ...}.
+The answer is {"signal": ..., "code": ..., "steps": ..., "seconds": ...}. What a child had to import, the next has.
+
+``["restore", BASIS, TASK, BASE, OUT]``, which is no command, is that function of the library.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
+import importlib
 import json
 import os
 import signal
@@ -97,13 +103,22 @@ def run(request: dict[str, Any]) -> tuple[int, int]:
         die_in_piece(request["piece"])
     if "swap" in request:
         die_after_swap()
-    sys.argv = ["tvbases", *request["arguments"]]
     code: Any = 0
     try:
-        main()
+        if request["arguments"][0] == "restore":
+            restore(*request["arguments"][1:])
+        else:
+            sys.argv = ["tvbases", *request["arguments"]]
+            main()
     except SystemExit as done:
         code = done.code or 0
     return int(code), steps()
+
+
+def restore(directory: str, task: str, base: str, out: str) -> None:
+    from tvbases_hf import Basis
+
+    Basis.from_pretrained(directory).restore(task, base, out)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -111,55 +126,50 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        code, steps = 1, 0
+        code, steps, loaded = 1, 0, set(sys.modules)
         try:
             code, steps = run(request)
         finally:
-            os.write(write_end, json.dumps([code, steps]).encode())
+            os.write(write_end, json.dumps([code, steps, sorted(set(sys.modules) - loaded)]).encode())
             os._exit(0)
     os.close(write_end)
     if "delay" in request:
         time.sleep(request["delay"])
         os.kill(child, signal.SIGKILL)  # at worst a zombie, which keeps its number until it is waited for
+    code, steps, imported = None, None, []
+    with os.fdopen(read_end, "rb") as pipe, contextlib.suppress(ValueError):  # killed before, or while it told
+        code, steps, imported = json.loads(pipe.read())
     _, status = os.waitpid(child, 0)
-    with os.fdopen(read_end, "rb") as pipe:
-        code, steps = json.loads(pipe.read() or b"[null, null]")
     killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-    return {"signal": killed, "code": code, "steps": steps, "seconds": time.monotonic() - started}
-
-
-def load_all() -> None:
-    """Whatever a command imports when it runs, so that a child begins with its work."""
-    import importlib
-    import pkgutil
-
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
-
-    import tvbases_hf
-
-    for module in pkgutil.walk_packages(tvbases_hf.__path__, "tvbases_hf."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+    seconds = time.monotonic() - started
+    for name in imported:
+        with contextlib.suppress(Exception):  # modules that a package makes of itself
+            importlib.import_module(name)
+    return {"signal": killed, "code": code, "steps": steps, "seconds": seconds}
 
 
 def serve() -> None:
     import mergekit.scripts.run_yaml  # noqa: F401
     import torch
     import transformers
+    import typer.main
+    from transformers import conversion_mapping
 
     import tvbases_mergekit
-    from tvbases_hf import cli  # noqa: F401
+    from tvbases_hf import cli
     from tvbases_hf.basis import basis  # noqa: F401
     from tvbases_hf.cli import tables as report  # noqa: F401
     from tvbases_mergekit import preflight  # noqa: F401
 
-    if sys.argv[1:] == ["all"]:
-        load_all()
     torch.set_num_threads(1)
     os.fsync = lambda *_: None  # a killed process loses nothing that the kernel already has, and disks can be slow
     tvbases_mergekit.register()
     transformers.AutoConfig  # noqa: B018 (loaded when first named)
+    # What every child would make anew, and does not change: thousands of patterns, and the options of all commands.
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    typer.main.get_command = functools.cache(typer.main.get_command)
+    typer.main.get_command(cli.app)
+    gc.freeze()  # a child that collects garbage would touch, and so copy, all of this
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from attacks.kills import Trials, of_checkpoints
 from commands.command_line import snapshot, tvbases
 from commands.killer import SIGKILL, Ask
 from oracles.merge_oracle import merge_config, write_config
@@ -177,3 +178,11 @@ def test_a_command_killed_from_outside_leaves_nothing_that_a_second_run_minds(ll
     assert tvbases(*arguments).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["basis"]
     assert len(Basis.from_pretrained(tmp_path / "basis").tasks) == 4
+
+
+def test_the_trials_of_make_kills_find_nothing_half_written(ask: Ask, tmp_path: Path) -> None:
+    """A handful, of commands that no other test here kills."""
+    chosen = [one for one in of_checkpoints(tmp_path) if one.name in ("extract", "restore", "online")]
+    trials = Trials(ask, tmp_path, Path(os.devnull), random.Random(0), chosen)
+    said = [trials.run(number) for number in range(3 * len(chosen))]
+    assert said == [None] * len(said) and trials.killed > len(chosen)

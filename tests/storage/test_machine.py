@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from safetensors.torch import load_file, save_file
 
 from commands.command_line import Outcome, compress, inputs, refused, root, snapshot, tvbases
 from oracles.merge_oracle import merge_config, write_config
@@ -220,6 +223,42 @@ def test_an_input_that_changes_while_it_is_read_is_said(
     monkeypatch.undo()
     if change is touched:
         assert tvbases(*arguments).code == 0  # also while what was opened before is still at hand
+
+
+@pytest.mark.parametrize("change", [touched, longer])
+def test_so_is_one_that_mergekit_reads_itself(
+    change: Callable[[Path], None], pair: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = merge_config(pair, "task_arithmetic", weight=1.0)
+    arguments = ["mergekit-yaml", write_config(root(pair) / "merge.yml", config), root(pair) / "out", "--quiet"]
+    read, changed = LazyTensorLoader.get_tensor, list[Path]()
+
+    def read_and_change(self: LazyTensorLoader, *args: Any, **options: Any) -> Any:
+        if Path(self.index.base_path) == pair.tasks["code"] and not changed:
+            changed.append(pair.tasks["code"] / "model.safetensors")
+            change(changed[0])
+        return read(self, *args, **options)
+
+    before = set(snapshot(root(pair)))
+    monkeypatch.setattr(LazyTensorLoader, "get_tensor", read_and_change)
+    done = tvbases(*arguments)
+    assert changed and done.code == 2 and set(snapshot(root(pair))) == before
+    assert f'{pair.tasks["code"]}": model.safetensors was written to while it was read' in done.err
+
+
+def test_mergekit_yaml_reads_a_model_that_was_replaced_since_the_last_merge(pair: Family) -> None:
+    """Twice in one process, in which mergekit keeps the files that it has opened."""
+    config = merge_config(pair, "task_arithmetic", weight=1.0)
+    file, code = write_config(root(pair) / "merge.yml", config), pair.tasks["code"] / "model.safetensors"
+    written = []
+    for _ in range(2):
+        assert tvbases("mergekit-yaml", file, root(pair) / "out", "--quiet").code == 0
+        written.append(load_file(root(pair) / "out" / "model.safetensors"))
+        tuned = {name: tensor + 1 for name, tensor in load_file(code).items()}
+        save_file(tuned, code.with_suffix(".new"), {"format": "pt"})
+        code.with_suffix(".new").replace(code)
+    for name, tensor in written[0].items():
+        torch.testing.assert_close(written[1][name], tensor + 1, rtol=0, atol=1e-6)
 
 
 def test_an_input_that_another_file_replaces_is_read_to_its_end(pair: Family, monkeypatch: pytest.MonkeyPatch) -> None:

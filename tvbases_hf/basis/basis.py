@@ -131,7 +131,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         Raises MismatchError if ``base`` is not the model that the basis was built on.
         """
         check_over(over)
-        model = self._fitting(base if isinstance(base, Checkpoint) else Checkpoint.open(base))
+        model = self.fitting(base if isinstance(base, Checkpoint) else Checkpoint.open(base))
         num_tasks, num_bases = self.encoder.shape
         covered = set(self.names)
         names = tuple(name for name in model.tensors if name in covered)
@@ -246,9 +246,9 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         return info.adapters is None
 
     def _base(self, base: str | Path | None) -> Checkpoint | None:
-        return None if base is None else self._fitting(Checkpoint.open(base))
+        return None if base is None else self.fitting(Checkpoint.open(base))
 
-    def _fitting(self, model: Checkpoint) -> Checkpoint:
+    def fitting(self, model: Checkpoint) -> Checkpoint:
         """The base, once it is known to be the one; MismatchError for another, or for vectors of other shapes."""
         self.check_base(model)
         model = self._with_outputs(model)

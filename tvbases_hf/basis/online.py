@@ -117,7 +117,13 @@ class OnlineBasis:
                 f'"{directory}": a basis, but not an online one: tasks cannot be added to it; start one of its own'
             )
         model = _open_base(basis.info.base_id if base is None else base)
-        basis.check_base(model)
+        basis.fitting(model)
+        weights = [name for name, info in model.tensors.items() if info.dtype.is_floating_point]
+        if lost := sorted(set(weights) - set(basis.names)):
+            raise CheckpointError(
+                f'"{directory}": {len(lost)} of {len(weights)} weights of the base have no vectors (first: {lost[0]}); '
+                "the files of the basis are damaged: copy the directory again"
+            )
         return cls(Path(directory), model, _settings(basis.info, str(directory)), basis)
 
     @property

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..storage.json_files import parse_json
 from ..storage.output import contains_only, transaction
+from ..storage.tensor_files import ONE_FILE, TensorFiles
+from ..storage.tensors import TensorInfo
 
-FILE = "masked_vectors.safetensors"
+STEM = "masked_vectors"
+FILE = f"{STEM}.safetensors"
 PARTS = ("crow", "columns", "values")
 
 
@@ -118,7 +120,12 @@ class MaskedVectors:
         }
         shapes = {name: list(csr.shape) for name, csr in self.parts[0].items()}
         with transaction(out, lambda path: contains_only(path, [FILE]), self.nbytes) as work:
-            save_file(tensors, work / FILE, {"labels": json.dumps(self.labels), "shapes": json.dumps(shapes)})
+            # safetensors' own writer puts the words of the header in another order in every run
+            infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+            words = {"labels": json.dumps(self.labels), "shapes": json.dumps(shapes)}
+            files = TensorFiles(work, STEM, infos, ONE_FILE, words)
+            for name, tensor in tensors.items():
+                files.write(name, tensor)
         return out
 
     @classmethod
