@@ -81,6 +81,7 @@ def from_files(made: Made) -> tuple[float, float]:
 
 def changed(made: Made, vectors: Vectors, weights: tuple[float, ...]) -> Any:
     state = load_file(made.base / "model.safetensors")
+    vectors.base.check_storable()
     for name in vectors.names:
         change = dense(total(vectors.deltas(name), weights))
         state[name] = (state[name].double() + change.reshape(state[name].shape)).to(state[name].dtype)
@@ -109,7 +110,7 @@ def in_a_loaded_model(made: Made) -> float:
         for name in vectors.names:
             owner, _, leaf = name.rpartition(".")
             module = plain.get_submodule(owner)
-            own = getattr(module, leaf)  # replaced, since an embedding and an output may be one parameter
+            own = vectors.base.read(name)  # replaced, since an embedding and an output may be one parameter
             change = dense(vectors.deltas(name)[0]).reshape(own.shape)
             setattr(module, leaf, nn.Parameter((own.double() + change).to(own.dtype)))
     return relative(logits(plain), expected)

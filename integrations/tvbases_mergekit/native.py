@@ -111,6 +111,7 @@ def _preview(
         check_basis_parameters(method, bound)
     if adapter:
         return preview(out, len(names), None)
+    inputs.vectors.base.check_storable()
     beside(inputs.vectors.base, inputs.vectors.models, inputs.made)
     size = sum(info.numel * (dtype or info.dtype).itemsize for info in tensors.values())
     return preview(out, len(tensors), size)
