@@ -133,6 +133,7 @@ def _preview(job: Job, out: Path) -> dict[str, Any]:
         check_basis_parameters(method, bound)
     if job.request.adapter:
         return preview(out, len(names), None)
+    inputs.vectors.base.check_storable()
     beside(inputs.vectors.base, inputs.vectors.models, inputs.made)
     size = sum(info.numel * (job.dtype or info.dtype).itemsize for info in tensors.values())
     return preview(out, len(tensors), size)

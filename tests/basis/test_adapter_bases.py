@@ -178,9 +178,10 @@ def test_adapters_of_different_bases_are_not_added(lora: Path, base: Path, tmp_p
         Vectors.open(base, {"a": lora, "b": other})
 
 
-def test_a_lora_bias_without_a_bias_in_the_base_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_has_no_lora_bias_without_a_bias_in_the_base(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "a", base, Case("llama", {"target_modules": ["q_proj"], "lora_bias": True}))
-    assert "lora_bias on model.layers.0.self_attn.q_proj" in refusal(adapter, base, MismatchError)
+    with pytest.raises(CheckpointError, match=r"lora_bias.*first: model.layers.0.self_attn.q_proj.bias"):
+        Vectors.open(base, {"mine": adapter}).base.written()
 
 
 def test_fan_in_fan_out_of_a_square_weight_that_nothing_confirms_is_refused(

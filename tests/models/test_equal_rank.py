@@ -158,6 +158,14 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "lora_bias": ({"lora_bias": True}, {"vllm": "biases", "llama.cpp": "biases"}),
     "plain": ({}, {}),
     "ranks": ({"rank_pattern": {"x": 4}}, {"llama.cpp": "--equal-rank", "diffusers": "--equal-rank"}),
+    "parameters": (
+        {"target_parameters": ["mlp.experts.down_proj"]},
+        dict.fromkeys(("vllm", "llama.cpp", "diffusers"), "target_parameters: train the layers"),
+    ),
+    "tokens": (
+        {"trainable_token_indices": {"embed_tokens": [3]}},
+        dict.fromkeys(("vllm", "llama.cpp", "diffusers"), "trainable_token_indices: leave those adapters out"),
+    ),
     "wide": ({"r": 513}, {"vllm": "above 512"}),
 }
 

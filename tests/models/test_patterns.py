@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvbases_hf.errors import CheckpointError
-from tvbases_hf.models.lora_config import check_expressions
+from tvbases_hf.models.lora_config import LoraOptions, check_expressions
 from tvbases_hf.models.patterns import Patience, PatternError, check_pattern, check_time
 
 # As PEFT's users, unsloth and LLaMA-Factory write them.
@@ -72,3 +72,23 @@ def test_expressions_of_a_configuration_are_tried_before_peft_has_them() -> None
     check_expressions({"target_modules": KNOWN[0], "rank_pattern": {"q_proj": 4}}, NAMES, "math")
     with pytest.raises(CheckpointError, match=r'"math": adapter_config\.json: .* is not a regular expression'):
         check_expressions({"alpha_pattern": {"(": 4}}, NAMES, "math")
+
+
+def test_a_pattern_of_layers_means_what_it_means_to_re_and_comes_to_an_end() -> None:
+    """PEFT takes the first group for the number of the layer, so that one in the pattern shifts it."""
+
+    def chosen(pattern: str, **words: object) -> LoraOptions:
+        config = {"peft_type": "LORA", "target_modules": ["q_proj"], "layers_to_transform": [0, 11], **words}
+        return LoraOptions.parse({**config, "layers_pattern": pattern}, "math")
+
+    assert [chosen("layers").is_target(name) for name in NAMES] == [True, False, False, False, True, False]
+    assert not chosen("(layers|h)").is_target(NAMES[0])
+    slow, endless = chosen(r"(?:(a)|(.))*?\2\1(?:(a)|(.))*?\2\1z"), {"layers_pattern": r"(.*)*x"}
+    slow.patience.left = 0.05
+    with pytest.raises(CheckpointError, match=r'"math": adapter_config.json: .* takes more than'):
+        for length in range(20, 2000, 20):
+            slow.is_target(f"{'ab' * length}z.x.q_proj")
+    with pytest.raises(CheckpointError, match="is not a regular expression"):
+        chosen("(")
+    with pytest.raises(CheckpointError, match="takes more than"):
+        check_expressions(endless, ["a" * 40], "math", 2)

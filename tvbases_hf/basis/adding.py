@@ -52,6 +52,8 @@ def add_tasks(
     opened = {name: {name: open_model(path, basis.base)} for name, path in tasks.items()}
     how: dict[str, Any] = {"extra_rows": extra_rows, "rows_of_base": True}
     models = {name: Vectors.of_models(basis.base, model, **how) for name, model in opened.items()}
+    for model in models.values():
+        model.base.check_storable()
     warnings = [note for model in models.values() for note in model.coverage.notes()]
     if dry_run:
         names = [info for info in basis.base.tensors.values() if info.dtype.is_floating_point]

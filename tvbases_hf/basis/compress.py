@@ -20,6 +20,7 @@ from ..models.lora_files import Template
 from ..models.vectors import Vectors
 from ..storage.output import check_apart, check_output, preview
 from ..storage.run import current
+from .adapters.pool import check_kinds
 from .basis import Basis
 from .info import is_basis_directory
 from .lora import LoraBasis
@@ -79,6 +80,7 @@ def _check_run(vectors: Vectors, request: Request) -> None:
     """Adapters and full checkpoints are not read in the same way, and what loads adapters cannot read all of them."""
     adapters = [model for model in vectors.models.values() if isinstance(model, Adapter)]
     if adapters and vectors.are_adapters:
+        check_kinds(vectors)
         check_foreseen(request.host, adapters, Template.of(adapters, vectors.base.label), None)
     if vectors.are_adapters and vectors.device.type != "cpu":
         raise ParameterError("a device is for full checkpoints; factors of adapters are small: leave it out")

@@ -8,7 +8,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import defaults
+from ..storage.checkpoint import Checkpoint, TensorInfo
 from .adapters.lora_vectors import LoraVectors
 from .adapters.task import TaskAdapter, task_adapter
 from .adapters.verdict import adapter_card
@@ -31,6 +34,12 @@ class LoraBasis(Basis):
 
     def _card(self, info: BasisInfo) -> str:
         return adapter_card(info)
+
+    def _with_outputs(self, model: Checkpoint) -> Checkpoint:
+        own = super()._with_outputs(model)
+        assert self.info.adapters is not None
+        biases = [name for name in self._source.whole if name in self.info.adapters.bias_modules]
+        return own.with_biases({name: TensorInfo(self._source.shape(name), torch.float32) for name in biases})
 
     @property
     def source(self) -> LoraVectors:

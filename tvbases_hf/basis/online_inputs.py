@@ -48,7 +48,9 @@ def changes_of(base: Checkpoint, task: str, model: str | Path | Model | Mapping[
         _check(base, task, model)
         return Changes(base, task, model)
     opened = open_model(model, base) if isinstance(model, (str, Path)) else model
-    return Changes(base, task, Vectors.of_models(base, {task: opened}))
+    vectors = Vectors.of_models(base, {task: opened})
+    vectors.base.check_storable()
+    return Changes(base, task, vectors)
 
 
 def _check(base: Checkpoint, task: str, changes: Mapping[str, Tensor]) -> None:

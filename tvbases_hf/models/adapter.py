@@ -196,6 +196,12 @@ class Adapter:
         """How the factors of a weight are stored; None for biases, saved modules and what the adapter lacks."""
         return self._modules[name].layout if name in self._modules else None
 
+    @property
+    def new_biases(self) -> dict[str, TensorInfo]:
+        """LoRA biases of layers that have no bias in the base, by the names that those would have."""
+        found = {name: self._shape(module.parts[BIAS]) for name, module in self._biases.items()}
+        return {n: TensorInfo(shape, torch.float32) for n, shape in found.items() if n not in self._base.tensors}
+
     def module_of_bias(self, name: str) -> str | None:
         """The targeted module whose LoRA bias changes the base's tensor ``name``."""
         return self._biases[name].layout.module if name in self._biases else None
@@ -330,13 +336,7 @@ class Adapter:
         scaling = self._options.scaling(module, self._options.rank_of(module))
         self._modules[name] = LoraModule(layout, scaling, parts)
         if BIAS in parts:
-            bias = self._name(f"{module}.bias")
-            if bias not in self._base.tensors:
-                raise MismatchError(
-                    f'"{self.label}": lora_bias on {module}, which has no bias in the base ({self._base.label}); '
-                    "no change of the base's tensors does what it does"
-                )
-            self._biases[bias] = self._modules[name]
+            self._biases[f"{name.removesuffix('weight')}bias"] = self._modules[name]
 
     def _match_saved(self, saved: Mapping[str, str]) -> dict[str, str]:
         """Saved modules and biases, by the base's name. PEFT stores targeted embeddings too: a copy changes nothing."""
@@ -382,7 +382,7 @@ class Adapter:
 
     def _refuse_shared(self) -> None:
         for name in self.names:
-            if name not in self._tokens and is_shared(name, self._base, self.config):
+            if name not in self._tokens and name in self._base.tensors and is_shared(name, self._base, self.config):
                 raise self._tied(name.removesuffix(".weight"))
 
     def _tied(self, module: str) -> TvbasesError:

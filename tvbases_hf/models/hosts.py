@@ -25,7 +25,7 @@ class Host:
     """``saved``: the modules that may be saved whole, a regular expression for the whole name; None for any.
 
     ``patterns``: whether modules may have ranks of their own; ``biases``: the words of the configuration by which an
-    adapter may bring some; ``max_rank``: the largest rank.
+    adapter may bring some; ``max_rank``: the largest rank; ``beside``: whether it takes what no module has factors of.
     """
 
     saved: str | None = None
@@ -33,6 +33,7 @@ class Host:
     dora: bool = True
     biases: tuple[str, ...] = ("bias", "lora_bias")
     max_rank: int | None = None
+    beside: bool = False
 
     def complaints(self, config: Mapping[str, Any]) -> list[str]:
         """What it has against an adapter of this configuration, each with what to do."""
@@ -47,6 +48,8 @@ class Host:
         biases = [word for word in ("bias", "lora_bias") if config.get(word) not in (None, False, "none")]
         if not set(biases) <= set(self.biases):
             found.append(f"it reads no biases: {ELSE}")
+        if not self.beside:
+            found += [f"it reads no {word}: {advice}" for word, advice in BESIDE.items() if config.get(word)]
         allowed = re.compile(".*" if self.saved is None else self.saved)
         modules = [module for module in config.get("modules_to_save") or [] if not allowed.fullmatch(module)]
         if modules:
@@ -55,14 +58,20 @@ class Host:
 
 
 ELSE = "leave them out (extract --save none), or write a checkpoint"
+BESIDE = {
+    "target_parameters": "train the layers (target_modules), or write a checkpoint",
+    "trainable_token_indices": "leave those adapters out, or write a checkpoint",
+}
 HOSTS: dict[str, Host] = {
+    # Experts of target_parameters are read as if their factors were transposed, or stop the engine (vllm #52198); what
+    # is no factor is refused.
     "vllm": Host("classifier|score", dora=False, biases=(), max_rank=VLLM_RANKS[-1]),
-    # convert_lora_to_gguf.py reads factors and one alpha, which is divided by the rank of each tensor; norms are
-    # converted, but not applied.
+    # convert_lora_to_gguf.py reads factors of modules and one alpha, which is divided by the rank of each tensor; norms
+    # are converted, but not applied.
     "llama.cpp": Host("", patterns=False, dora=False, biases=()),
-    # load_lora_adapter reads factors alone, and swaps adapters of one rank.
+    # load_lora_adapter reads factors of modules alone, and swaps adapters of one rank.
     "diffusers": Host("", patterns=False, biases=("lora_bias",)),
-    "peft": Host(),
+    "peft": Host(beside=True),
 }
 
 
@@ -107,6 +116,8 @@ def check_foreseen(
         "use_dora": any(adapter.has_dora for adapter in adapters),
         "lora_bias": bool(template.bias_modules),
         "bias": "all" if biases else "none",
+        "target_parameters": sorted(template.parameters),
+        "trainable_token_indices": sorted(template.tokens),
         "modules_to_save": sorted({template.module_to_save(name) for name in saved}),
     }
     check_host(host, {"r": 1, **words})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import CheckpointError
 from ..storage.json_files import read_object, wrong_values
-from .patterns import Patience, PatternError, check_pattern, check_time
+from .patterns import PATIENCE, Patience, PatternError, check_pattern, check_time
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -140,7 +139,7 @@ class LoraOptions:
                 excluded=_modules(config.get("exclude_modules")),
                 label=label,
                 layers=_numbers(config.get("layers_to_transform")),
-                layers_patterns=tuple(check_pattern(str(own)) for own in _several(config.get("layers_pattern"))),
+                layers_patterns=tuple(_layer(str(own)) for own in _several(config.get("layers_pattern"))),
                 tokens=_tokens(config.get("trainable_token_indices")),
                 parameters=tuple(map(str, _several(config.get("target_parameters")))),
             )
@@ -169,9 +168,9 @@ class LoraOptions:
         """PEFT's rule: layers are chosen among modules named by the end of their name, by the first number in it."""
         if not self.layers or isinstance(self.targets, str) or module in (self.targets or ()):
             return True
-        patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_patterns] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
-        return found is not None and int(found[1]) in self.layers
+        patterns = self.layers_patterns or (r".*?\.[^.]*\.(\d+)\.",)
+        found = next((groups for pattern in patterns if (groups := self._asked("groups", pattern, module))), None)
+        return found is not None and found[0] in map(str, self.layers)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """The rows of an embedding that were trained; none where the configuration does not say."""
@@ -181,17 +180,17 @@ class LoraOptions:
 
     def _first_match(self, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
         """PEFT's rule: the first pattern that matches the end of the module's name, at a dot."""
-        return next((value for pattern, value in patterns.items() if self._finds("match", pattern, module)), default)
+        return next((value for pattern, value in patterns.items() if self._asked("match", pattern, module)), default)
 
     def _matches(self, names: tuple[str, ...] | str | None, module: str) -> bool:
         """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
         if not names:
             return False
         if isinstance(names, str):
-            return self._finds("fullmatch", names, module)
+            return self._asked("fullmatch", names, module)
         return any(module == name or module.endswith(f".{name}") for name in names)
 
-    def _finds(self, how: str, pattern: str, module: str) -> bool:
+    def _asked(self, how: str, pattern: str, module: str) -> Any:
         try:
             return getattr(self.patience, how)(pattern, module)
         except PatternError as error:
@@ -220,14 +219,15 @@ def _check_kinds(config: Mapping[str, Any], label: str) -> None:
         raise CheckpointError(f'"{label}": {CONFIG_FILE} is damaged: {wrong_values(error)}') from error
 
 
-def check_expressions(config: Mapping[str, Any], modules: Iterable[str], label: str) -> None:
+def check_expressions(config: Mapping[str, Any], modules: Iterable[str], label: str, seconds: float = PATIENCE) -> None:
     """CheckpointError where PEFT would look for ever for the modules that a configuration means."""
     whole = [config[key] for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
     ends = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
     try:
-        expressions = [*map(check_pattern, whole), *map(_end, ends)]
+        layers = [f"{_layer(str(own))}.*" for own in _several(config.get("layers_pattern"))]
+        expressions = [*map(check_pattern, whole), *map(_end, ends), *layers]
         if expressions:
-            check_time(expressions, modules)
+            check_time(expressions, modules, seconds)
     except (PatternError, TypeError) as error:
         raise CheckpointError(f'"{label}": {CONFIG_FILE}: {error}') from error
 
@@ -289,6 +289,11 @@ def _finite(value: Any) -> float:
 def _end(pattern: str) -> str:
     """PEFT's expression for a name that ends with the pattern, at a dot. Raises PatternError."""
     return check_pattern(rf"(.*\.)?({check_pattern(pattern)})$")
+
+
+def _layer(pattern: str) -> str:
+    """PEFT's expression for the number of a layer, behind what its ``layers_pattern`` says. Raises PatternError."""
+    return check_pattern(rf"(?:^|.*?\.){check_pattern(pattern)}\.(\d+)\.")
 
 
 def _several(value: Any) -> tuple[Any, ...]:

@@ -68,7 +68,8 @@ class Template:
 
         found = {name: layout for a in reversed(adapters) for name in a.names if (layout := a.layout(name))}
         layouts = {n: Layout(renamed(n), layout.kind, layout.kernel) for n, layout in found.items()}
-        biases = {name: renamed(name) for a in adapters for name in a.names if a.module_of_bias(name)}
+        biased = [name for a in adapters for name in a.names if a.module_of_bias(name)]
+        biases = {name: renamed(f"{name.removesuffix('bias')}weight") for name in biased}
         repository, revision = without_revision(base_id)
         config: dict[str, Any] = {"base_model_name_or_path": repository}
         if revision:
@@ -133,6 +134,11 @@ def adapter_tensors(
     if parameters and (dora or words):
         raise ParameterError(
             f"{next(iter(parameters))} is a parameter, of which PEFT has no DoRA and no bias; write a full checkpoint"
+        )
+    if dora and (homeless := [n for n in others if n in template.bias_modules and n not in base.stored.tensors]):
+        raise ParameterError(
+            f"{len(homeless)} LoRA biases are of layers that have no bias in the base (first: {homeless[0]}), and PEFT "
+            "has no DoRA with LoRA biases; leave the DoRA out, or the adapter with lora_bias"
         )
     beside = {*template.tokens, *(() if dora else template.bias_modules)}
     trained = {name: delta for name, delta in others.items() if name not in beside}

@@ -115,6 +115,9 @@ def check_parts(label: str, module: str, shapes: Mapping[str, tuple[int, ...]], 
     flat = [part for part in pair if len(shapes[part]) < 2]
     if flat:
         raise CheckpointError(f"{where}: {flat[0]} is no matrix (a part of a sharded one?); save the adapter again")
+    outputs = shapes[pair[1]][0]
+    if shapes.get(BIAS, (outputs,)) != (outputs,):
+        raise CheckpointError(f"{where} has {outputs} outputs and a {BIAS} of {list(shapes[BIAS])}; save it again")
     rank, configured = shapes[pair[0]][0], options.rank_of(module)
     if rank < 1 or configured < 1:
         raise CheckpointError(f"{where} has rank 0, so it changes nothing; train or save it again")

@@ -35,13 +35,20 @@ class Patience:
 
     def fullmatch(self, pattern: str, name: str) -> bool:
         """Whether the expression is that of the whole name. Raises PatternError."""
-        return self._found(_compiled(pattern).fullmatch, pattern, name)
+        return self._found(_compiled(pattern).fullmatch, pattern, name) is not None
 
     def match(self, pattern: str, name: str) -> bool:
         """Whether the name begins as the expression says. Raises PatternError."""
-        return self._found(_compiled(pattern).match, pattern, name)
+        return self._found(_compiled(pattern).match, pattern, name) is not None
 
-    def _found(self, search: Callable[..., object], pattern: str, name: str) -> bool:
+    def groups(self, pattern: str, name: str) -> tuple[str | None, ...] | None:
+        """What the expression's groups are where the name begins as it says; else None. Raises PatternError."""
+        found = self._found(_compiled(pattern).match, pattern, name)
+        return None if found is None else found.groups()
+
+    def _found(
+        self, search: Callable[..., regex.Match[str] | None], pattern: str, name: str
+    ) -> regex.Match[str] | None:
         begun = time.monotonic()
         try:
             found = search(name, timeout=max(self.left, 0.001))
@@ -51,7 +58,7 @@ class Patience:
                 f"{_shown(name)}); write a simpler expression, or a list of names"
             ) from None
         self.left -= time.monotonic() - begun
-        return found is not None
+        return found
 
 
 def check_time(patterns: Iterable[str], names: Iterable[str], seconds: float = PATIENCE) -> None:

@@ -101,6 +101,7 @@ class Vectors:
         """
         models = {task: placed(m, base) if isinstance(m, Checkpoint) else m for task, m in models.items()}
         base, models = same_outputs(base, models)
+        base = _with_new_biases(base, models)
         base, models, note = same_rows(base, models, extra_rows, rows_of_base=rows_of_base)
         coverage = replace(check_fit(base, models, skip_mismatched), rows=note)
         place = torch.device(device)
@@ -215,6 +216,16 @@ def parse_tasks(items: Iterable[str]) -> dict[str, str]:
             raise ParameterError(f'two tasks are named "{name}" ({tasks[name]} and {source}); give each its own name')
         tasks[name] = source
     return tasks
+
+
+def _with_new_biases(base: Checkpoint, models: Mapping[str, Model]) -> Checkpoint:
+    """With the biases that adapters give to layers without one; refused beside checkpoints, which make checkpoints."""
+    for model in models.values():
+        if isinstance(model, Adapter):
+            base = base.with_biases(model.new_biases)
+    if any(isinstance(model, Checkpoint) for model in models.values()):
+        base.check_storable()
+    return base
 
 
 def _given_twice(tasks: Mapping[str, str | Path]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Checkpoint:
         self._read = read
         self._followers: dict[str, str] = {}
         self._made: dict[str, Callable[[], Tensor]] = {}
+        self._added: tuple[str, ...] = ()
         self._stored = self
         tied = copies(self.config, _shapes(tensors), self.read)
         self.tensors = {name: info for name, info in tensors.items() if name not in tied}
@@ -120,6 +122,24 @@ class Checkpoint:
         view._made = {**self._made, **{name: read for name, (_, read) in made.items()}}
         return view
 
+    def with_biases(self, biases: Mapping[str, TensorInfo]) -> Checkpoint:
+        """With biases of zeros that its layers lack, which an adapter can change and no checkpoint of it can hold."""
+        lacking = {name: info for name, info in biases.items() if name not in self.tensors}
+        made = {name: (info, partial(torch.zeros, info.shape, dtype=info.dtype)) for name, info in lacking.items()}
+        view = self.with_made(made)
+        if lacking:
+            view._added = (*self._added, *lacking)
+        return view
+
+    def check_storable(self) -> None:
+        """CheckpointError where it has biases that no checkpoint of it can hold."""
+        if self._added:
+            raise CheckpointError(
+                f'"{self.label}": {len(self._added)} biases are an adapter\'s (lora_bias), of layers that have none in '
+                f"the base (first: {self._added[0]}), so that no checkpoint of it holds them; write an adapter "
+                "instead, or leave that one out"
+            )
+
     @property
     def stored(self) -> Checkpoint:
         """The model as it is in its files."""
@@ -154,7 +174,9 @@ class Checkpoint:
         """The tensors as a model made of this one stores them: floats in ``dtype``.
 
         None is each tensor's own, of dequantised ones the 16-bit float that the configuration declares, else bfloat16.
+        Raises CheckpointError; see check_storable.
         """
+        self.check_storable()
         own = written_dtype(self.config)
         return {
             name: TensorInfo(info.shape, dtype or (own if self._quantised(name) else info.dtype))

@@ -14,6 +14,7 @@ from ...algebra.delta import Delta, Dense, LowRank, dense, low_parts
 from ...errors import ParameterError
 from ...models.adapter import Adapter
 from ...models.gram import Gram
+from ...models.lora_config import is_lora
 from ...models.lora_files import Template, adapter_tensors
 from ...models.vectors import Vectors
 from ...options import options_of
@@ -54,6 +55,7 @@ class Pool:
         normalize: Annotated[bool, Field(description="count each task's error relative to its own norm")] = True,
     ) -> Pool:
         """One pass over the adapters. Raises ParameterError for changes that a basis cannot hold."""
+        check_kinds(vectors)
         adapters = adapters_of(vectors)
         template = Template.of(adapters, base_id(vectors))
         dtype = dtype or functools.reduce(torch.promote_types, (_factor_dtype(adapter) for adapter in adapters))
@@ -139,6 +141,30 @@ class Pool:
 
 # What all bases of adapters have, however they are made.
 POOL_OPTIONS = options_of(Pool.of)
+
+
+def check_kinds(vectors: Vectors) -> None:
+    """Raises ParameterError for adapters whose changes a stock LoRA of all of them could not hold, or not task by task.
+
+    Nothing but names is read.
+    """
+    for task, adapter in zip(vectors.tasks, adapters_of(vectors), strict=True):
+        kind = adapter.config.get("peft_type")
+        if not is_lora(adapter.config):
+            raise ParameterError(
+                f'"{task}": {kind} adapter, which has no factors of its changes; write a LoRA of it first (tvbases '
+                "merge --adapter, with --rank for a small one), or a checkpoint, and compress that"
+            )
+        for option, names in (
+            ("target_parameters", [name for name in adapter.names if adapter.place(name)]),
+            ("trainable_token_indices", [name for name in adapter.names if adapter.rows(name)]),
+        ):
+            if names:
+                raise ParameterError(
+                    f'"{task}": {option} of {len(names)} tensors (first: {names[0]}), which a basis of adapters does '
+                    "not hold; leave that task out, or merge every task to a checkpoint (tvbases merge) and compress "
+                    "these"
+                )
 
 
 def adapters_of(vectors: Vectors) -> list[Adapter]:
