@@ -23,14 +23,19 @@ EXPERTS = re.compile(r"(^|\.)(\w*experts|moe|input_linear|output_linear)\.")
 BIAS = re.compile(r"bias$")
 
 
+def of_experts(name: str) -> bool:
+    """Whether a weight is of all experts of a mixture, by its name."""
+    return bool(EXPERTS.search(f"{name}.")) and "conv" not in name
+
+
 def is_stack(name: str, shape: Sequence[int]) -> bool:
     """Whether a weight [E, n, m] is E matrices."""
-    return len(shape) == 3 and _of_experts(name)
+    return len(shape) == 3 and of_experts(name)
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
     """Whether a weight is one matrix: the biases [E, n] of E experts are vectors."""
-    return len(shape) == 2 and not (BIAS.search(name) and _of_experts(name))
+    return len(shape) == 2 and not (BIAS.search(name) and of_experts(name))
 
 
 def unstacked(deltas: Sequence[Delta], shape: Sequence[int]) -> list[list[Delta]]:
@@ -53,7 +58,3 @@ def _part(delta: Delta, index: int) -> Dense | LowRank:
         return delta.parts[index]
     assert isinstance(delta, Dense)  # of three dimensions
     return Dense(delta.tuned[index], None if delta.base is None else delta.base[index])
-
-
-def _of_experts(name: str) -> bool:
-    return bool(EXPERTS.search(f"{name}.")) and "conv" not in name
