@@ -30,13 +30,6 @@ MADE: dict[str, Callable[[], Any]] = {
     "llama 4": lambda: transformers.Llama4ForCausalLM(
         transformers.Llama4TextConfig(**SIZES, head_dim=8, num_experts_per_tok=1, intermediate_size_mlp=24)
     ),
-    "dbrx": lambda: transformers.DbrxForCausalLM(
-        transformers.DbrxConfig(
-            d_model=16, n_heads=2, n_layers=1, vocab_size=31, max_seq_len=32,
-            attn_config={"rope_theta": 1e4, "clip_qkv": 8.0},
-            ffn_config={"ffn_hidden_size": 24, "hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
-        )
-    ),
     "jetmoe": lambda: transformers.JetMoeForCausalLM(
         transformers.JetMoeConfig(
             vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_key_value_heads=2,
@@ -44,7 +37,7 @@ MADE: dict[str, Callable[[], Any]] = {
         )
     ),
 }  # fmt: skip
-NAMES = (*MADE, "granite moe", "mixtral", "qwen3 moe")
+NAMES = (*MADE, "dbrx", "granite moe", "mixtral", "qwen3 moe")
 Grams = dict[tuple[str, int], Tensor]
 
 

@@ -3,8 +3,8 @@
 Experts of a mixture that are stored in one tensor are matrices one upon the other. A three-dimensional tensor is read
 so by its name: kernels of one-dimensional convolutions have three dimensions too, and so have tables of positions.
 Kernels of any convolution are other shapes, whose merged change is a mean or a sum, as the TSV paper has it: for every
-method, and for full models and adapters alike. DBRX stores its experts one below the other in a tensor of two
-dimensions, which is one matrix.
+method, and for full models and adapters alike. DBRX's
+experts, one below the other in a tensor of two dimensions, are given in the shape of E matrices.
 """
 
 from __future__ import annotations
