@@ -136,7 +136,8 @@ def tsv(place: Place) -> None:
         if changes is None:
             expected[name] = own
         elif family.is_stack(name):
-            expected[name] = own + torch.stack([tsv_merge(list(part)) for part in zip(*changes, strict=True)])
+            parts = zip(*(family.matrices(name, change) for change in changes), strict=True)
+            expected[name] = own + torch.stack([tsv_merge(list(part)) for part in parts]).reshape(own.shape)
         else:
             matrix = family.is_matrix(name) and own.numel()
             expected[name] = own + (tsv_merge(changes) if matrix else sum(changes) / len(changes))
@@ -205,14 +206,15 @@ def decompose(place: Place) -> None:
     tvbases("decompose", *place.inputs, "--rank", 0.5, "--threshold", 0.4, "--out", out)
     expected = dict(family.stored["base"])
     for name in family.names():
-        first, second = (family.change(task, name) for task in family.tasks)
+        first, second = (family.matrices(name, family.change(task, name)) for task in family.tasks)
         if first.ndim > 1 and family.is_transposed(name):
             first, second = (change.mT for change in (first, second))
         if family.is_stack(name):
             own = torch.stack([unique(*pair) for pair in zip(first, second, strict=True)])
         else:
             own = unique(first, second) if family.is_matrix(name) else first
-        expected[name] = expected[name] + (own.mT if own.ndim > 1 and family.is_transposed(name) else own)
+        own = own.mT if own.ndim > 1 and family.is_transposed(name) else own
+        expected[name] = expected[name] + own.reshape(expected[name].shape)
     compare_stored(family, out / "unique" / "a", expected, 1e-4)
 
 

@@ -60,9 +60,14 @@ class Family:
                 found[name] = torch.where(tuned == own, found[name], found[name] + weight * (tuned - own))
         return found
 
+    def matrices(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the files as one matrix for every expert; DBRX stores these one below the other."""
+        below = self.kind.model_type == "dbrx" and ".experts.mlp." in name
+        return tensor.view(*self.kind.experts, -1, tensor.shape[1]) if below else tensor
+
     def is_stack(self, name: str) -> bool:
         """Whether a tensor of the files is one matrix for every expert of a mixture, by the counts in the config."""
-        tensor = self.stored["base"][name]
+        tensor = self.matrices(name, self.stored["base"][name])
         return tensor.ndim == 3 and len(tensor) in self.kind.experts and not self._is_of(name, Convolution)
 
     def is_matrix(self, name: str) -> bool:
@@ -71,6 +76,8 @@ class Family:
 
     def is_transposed(self, name: str) -> bool:
         """Whether a matrix is stored as [in, out]: those of Conv1D, and experts that say so."""
+        if self.kind.model_type == "dbrx":
+            return name.endswith("experts.mlp.w2")
         if self.is_stack(name):
             return any(getattr(module, "is_transposed", False) or _is_in_out(module) for module in self.model.modules())
         return self._is_of(name, Conv1D)

@@ -24,9 +24,9 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from tvbases_hf.algebra.delta import Delta, Dense, dense, reshaped, work_dtype
-from tvbases_hf.algebra.layout import is_stack, stacked, unstacked
+from tvbases_hf.algebra.layout import is_stack, of_experts, stacked, unstacked
 from tvbases_hf.methods.registry import METHODS, Method
-from tvbases_hf.models.names import is_transposed
+from tvbases_hf.models.names import as_stored, is_transposed, matrices_in
 from tvbases_hf.options import Option
 from tvbases_hf.storage.checkpoint import Checkpoint
 
@@ -79,8 +79,11 @@ class RegisteredMerge(WholeMerge):
         if "limits" in parameters:
             options["limits"] = parameters["limits"]
         if base is None or not _is_packed(name, shape, base):
-            turned = base is not None and name in base.tensors and self.method.has_side and is_transposed(name, base)
-            return self.method.change(name, shape, deltas, weights, options, transposed=turned)
+            if base is None or name not in base.tensors or base.tensors[name].shape != tuple(shape):
+                return self.method.change(name, shape, deltas, weights, options)
+            turned, shape = self.method.has_side and is_transposed(name, base), matrices_in(name, base)
+            change = self.method.change(name, shape, deltas, weights, options, transposed=turned)
+            return as_stored(change, name, base)
         return stacked([self._packed(name, part, weights, options) for part in unstacked(deltas, shape)])
 
     def _packed(
@@ -111,7 +114,7 @@ class RegisteredMerge(WholeMerge):
         """The base as it is stored, where it matters and is known: how its matrices lie."""
         assert group.base is not None
         of_files = all(isinstance(entry.id, ModelReference) for entry in group.entries)
-        matters = self.method.has_side or is_stack(group.metadata.name or "", group.base.tensor.shape)
+        matters = self.method.has_side or of_experts(group.metadata.name or "")
         models = models_of([group], self.planned) if of_files and matters else None
         return None if models is None else models.vectors.base
 

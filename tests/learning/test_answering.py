@@ -188,7 +188,7 @@ def test_the_inputs_of_layers_are_those_of_the_examples_alone(name: str, familie
     layers = linear_layers(model, family.vectors.names)
     weights = weights_of(model, family.vectors.names)
     leaves = {n: weight.detach() for n, weight in weights.items()}
-    found = input_products(model, leaves, layers, task)
+    found = {n: inputs.product for n, inputs in input_products(model, leaves, layers, task).items()}
     expected: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
     hooks = [modules[layer].register_forward_pre_hook(_summing(expected, n)) for n, layer in layers.items()]
@@ -220,7 +220,7 @@ def test_padding_of_the_names_of_classes_does_not_count(families: Any) -> None:
     family = families("clip")
     model, task = family.loaded.model, family.data[0]
     layers = {"text": "text_model.encoder.layers.0.mlp.fc1"}
-    found = input_products(model, {"logit_scale": model.logit_scale.detach()}, layers, task)["text"]
+    found = input_products(model, {"logit_scale": model.logit_scale.detach()}, layers, task)["text"].product
     expected: dict[str, Tensor] = {}
     hook = dict(model.named_modules())[layers["text"]].register_forward_pre_hook(_summing(expected, "text"))
     with torch.no_grad():

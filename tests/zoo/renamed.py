@@ -73,6 +73,11 @@ RENAMED: Mapping[str, Callable[[], Any]] = {
     "granite moe": _made("GraniteMoeForCausalLM", **GROUPED, num_local_experts=3),
     "clip": _made("CLIPModel", text_config=TEXT, vision_config=VISION, projection_dim=8),
     "t5": _made("T5ForConditionalGeneration", vocab_size=31, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2),
+    "dbrx": _made(
+        "DbrxForCausalLM", d_model=16, n_heads=2, n_layers=1, vocab_size=31, max_seq_len=32,
+        attn_config={"rope_theta": 1e4, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 24, "hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    ),
     "gpt2": _made("GPT2LMHeadModel", vocab_size=31, n_embd=16, n_layer=2, n_head=2, n_positions=32),
 }  # fmt: skip
 

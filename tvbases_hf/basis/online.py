@@ -25,6 +25,7 @@ from ..methods.continual import TIES_SCALING, continual_ties, orthogonal_sum, we
 from ..methods.elementwise import magmax
 from ..methods.sparse import TIES_DENSITY
 from ..methods.threshold import thresholds
+from ..models.names import as_stored, matrices_in
 from ..models.vectors import Model, Vectors
 from ..options import Option, checked, options_of
 from ..storage.cards import write_card
@@ -261,8 +262,9 @@ class OnlineBasis:
             case "opcm":
                 if first:
                     return lambda name, known: known[0]
-                tensors = self.base.tensors
-                return lambda name, known: weight_sum(name, tensors[name].shape, known[0], known[1], **options)
+                return lambda name, known: as_stored(
+                    weight_sum(name, matrices_in(name, self.base), known[0], known[1], **options), name, self.base
+                )
             case _ if first:
                 return lambda name, known: scale(known[0], options.get("scaling", TIES_SCALING))
             case _:

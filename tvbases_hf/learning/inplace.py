@@ -85,6 +85,11 @@ class Reparametrised:
         weights = {f"model.{name}": weight for name, weight in self._weights.items()}
         return functional_call(_Method(self.reparametrised, method), weights, kwargs=inputs)
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters that it is asked with, by the model's own names."""
+        return dict(self._weights)
+
     def weight(self, name: str) -> Tensor | None:
         """A parameter that it is asked with, by the model's own name; None where there is none."""
         return self._weights.get(name, getattr(self.reparametrised, name, None))

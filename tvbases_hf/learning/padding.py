@@ -30,9 +30,18 @@ class Padding:
         mask = self._masks[-1] if self._masks else None
         if inputs.data_ptr() == self._encoded[0]:
             mask = self._encoded[1]
-        if mask is not None and inputs.shape[:-1] == mask.shape:
-            inputs = inputs[mask.to(inputs.device).bool()]
-        return inputs.reshape(-1, inputs.shape[-1])
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if mask is not None and inputs.shape[:-1] in (
+            mask.shape,
+            (mask.numel(),),
+        ):  # a mixture's tokens are in one line
+            rows = rows[mask.reshape(-1).to(inputs.device).bool()]
+        return rows
+
+    def real(self) -> Tensor | None:
+        """[n * L] of the innermost tower: which positions are no padding; None where all count."""
+        mask = self._masks[-1] if self._masks else None
+        return None if mask is None else mask.reshape(-1).bool()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..algebra.delta import dense
+from ..algebra.layout import is_matrix, is_stack, of_experts
 from ..algebra.linalg import solve_psd
 from ..errors import ParameterError
 from ..merging.changes import Computed
-from ..models.translation import Translation
+from ..models.translation import Stored, Translation
 from ..models.vectors import Vectors
 from ..storage.run import bar
 from .data import TaskData
+from .expert_inputs import Inputs, expert_inputs
 from .inplace import Reparametrised
 from .learned import asking, combined, mean_change, moved, paired, task_changes
 from .padding import Padding
@@ -42,7 +44,8 @@ def regmean(
     more data counts more. Padding (where a model is given an attention mask, or a decoder labels) does not count.
 
     Weights of other layers, biases, and layers that no data reaches take the plain mean of the vectors, as the authors
-    do; ``report`` counts them. Where the sum of the G_m is singular, directions that no input has stay at theta_0.
+    do; ``report`` counts them. An expert is a layer, also where all experts are one tensor: one without any row is in
+    the report with its number. Where the sum of the G_m is singular, directions that no input has stay at theta_0.
 
     Holds, in float64, X^T X of every linear layer twice and a copy of these layers' weights, whatever T and K.
 
@@ -56,30 +59,34 @@ def regmean(
     if not 0 <= shrink <= 1:
         raise ParameterError(f"shrink must lie between 0 and 1, got {shrink}; the authors use 0.9")
     given, shares, points = paired(vectors, data), vectors.data_weights(), task_changes(vectors, at)
-    layers, modules = linear_layers(model, vectors.names), dict(model.named_modules())
-    turned = {name for name, layer in layers.items() if not isinstance(modules[layer], nn.Linear)}
+    layers, turned = linear_layers(model, vectors.names), set()
     above: dict[str, Tensor] = {}
     below: dict[str, Tensor] = {}
     with asking(vectors, model) as weights, bar("RegMean", len(given), "task") as shown:
         for index, task in given:
             change, row = points[index], shares[index]
             if change is not None:
-                products = input_products(model, moved(weights, change), layers, task)
-                for name, product in products.items():
-                    shrunk = shrink * product + (1 - shrink) * product.diag().diag()
+                for name, inputs in input_products(model, moved(weights, change), layers, task).items():
+                    shrunk = shrink * inputs.product + (1 - shrink) * _diagonal(inputs.product)
                     mixed = dense(combined(vectors.deltas(name), row.tolist())).to(shrunk.device)
-                    mixed = mixed.T if name in turned else mixed
-                    _accumulate(above, name, mixed @ shrunk)
+                    mixed = mixed.reshape(*shrunk.shape[:-2], -1, mixed.shape[-1])
+                    _accumulate(above, name, (mixed.mT if inputs.turned else mixed) @ shrunk)
                     _accumulate(below, name, float(row.sum()) * shrunk)
+                    turned.update([name] if inputs.turned else [])
             shown.update()
-    solved = tuple(name for name in vectors.names if name in below)
-    tensors = {name: mean_change(vectors, name).float() for name in vectors.names if name not in below}
-    for name in solved:
-        solution = solve_psd(below.pop(name).cpu(), above.pop(name).cpu().T).float()  # [in, out]
-        tensors[name] = (solution if name in turned else solution.T).contiguous()
-    unseen = [name for name in layers if name not in solved]
-    report = {"solved": len(solved), "averaged": len(vectors.names) - len(solved), "layers_without_input": unseen}
-    return Computed(vectors, "regmean", {name: tensors[name] for name in vectors.names}, report)
+    with_inputs = layers.keys() | expert_weights(model, vectors.names).keys()
+    solved, idle = len(below), [name for name in vectors.names if name in with_inputs and name not in below]
+    tensors = {}
+    for name in vectors.names:
+        if name not in below:
+            tensors[name] = mean_change(vectors, name).float()
+            continue
+        product, mean = below.pop(name).cpu(), lambda name=name: mean_change(vectors, name).float()
+        found, unseen = _solution(product, above.pop(name).cpu(), name in turned, mean)
+        tensors[name] = found.reshape(vectors.base.tensors[name].shape)
+        idle += [f"{name}[{expert}]" for expert in unseen]
+    report = {"solved": solved, "averaged": len(vectors.names) - solved, "layers_without_input": idle}
+    return Computed(vectors, "regmean", tensors, report)
 
 
 def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -98,6 +105,17 @@ def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def expert_weights(model: nn.Module, names: Sequence[str]) -> dict[str, Stored]:
+    """{stored weight: where it is} for those of ``names`` that the model holds in a parameter of all experts."""
+    stored = Translation(model, names).stored
+    return {
+        name: place
+        for name, place in stored.items()
+        if all(of_experts(part.parameter) for part in place.parts)
+        and (is_stack(name, place.shape) or is_matrix(name, place.shape))
+    }
+
+
 def _is_linear(module: nn.Module | None) -> bool:
     """Conv1D is what transformers calls GPT-2's linear layers, whose weights are [in, out]."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # who has such a layer has imported it
@@ -106,27 +124,32 @@ def _is_linear(module: nn.Module | None) -> bool:
 
 def input_products(
     model: nn.Module, leaves: dict[str, Tensor], layers: dict[str, str], task: TaskData
-) -> dict[str, Tensor]:
-    """{weight: X^T X [in, in] float64} of the inputs that a task's data makes for each layer that it reaches.
+) -> dict[str, Inputs]:
+    """{weight: X^T X of its inputs} that a task's data makes for each of ``layers``, and each expert, that it reaches.
 
     What a readout computes once for all of the data, as the embeddings of class names, is counted once.
     """
     found: dict[str, Tensor] = {}
     asked, empty = Reparametrised(model, leaves), True
-    with torch.no_grad(), _watching(model, layers, found):
+    others = expert_weights(model, [name for name in leaves if name not in layers])
+    names = {stored.parts[0].parameter for stored in others.values()}
+    parameters = {name: weight for name, weight in asked.weights.items() if name in names}
+    padding = Padding(model)
+    linear = _watching(model, layers, found, padding)
+    with torch.no_grad(), padding.watched(), linear, expert_inputs(model, parameters, padding) as experts:
         readout = task.fixed(asked).readout
         for batch in task.batches:
             readout(asked, batch)
             empty = False
     if empty:
         raise ParameterError(f'the data of "{task.name}" is empty')
-    return found
+    modules = dict(model.named_modules())
+    inputs = {name: Inputs(x, not isinstance(modules[layers[name]], nn.Linear)) for name, x in found.items()}
+    return inputs | {name: given for name, stored in others.items() if (given := experts.of(stored)) is not None}
 
 
 @contextlib.contextmanager
-def _watching(model: nn.Module, layers: dict[str, str], found: dict[str, Tensor]) -> Iterator[None]:
-    padding = Padding(model)
-
+def _watching(model: nn.Module, layers: dict[str, str], found: dict[str, Tensor], padding: Padding) -> Iterator[None]:
     def take(weight: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = padding.without(args[0].detach()).to(torch.float64)
@@ -137,8 +160,7 @@ def _watching(model: nn.Module, layers: dict[str, str], found: dict[str, Tensor]
     modules = dict(model.named_modules())
     hooks = [modules[layer].register_forward_pre_hook(take(weight)) for weight, layer in layers.items()]
     try:
-        with padding.watched():
-            yield
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -146,3 +168,20 @@ def _watching(model: nn.Module, layers: dict[str, str], found: dict[str, Tensor]
 
 def _accumulate(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
     sums[name] = sums[name].add_(part) if name in sums else part
+
+
+def _diagonal(product: Tensor) -> Tensor:
+    """[.., k, k] with zeros beside the diagonal."""
+    return torch.diag_embed(product.diagonal(dim1=-2, dim2=-1))
+
+
+def _solution(product: Tensor, above: Tensor, turned: bool, mean: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:
+    """float32 as it is stored, and of E matrices those that no row was sent to, which keep their part of the mean."""
+    if product.ndim == 2:
+        solution = solve_psd(product, above.T).float()  # [in, out]
+        return (solution if turned else solution.T).contiguous(), []
+    found = torch.stack([_solution(*pair, turned, mean)[0] for pair in zip(product, above, strict=True)])
+    unseen = [expert for expert, part in enumerate(product) if not part.any()]
+    if unseen:
+        found[unseen] = mean().reshape(found.shape)[unseen]
+    return found, unseen

@@ -11,7 +11,7 @@ from ..errors import ParameterError
 from ..methods.devec import Decomposition, Options, decompose_weight
 from ..methods.registry import find_method
 from ..methods.threshold import thresholds
-from ..models.names import is_transposed
+from ..models.names import as_stored, is_transposed, matrices_in
 from ..storage.run import track
 
 if TYPE_CHECKING:
@@ -49,9 +49,10 @@ def merged(
         options["limits"] = model_thresholds(vectors, density)
 
     def change(name: str) -> Delta:
-        shape = vectors.base.tensors[name].shape
+        shape = matrices_in(name, vectors.base)
         turned = chosen.has_side and is_transposed(name, vectors.base)
-        return scale(chosen.change(name, shape, vectors.deltas(name), shares, options, transposed=turned), alpha)
+        found = chosen.change(name, shape, vectors.deltas(name), shares, options, transposed=turned)
+        return scale(as_stored(found, name, vectors.base), alpha)
 
     return change
 
@@ -60,7 +61,8 @@ def decomposed(vectors: Vectors, name: str, options: Options, targets: Sequence[
     """The shared and unique components of one weight's changes."""
     base, deltas = vectors.base, vectors.deltas(name)
     turned = is_transposed(name, base)
-    return decompose_weight(name, base.tensors[name].shape, deltas, options, targets, transposed=turned)
+    found = decompose_weight(name, matrices_in(name, base), deltas, options, targets, transposed=turned)
+    return found.each(lambda delta: as_stored(delta, name, base))
 
 
 def model_thresholds(vectors: Vectors, density: float) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -71,10 +71,10 @@ class Decomposition:
     shared_dims: tuple[int, ...]
     pairwise: tuple[Delta, ...] = ()
 
-    def transposed(self) -> Decomposition:
-        flip = lambda group: tuple(delta.T for delta in group)  # noqa: E731
-        parts = flip(self.shared), flip(self.unique), self.combined.T
-        return Decomposition(*parts, self.ranks, self.shared_dims, flip(self.pairwise))
+    def each(self, function: Callable[[Delta], Delta]) -> Decomposition:
+        """Of every change in it."""
+        parts = [tuple(map(function, group)) for group in (self.shared, self.unique, self.pairwise)]
+        return Decomposition(parts[0], parts[1], function(self.combined), self.ranks, self.shared_dims, parts[2])
 
 
 def decompose(
@@ -97,7 +97,7 @@ def decompose(
     if len(deltas[0].shape) != 2 or min(deltas[0].shape) < MIN_SIDE or len(deltas) < 2:
         return _all_unique(deltas, options.pool)
     if options.side == "row":
-        return _decompose_columns([delta.T for delta in deltas], options, targets).transposed()
+        return _decompose_columns([delta.T for delta in deltas], options, targets).each(lambda delta: delta.T)
     return _decompose_columns(deltas, options, targets)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..algebra.delta import Delta, reshaped, work_dtype
 from ..algebra.layout import is_stack
 from ..errors import MismatchError
 from ..storage.checkpoint import Checkpoint
@@ -19,6 +20,8 @@ OUTPUT_CLASS = re.compile(r"CausalLM|LMHead|MaskedLM|ForConditionalGeneration|Fo
 OUTPUT_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 # transformers' Conv1D stores its weight as [in, out]; GPT-2 and its kin use it under these names.
 CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+# DBRX stores the matrices of its experts one below the other, [E * n, m].
+ONE_BELOW_THE_OTHER = re.compile(r"experts\.mlp\.(w1|v1|w2)$")
 CONV1D_NAMES = ("c_attn", "c_fc", "c_proj", "q_attn")
 
 
@@ -143,24 +146,40 @@ def is_conv1d(name: str, base: Checkpoint, fan_in_fan_out: bool) -> bool | None:
     return None if fan_in_fan_out else False
 
 
+def matrices_in(name: str, base: Checkpoint) -> tuple[int, ...]:
+    """The shape of a weight as matrices: [E, n, m] also where E experts' are stored one below the other."""
+    shape = base.tensors[name].shape
+    experts = (base.config.get("ffn_config") or {}).get("moe_num_experts")
+    if len(shape) == 2 and ONE_BELOW_THE_OTHER.search(name) and experts and shape[0] % experts == 0:
+        return (experts, shape[0] // experts, shape[1])
+    return shape
+
+
+def as_stored(change: Delta, name: str, base: Checkpoint) -> Delta:
+    """A change of a weight whose matrices were taken for it, in the shape of the base's tensor."""
+    shape = base.tensors[name].shape
+    return change if matrices_in(name, base) == shape else reshaped(change, shape, work_dtype([change]))
+
+
 def is_transposed(name: str, base: Checkpoint) -> bool:
     """Whether a matrix is stored as [in, out], as no torch.nn.Linear is: GPT-2's Conv1D, and experts in one tensor.
 
-    Of experts gpt-oss, Llama-4 and Aria store [E, in, out], others [E, out, in]; the model's width tells, where the
-    widths of its experts differ from it.
+    Of experts gpt-oss, Llama-4 and Aria store [E, in, out], others [E, out, in], DBRX both; the model's width tells,
+    where the widths of its experts differ from it.
     """
-    shape = base.tensors[name].shape
+    shape = matrices_in(name, base)
     if is_stack(name, shape):
         return _experts_tell(name, shape, base)
     return len(shape) == 2 and leaf(name) in CONV1D_NAMES and bool(is_conv1d(name, base, False))
 
 
 def _experts_tell(name: str, shape: Sequence[int], base: Checkpoint) -> bool:
-    width = (base.config.get("text_config") or base.config).get("hidden_size")
+    config = base.config.get("text_config") or base.config
+    width = config.get("hidden_size", config.get("d_model"))
     parent = name.removesuffix(".weight").rpartition(".")[0]
-    kin = [own for own in base.tensors if own.startswith(f"{parent}.") and is_stack(own, base.tensors[own].shape)]
+    kin = [own for own in base.tensors if own.startswith(f"{parent}.") and is_stack(own, matrices_in(own, base))]
     for own in [name, *kin]:
-        _, rows, columns = base.tensors[own].shape
+        _, rows, columns = matrices_in(own, base)
         if rows != columns and width in (rows, columns):
             gives_width = bool(re.search(r"down|output|fc2|w2", own[len(parent) :]))
             return (width == columns) == gives_width

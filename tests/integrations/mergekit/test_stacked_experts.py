@@ -79,3 +79,26 @@ def test_experts_packed_on_disk_are_matrices(tmp_path: Path, method: str) -> Non
         change = dense(METHODS[method].combine(deltas, [1.0] * 3, **OPTIONS[method])).T
         expected = states["base"][name][expert] + change
         assert torch.allclose(found[name][expert].double(), expected, rtol=0, atol=1e3 * EPS)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_experts_one_below_the_other_are_matrices(tmp_path: Path, method: str) -> None:
+    """DBRX stores [E * n, m]; the inputs of w2 are its rows."""
+    states = models(tmp_path, "dbrx")
+    native = merged_checkpoint(recipe(tmp_path, method), tmp_path / "native")
+    stock = run_ours(recipe(tmp_path, method), tmp_path / "packed")
+    differ = False
+    for name in sorted(key for key in native if "experts.mlp" in key):
+        turned, found = name.endswith("w2"), native[name]
+        parts = {task: state[name].view(4, 24, 16).double() for task, state in states.items()}
+        for expert, own in enumerate(parts["base"]):
+            changes = [parts[task][expert] - own for task in TASKS]
+            deltas: list[Delta] = [Dense((c.T if turned else c).float().contiguous()) for c in changes]
+            change = dense(METHODS[method].combine(deltas, [1.0] * 3, **OPTIONS[method]))
+            expected = own + (change.T if turned else change)
+            assert torch.allclose(found.view(4, 24, 16)[expert].double(), expected, rtol=0, atol=1e3 * EPS), name
+        whole: list[Delta] = [Dense(states[task][name] - states["base"][name]) for task in TASKS]
+        as_one = dense(METHODS[method].combine(whole, [1.0] * 3, **OPTIONS[method]))
+        differ = differ or not torch.allclose(found - states["base"][name], as_one.float(), atol=1e-3)
+        assert torch.equal(stock[name], found)
+    assert differ
