@@ -16,7 +16,7 @@ from tvbases_hf.learning.directions import (
     FORGETTING,
     Direction,
     check_component,
-    check_task,
+    check_tasks,
     direction,
 )
 from tvbases_hf.learning.inplace import InPlace
@@ -47,7 +47,7 @@ class Forgetting:
     ``equal_rank`` and such as ``host`` loads.
     """
 
-    task: str
+    task: str | Sequence[str]
     component: str = "plain"
     alpha: float | None = None
     alphas: Sequence[float] = ALPHAS
@@ -67,7 +67,8 @@ class Forgetting:
 
     def components(self, vectors: Vectors) -> tuple[str, ...]:
         """Those whose curves are wanted."""
-        return COMPONENTS if self.curve and len(vectors) > 1 else (self.component,)
+        one = isinstance(self.task, str) or len(self.task) == 1
+        return COMPONENTS if self.curve and one and len(vectors) > 1 else (self.component,)
 
     def directions(self, vectors: Vectors) -> dict[str, Direction]:
         """The changes to negate, by component. Raises ParameterError as ``direction`` does."""
@@ -79,7 +80,7 @@ class Forgetting:
 
 def negate_task(
     vectors: Vectors,
-    task: str,
+    task: str | Sequence[str],
     out: str | Path,
     plan: Plan | None = None,
     *,
@@ -90,7 +91,8 @@ def negate_task(
     """Write theta_0 - alpha * change, a model that has forgotten a task, and report alpha and what it cost.
 
     Args:
-        task: the one to forget; the others are what it is compared with.
+        task: the one to forget, or several fine-tunes of it (NegMerge: what all of them changed the same way); the
+            others are what it is compared with.
         plan: its targets should fall and its controls stay; they choose alpha where none is given.
         device: where the model is evaluated; None: a GPU if there is one.
         dry_run: check everything and report what would be written.
@@ -103,12 +105,13 @@ def negate_task(
         OutputError: ``out`` is not ours, or the disk is full.
     """
     request, out = Forgetting(task, **how), Path(out)
-    plan = None if plan is None else plan.forgetting(task)
+    tasks = check_tasks(task, vectors, request.component)
+    plan = None if plan is None else plan.forgetting(tasks)
     _check(vectors, request, out, plan)
     if dry_run:
         return preview(out, *_size(vectors, request.adapter))
     found = request.directions(vectors)
-    report: dict[str, Any] = {"base": vectors.base.label, "forget": task, "component": request.component}
+    report: dict[str, Any] = {"base": vectors.base.label, "forget": ", ".join(tasks), "component": request.component}
     alpha = request.alpha
     if alpha is None and plan is not None:
         variant = opened(BEFORE, vectors.base.path or vectors.base.label, Where(device))
@@ -118,7 +121,7 @@ def negate_task(
         alpha = chosen.alpha
         report["warnings"] = notes if chosen.fell else [*notes, f"{request.component}: {chosen.summary()}"]
     assert alpha is not None
-    note = f"{task} forgotten, {request.component}, {alpha:g}"
+    note = f"{' and '.join(tasks)} forgotten, {request.component}, {alpha:g}"
     edit = Edit.of(vectors, found[request.component], note, -alpha)
     written = write(edit, out, as_adapter=request.adapter, limits=request.limits)
     return report | {"alpha": alpha, "out": str(out), "loading": written.get("loading", [])}
@@ -126,7 +129,6 @@ def negate_task(
 
 def _check(vectors: Vectors, request: Forgetting, out: Path, plan: Plan | None) -> None:
     check_component(request.component, len(vectors))
-    check_task(request.task, vectors)
     if request.alpha is not None and (request.curve or plan):
         raise ParameterError("--alpha says how much; --target, --control, --curve and --plot are for choosing it")
     if request.alpha is None:

@@ -78,9 +78,9 @@ class Plan:
             )
         return replace(self.columns, max_rows=self.limit, batch_size=self.batch_size)
 
-    def forgetting(self, task: str) -> Plan:
-        """With a target, if there is data of the task that is forgotten, and all other data as controls."""
-        targets = self.targets or ((task,) if task in self.data else ())
+    def forgetting(self, tasks: Iterable[str]) -> Plan:
+        """With a target, if there is data of what is forgotten, and all other data as controls."""
+        targets = self.targets or tuple(task for task in tasks if task in self.data)
         rest = (name for name in self.data if name not in (*targets, *self.controls))
         return replace(self, targets=targets, controls=(*self.controls, *rest))
 

@@ -12,7 +12,7 @@ from tvbases_hf import Vectors, ae_bases, gram_matrix
 from tvbases_hf.algebra.delta import Delta, Dense, LowRank, dense
 from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.apply import merged
-from tvbases_hf.methods.consensus import consensus
+from tvbases_hf.methods.consensus import consensus, negmerge
 from tvbases_hf.methods.registry import METHODS, find_method
 from tvbases_hf.storage.checkpoint import Checkpoint
 
@@ -138,3 +138,14 @@ def test_consensus_keeps_what_matters_to_enough_vectors(mask: float, agree: int)
     found = dense(consensus([Dense(value.float()) for value in values], weights, mask=mask, agree=agree))
     assert close(found, expected)
     assert 0 < int((found == 0).sum()) < 40
+
+
+def test_negmerge_is_the_mean_where_all_signs_agree() -> None:
+    values, weights = [gaussian(seed, 60).double() for seed in range(3)], [1.0, -1.0, 0.5]
+    expected = torch.zeros(60, dtype=torch.float64)
+    for p in range(60):
+        entries = [weight * float(value[p]) for weight, value in zip(weights, values, strict=True)]
+        if len({entry > 0 for entry in entries}) == 1:
+            expected[p] = sum(entries) / 3
+    found = dense(negmerge([Dense(value.float()) for value in values], weights))
+    assert close(found, expected) and 0 < int((found == 0).sum()) < 60

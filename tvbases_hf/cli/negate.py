@@ -55,7 +55,14 @@ from .options import (
 def negate(
     base: Base,
     task: Task,
-    forget: Annotated[str, typer.Option("--forget", help="The task to forget.", metavar="NAME")],
+    forget: Annotated[
+        list[str],
+        typer.Option(
+            "--forget",
+            help="The task to forget; repeat for more fine-tunes of it: what all change alike.",
+            metavar="NAME",
+        ),
+    ],
     out: Out,
     component: Annotated[
         defaults.Component,
@@ -146,7 +153,7 @@ def negate(
     if plot and "curves" in found:
         from tvbases_lm_eval.plots import plot_negations
 
-        plot_negations(found["curves"], forget, plot)
+        plot_negations(found["curves"], found["forget"], plot)
     tell(found, _show, json)
 
 

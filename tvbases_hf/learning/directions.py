@@ -7,7 +7,7 @@ paper); the AE paper negates the reconstruction (Table 4). All three are changes
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 from .. import defaults
@@ -15,7 +15,7 @@ from ..algebra.delta import Delta
 from ..algebra.sums import total
 from ..bases import ae_bases
 from ..errors import ParameterError, did_you_mean
-from ..merging.apply import decomposed
+from ..merging.apply import decomposed, merged
 from ..methods.devec import Options
 from ..models.gram import Gram, gram_matrix
 from ..models.vectors import Vectors
@@ -31,7 +31,7 @@ Direction = Callable[[str], Delta]
 
 def direction(
     vectors: Vectors,
-    task: str,
+    task: str | Sequence[str],
     component: str = "plain",
     *,
     options: Options = FORGETTING,
@@ -42,16 +42,20 @@ def direction(
     """The change to negate, one weight at a time: ``direction(...)(name)``.
 
     Args:
+        task: or several fine-tunes of one task, of which those entries count whose sign they agree on (NegMerge).
         component: ``plain``, ``unique`` (needs another task, the pool that it is compared with) or ``reconstructed``.
         options: of the decomposition; by default the paper's toxicity protocol (iterative pool, threshold 0.85).
         num_bases: M of the AE bases, or a fraction of the T tasks; ``gram`` saves a pass if it is known.
         even_errors: of the bases, so that this task is not one of those that least squares gives up; see ae_bases.
 
-    Raises ParameterError for an unknown task or component, and for one that needs more tasks.
+    Raises ParameterError for an unknown task or component, for one that needs more tasks, and for another than plain
+    of several fine-tunes.
     """
     check_component(component, len(vectors))
-    check_task(task, vectors)
-    index = vectors.tasks.index(task)
+    tasks = check_tasks(task, vectors, component)
+    if len(tasks) > 1:
+        return _agreed(vectors.selected([vectors.tasks.index(name) for name in tasks]))
+    index = vectors.tasks.index(tasks[0])
     match component:
         case "plain":
             return lambda name: vectors.deltas(name)[index]
@@ -64,11 +68,22 @@ def direction(
             return _kept(vectors, lambda name: total(vectors.deltas(name), column))
 
 
-def check_task(task: str, vectors: Vectors) -> None:
-    if task not in vectors.tasks:
+def check_tasks(task: str | Sequence[str], vectors: Vectors, component: str) -> list[str]:
+    """The tasks that are named. ParameterError as ``direction`` raises it."""
+    tasks = [task] if isinstance(task, str) else list(task)
+    for name in tasks:
+        if name not in vectors.tasks:
+            raise ParameterError(
+                f'no task "{name}"{did_you_mean(name, vectors.tasks)}; there are {", ".join(vectors.tasks)}'
+            )
+    if len(set(tasks)) < len(tasks) or not tasks:
+        raise ParameterError("name at least one task to forget, and each once")
+    if len(tasks) > 1 and component != "plain":
         raise ParameterError(
-            f'no task "{task}"{did_you_mean(task, vectors.tasks)}; there are {", ".join(vectors.tasks)}'
+            f"{len(tasks)} fine-tunes are to be forgotten, whose common part is the plain component; name one of them "
+            f"for the {component} one"
         )
+    return tasks
 
 
 def check_component(component: str, num_tasks: int) -> None:
@@ -102,6 +117,11 @@ def _unique(vectors: Vectors, index: int, options: Options) -> Direction:
         return total([vectors.deltas(name)[index], shared], [1.0, -1.0])
 
     return read
+
+
+def _agreed(runs: Vectors) -> Direction:
+    """NegMerge of several fine-tunes of one task."""
+    return _kept(runs, merged(runs, "negmerge"))
 
 
 def _kept(vectors: Vectors, read: Direction) -> Direction:

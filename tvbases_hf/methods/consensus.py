@@ -1,4 +1,4 @@
-"""Masks of what matters to a task (TALL masks), and the merge of what matters to several (Wang et al., 2024)."""
+"""Entries that several vectors agree on: that they need (Wang et al., 2024), or the sign of (Kim et al., 2025)."""
 
 from __future__ import annotations
 
@@ -30,5 +30,20 @@ def consensus(deltas: Sequence[Delta], weights: Sequence[float], *, mask: Mask =
         merged = values.sum(dim=0)
         matters = values.abs() >= mask * (merged - values).abs()
         return merged * (matters.sum(dim=0) >= needed)
+
+    return by_entry(deltas, weights, agreed)
+
+
+@method("negmerge", title="NegMerge", source="https://arxiv.org/abs/2410.05583")
+def negmerge(deltas: Sequence[Delta], weights: Sequence[float]) -> Dense:
+    """The mean of the vectors, of those entries whose sign is the same in all of them.
+
+    For several fine-tunes of one task that is to be forgotten: what only some of them changed is not taken away.
+    """
+
+    def agreed(values: Tensor, column: Tensor) -> Tensor:
+        values = values * column
+        same = (values > 0).all(dim=0) | (values < 0).all(dim=0)
+        return values.mean(dim=0) * same
 
     return by_entry(deltas, weights, agreed)

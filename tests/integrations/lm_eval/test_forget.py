@@ -200,6 +200,20 @@ def test_alpha_given_writes_the_base_minus_alpha_times_the_vector(family: Family
     assert (tmp_path / "clean" / "tokenizer.json").is_file()
 
 
+def test_of_several_fine_tunes_what_all_change_alike_is_taken_away(family: Family, tmp_path: Path) -> None:
+    out = tmp_path / "clean"
+    arguments = ["--forget", "toxic", "--forget", "math", "--alpha", 0.5, "--out", out, "--json", tmp_path / "r.json"]
+    assert "0.5 * plain of toxic, math" in tvbases("negate", *options(family), *arguments).out
+    base, clean = read_state(family.base), read_state(out)
+    runs = [read_state(path) for path in family.tasks.values()]
+    for name, own in base.items():
+        changes = torch.stack([run[name].double() - own.double() for run in runs])
+        same = (changes > 0).all(0) | (changes < 0).all(0)
+        expected = own.double() - 0.5 * changes.mean(0) * same
+        assert torch.allclose(clean[name].double(), expected, rtol=0, atol=1e-6)
+        assert not torch.allclose(clean[name].double(), own.double() - 0.5 * changes.mean(0), rtol=0, atol=1e-6)
+
+
 def test_a_negated_adapter_is_minus_alpha_times_the_adapter(
     family: Family, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -289,6 +303,11 @@ def test_a_target_without_a_score_is_no_success() -> None:
     ("arguments", "reason"),
     [
         (["--forget", "toxik", "--alpha", 1], 'no task "toxik" (did you mean toxic?)'),
+        (["--forget", "toxic", "--forget", "toxic", "--alpha", 1], "name at least one task to forget, and each once"),
+        (
+            ["--forget", "toxic", "--forget", "math", "--component", "unique", "--alpha", 1],
+            "2 fine-tunes are to be forgotten, whose common part is the plain component",
+        ),
         (["--forget", "toxic"], "nothing to measure"),
         (["--forget", "toxic", "--target", "gsm8k"], "choosing alpha needs a control"),
         (["--forget", "toxic", "--control", "gsm8k"], "choosing alpha needs a target"),
