@@ -20,13 +20,14 @@ from torch import Tensor
 
 from tvbases_hf.bases import BasisWeights
 from tvbases_hf.bases.registry import Construction
+from tvbases_hf.errors import MismatchError
 from tvbases_hf.merging.apply import model_thresholds
 from tvbases_hf.models.gram import Gram, gram_matrix
 from tvbases_hf.models.vectors import Model, Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.run import current
 
-from .tokens import aligned, tokens_merged
+from .tokens import aligned, rows_cut, tokens_merged
 
 LOG = logging.getLogger("tvbases_mergekit")
 
@@ -46,6 +47,7 @@ class Models:
     def gram(self) -> Gram:
         with self._lock, torch.device("cpu"):  # mergekit's --multi-gpu makes a GPU the default device of its threads
             if self._gram is None:
+                self._check_whole()
                 self._gram = gram_matrix(self.vectors)
                 for line in self._gram.warnings():
                     LOG.warning("%s", line)
@@ -70,9 +72,23 @@ class Models:
         key = (density, str(mixing))
         with self._lock, torch.device("cpu"):
             if key not in self._limits:
+                self._check_whole()
                 vectors = self.vectors if weights is None else self.vectors.mixed(weights, over)
                 self._limits[key] = model_thresholds(vectors, density)
             return self._limits[key]
+
+    def _check_whole(self) -> None:
+        """MismatchError where tensors are left out of what is said of whole models.
+
+        Plain mergekit cuts rows of tokens, or matches them by a tokenizer, and its methods are not told which.
+        """
+        skipped = self.vectors.coverage.skipped
+        if skipped:
+            raise MismatchError(
+                f"{len(skipped)} tensors differ in shape between the models (first: {skipped[0]}), and plain mergekit "
+                "does not tell a method how it matches their rows; run `tvbases mergekit-yaml` or `tvbases merge` with "
+                "the same YAML"
+            )
 
     def share(self) -> None:
         """Of several processes all use what the first has solved: other processors round otherwise."""
@@ -138,15 +154,20 @@ def _from_files(base_entry: TensorEntry | None, models: tuple[Any, ...]) -> Mode
     base: Any = base_entry.id
     config = tokens_merged()
     paths = {reference: _path(reference) for reference in (base, *models)}
-    key = (_identity(paths[base]), tuple((model, _identity(paths[model])) for model in models), str(config))
+    key = (
+        _identity(paths[base]),
+        tuple((model, _identity(paths[model])) for model in models),
+        str(config),
+        rows_cut(),
+    )
     with _LOCK:
         if key not in _CACHE:
             opened: dict[str, Model] = {str(m): Checkpoint.open(paths[m], label=str(m)) for m in models}
             origin = Checkpoint.open(paths[base], label=str(base))
             if config is not None:
                 origin, opened, _ = aligned(config, base, origin, {m: opened[str(m)] for m in models})
-            # Otherwise vocabularies of different sizes reach us only when mergekit itself cuts them.
-            vectors = Vectors.of_models(origin, opened, skip_mismatched=True)
+            rows = "drop" if rows_cut() else None
+            vectors = Vectors.of_models(origin, opened, skip_mismatched=True, extra_rows=rows)
             for line in vectors.coverage.notes():
                 LOG.warning("%s", line)
             _CACHE[key] = Models(vectors, models)

@@ -79,6 +79,11 @@ def tokens_merged() -> MergeConfiguration | None:
     return _MERGES[-1] if _MERGES and asks_for_tokens(_MERGES[-1]) else None
 
 
+def rows_cut() -> bool:
+    """Whether only --unsafe-truncate-embeddings lets vocabularies differ, which drops the last rows."""
+    return bool(_MERGES) and not asks_for_tokens(_MERGES[-1])
+
+
 def asks_for_tokens(config: MergeConfiguration) -> bool:
     return bool(config.tokenizer or config.tokenizer_source)
 

@@ -89,10 +89,22 @@ def stored_rank_zero(adapters: Adapters) -> None:
     edit_tensors(adapters.tasks["code"], empty)
 
 
+def of_more_tokens(adapters: Adapters) -> None:
+    """Factors of an embedding that was made longer before the training."""
+    embedding = "base_model.model.model.embed_tokens.lora_embedding_"
+
+    def longer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | {f"{embedding}A": torch.ones(3, 72), f"{embedding}B": torch.ones(16, 3)}
+
+    edit_tensors(adapters.tasks["code"], longer)
+    edit_config(adapters.tasks["code"], target_modules=["q_proj", "down_proj", "embed_tokens"])
+
+
 BAD: dict[str, tuple[Callable[[Adapters], None], list[str]]] = {
     "different bases": (on_another_base, ["trained on different bases", "someone/mistral", "base_model_name_or_path"]),
     "a module that the base lacks": (without_a_module, ["4 of 8 tensors that the base", "does not have", "layers.1."]),
     "other shapes": (of_other_shapes, ["make a change of shape [", "give the base it was trained on"]),
+    "more tokens": (of_more_tokens, ["embed_tokens make a change of shape [72, 16]", "resize_token_embeddings(72)"]),
     "no weights": (without_weights, ["code", f"adapter_config.json is here but not {WEIGHTS}; copy the weights too"]),
     "no configuration": (without_config, ["code", f"{WEIGHTS} is here but not adapter_config.json"]),
     "a pickle that runs code": (pickled_code, ["code", "adapter_model.bin", "never loaded"]),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError, MismatchError
 from ..storage.checkpoint import Checkpoint
+from ..storage.tied import is_token_matrix
 from .lora_config import CONFIG_FILE, LoraOptions
 from .lora_parts import MAGNITUDE, PAIRS
 from .names import is_conv1d
@@ -51,9 +52,15 @@ def find_layout(
             f'"{label}": {module} is a convolution in {a[0] // b[1]} groups, which LoRA mixes, so that no '
             "change of its weight does what PEFT computes; PEFT cannot merge it either"
         )
+    made, way = made[::-1] if embedding else made, "give the base it was trained on"
+    if matching and is_token_matrix(name, shape) and made[1:] == shape[1:]:
+        way += (
+            f", or resize this one to its vocabulary first: model.resize_token_embeddings({made[0]}); --extra-rows is "
+            "for rows that are stored, not for factors"
+        )
     raise MismatchError(
         f'"{label}": the factors of {module} make a change of shape {list(made)} but the base\'s weight '
-        f"({base.label}) is {list(shape)}; give the base it was trained on"
+        f"({base.label}) is {list(shape)}; {way}"
     )
 
 

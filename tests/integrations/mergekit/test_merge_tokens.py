@@ -15,6 +15,7 @@ from torch import Tensor
 from commands.command_line import refused, tvbases
 from oracles.matrices import EPS
 from oracles.merge_oracle import run_ours, run_stock, write_config
+from tvbases_hf.errors import MismatchError
 from tvbases_hf.storage.tokens import tokens_of
 from zoo.adapter_zoo import run_native
 from zoo.hf_models import VOCABULARY, WORDS, Family, State, read_state, save_state, save_tokenizer
@@ -195,6 +196,22 @@ def test_our_methods_see_the_same_rows_in_both_commands(moved: Family, tmp_path:
     run_ours(whole, tmp_path / "b")
     merged, other = read_state(tmp_path / "a"), read_state(tmp_path / "b")
     assert all(close(merged[name], other[name].double()) for name in other)
+
+
+def test_rows_that_mergekit_cuts_count_in_the_gram_matrix(grown: Family, tmp_path: Path) -> None:
+    """The common ones, as with --extra-rows drop; they were left out, and the bases were those of other models."""
+    whole = config(grown, merge_method="ae_bases", parameters={"num_bases": 1, "balance": False})
+    run_native(whole, tmp_path / "a", "--extra-rows", "drop")
+    other = run_ours(whole, tmp_path / "b", "--unsafe-truncate-embeddings")
+    merged = read_state(tmp_path / "a")
+    assert merged.keys() == other.keys() and len(merged[MATRICES[0]]) == ROWS
+    assert all(close(merged[name], other[name].double()) for name in other)
+
+
+def test_what_plain_mergekit_does_to_rows_is_not_guessed(moved: Family, tmp_path: Path) -> None:
+    whole = config(moved, merge_method="ae_bases", tokenizer_source="union", parameters={"num_bases": 1})
+    with pytest.raises(MismatchError, match=r"2 tensors differ in shape.*lm_head.weight.*`tvbases mergekit-yaml`"):
+        run_stock(whole, tmp_path / "out")
 
 
 def test_token_ids_follow_the_tokenizer(moved: Family, tmp_path: Path) -> None:
