@@ -152,13 +152,18 @@ class TaskModel:
         batch = next(iter(data.batches))
         try:
             with torch.no_grad():
-                data.readout(self.model, batch)
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+                logits, _ = data.readout(self.model, batch)
+        except (ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
             if isinstance(error, ParameterError):
                 raise
             raise ParameterError(
                 f'the data of "{data.name}" is not what a {type(self.model).__name__} takes: {first_line(error)}'
             ) from error
+        if logits.isnan().any():
+            raise ParameterError(
+                f'the model answers NaN to the data of "{data.name}", so nothing can be measured; where it is loaded '
+                "in float16, --dtype float32 may help"
+            )
 
 
 def class_of(base: Checkpoint) -> Any:

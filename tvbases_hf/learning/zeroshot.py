@@ -51,8 +51,12 @@ class ZeroShot:
         images = _normalised(ask(model, "get_image_features", **inputs))
         head = self._head(model) if self.head is None else self.head
         scale, bias = weight_of(model, "logit_scale"), weight_of(model, "logit_bias")
-        assert scale is not None
-        logits = scale.exp() * (images @ head.T.to(images))
+        temperature = weight_of(model, "temperature")  # ALIGN's
+        logits = images @ head.T.to(images)
+        if scale is not None:
+            logits = scale.exp() * logits
+        elif temperature is not None:
+            logits = logits / temperature
         return logits if bias is None else logits + bias, labels
 
     def fixed(self, model: Any, changing: Iterable[str] = ()) -> ZeroShot:
@@ -71,8 +75,9 @@ class ZeroShot:
 
 
 def can_name_images(model: Any) -> bool:
-    """Whether a model embeds images and texts, and scales their cosines as CLIP does."""
-    return all(hasattr(model, part) for part in ("get_image_features", "get_text_features", "logit_scale"))
+    """Whether a model embeds images and texts, and scales their cosines as CLIP or ALIGN does."""
+    embeds = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+    return embeds and (hasattr(model, "logit_scale") or hasattr(model, "temperature"))
 
 
 def _tokens(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
