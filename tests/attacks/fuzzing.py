@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import multiprocessing
 import random
 import resource
 import shutil
@@ -17,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,8 @@ STRATEGIES = {".json": of_json, ".safetensors": of_safetensors, ".yml": of_yaml}
 # Bytes beyond what the program holds: an input of some kilobytes explains no more.
 MEMORY = 6 << 30
 ROUND = 50
+# Seconds that one process takes inputs.
+SEGMENT = 600
 # Seconds after which a process that does not even take a signal is ended, with the place where it is.
 DEAD = 120
 
@@ -77,6 +82,12 @@ class Figures:
     codes: Counter[int] = field(default_factory=Counter)
     broken: dict[str, str] = field(default_factory=dict)
     slowest: float = 0.0
+
+    def add(self, other: Figures) -> None:
+        self.inputs += other.inputs
+        self.codes += other.codes
+        self.broken = other.broken | self.broken
+        self.slowest = max(self.slowest, other.slowest)
 
     def __str__(self) -> str:
         kinds = Counter(kind.partition(" in ")[0] for kind in self.broken)
@@ -210,6 +221,27 @@ def fuzz(place: Workplace, seconds: float, seed: int, targets: Iterable[str], sa
     return figures
 
 
+def segment(seconds: float, seed: int, targets: Sequence[str]) -> Figures:
+    """In a process of its own."""
+    faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as root:
+        return fuzz(prepared(Path(root)), seconds, seed, targets, lambda text: print(text, flush=True))
+
+
+def in_segments(seconds: float, seed: int, targets: Sequence[str]) -> Figures:
+    """One process after another, because what libraries keep of every input adds up in an hour."""
+    total, left = Figures(), seconds
+    while left > 0:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                total.add(pool.submit(segment, min(left, SEGMENT), seed, targets).result())
+            except BrokenProcessPool as error:
+                total.broken["the process ended"] = f"seed {seed}: {error}"
+        left, seed = left - SEGMENT, seed + 100_000
+    return total
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
@@ -217,12 +249,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="targets whose names hold this")
     given = parser.parse_args()
     seed = random.randrange(1 << 30) if given.seed is None else given.seed
-    faulthandler.enable()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as root:
-        place = prepared(Path(root))
-        chosen = [target for target in TARGETS if given.only in target]
-        found = fuzz(place, given.seconds, seed, chosen, lambda text: print(text, flush=True))
+    found = in_segments(given.seconds, seed, [target for target in TARGETS if given.only in target])
     print(f"seed {seed}: {found}")
     return 1 if found.broken else 0
 
