@@ -135,10 +135,20 @@ def mixing(pair: Family) -> list[object]:
     return [*files, *out(pair, "mix.safetensors")]
 
 
-def evaluating(pair: Family) -> list[object]:
+def prose(pair: Family) -> str:
     text = root(pair) / "prose.txt"
     text.write_text("word1 word2 word3\n" * 20, encoding="utf-8")
-    return [pair.tasks["math"], "--base", pair.base, "--control", f"text:{text}", "--device", "cpu"]
+    return f"text:{text}"
+
+
+def evaluating(pair: Family) -> list[object]:
+    return [pair.tasks["math"], "--base", pair.base, "--control", prose(pair), "--device", "cpu"]
+
+
+def tuning(pair: Family) -> list[object]:
+    """These models are worse on the text than their base, so that one step away from them is better."""
+    config = write_config(root(pair) / "merge.yml", merge_config(pair, "task_arithmetic", weight=-1.0))
+    return [config, root(pair) / "out", "--target", prose(pair), "--alphas", "0.1,0.2", "--device", "cpu"]
 
 
 def negating(pair: Family) -> list[object]:
@@ -162,6 +172,7 @@ LOCAL: dict[str, Arguments] = {
     "online": lambda pair: [*inputs(pair), "--num-bases", 2, *out(pair)],
     "plan": lambda pair: ["--base", pair.base, "--models", 4],
     "schema": lambda _: [],
+    "tune": tuning,
 }
 # Brings its base model from the Hub where it is not installed as a package.
 FROM_HUB = {"demo"}
