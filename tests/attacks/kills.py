@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own modules, wh
 
 from commands.command_line import snapshot, tvbases
 from commands.killer import SIGKILL, Ask, serving
+from oracles.merge_oracle import merge_config, write_config
 from zoo.adapter_families import random_adapters
-from zoo.hf_models import make_family, make_llama
+from zoo.hf_models import Family, make_family, make_llama
 from zoo.lora_files import write
 
 NAMES = ("math", "code")
@@ -82,6 +83,7 @@ def of_checkpoints(root: Path) -> Iterator[Command]:
     yield _two(root, "decompose", ["decompose", *base, *both], "--threshold", 0.6, 0.9)
     for tool in ("merge", "mergekit-yaml"):
         yield _merge(root, tool, tool, family.base, family.tasks)
+    yield _tune(root, family)
     place, online = _place(root, "restore"), _place(root, "online")
     old, new = (["restore", str(basis), name, str(family.base), str(place / "out")] for name in NAMES)
     yield Command("restore", place, old, new)
@@ -131,6 +133,16 @@ def _merge(root: Path, name: str, tool: str, base: Path, tasks: Mapping[str, Pat
         configs[-1].write_text(yaml.safe_dump(config), encoding="utf-8")
     old, new = ([tool, str(config), str(place / "out"), *more, "--quiet"] for config in configs)
     return Command(name, place, old, new)
+
+
+def _tune(root: Path, family: Family) -> Command:
+    """These models are worse on the text than their base, so that a step away from them is better."""
+    place, text, config = _place(root, "tune"), root / "inputs" / "prose.txt", root / "inputs" / "tune.yml"
+    text.write_text("word1 word2 word3\n" * 20, encoding="utf-8")
+    write_config(config, merge_config(family, "task_arithmetic", weight=-1.0))
+    start = ["tune", str(config), str(place / "out"), "--target", f"text:{text}", "--device", "cpu", "--quiet"]
+    old, new = ([*start, "--alphas", alpha] for alpha in ("0.1", "0.2"))
+    return Command("tune", place, old, new)
 
 
 def _place(root: Path, name: str) -> Path:
