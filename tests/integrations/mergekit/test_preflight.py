@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
 
 from commands.command_line import refused, root, tvbases
 from oracles.merge_oracle import merge_config, write_config
 from tvbases_hf.merging.merge import leave_marker
+from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_mergekit import preflight
+from zoo.adapter_families import random_adapters
 from zoo.hf_models import Family, make_family, read_state, save_state
 from zoo.merge_refusals import Config, merge_refused
 
@@ -140,6 +145,13 @@ def test_an_adapter_needs_a_directory_to_be_merged_in(place: Family) -> None:
         place, lambda c: c["models"][0].update(model=f"{place.base}+{place.tasks['math']}"), "--lora-merge-cache", "x"
     )
     assert "not a PEFT adapter" in message
+
+
+def test_which_files_mergekit_reads_is_known_those_of_adapters_too(tmp_path: Path) -> None:
+    adapters = random_adapters(tmp_path, tasks=("math",))
+    reference = ModelReference.parse(f"{adapters.base}+{adapters.tasks['math']}")
+    found = preflight._weights(reference, Checkpoint.open(adapters.base), MergeOptions())
+    assert found == [adapters.base / "model.safetensors", adapters.tasks["math"] / "adapter_model.safetensors"]
 
 
 def test_an_incomplete_model_stops_the_merge_with_mergekits_reason(place: Family) -> None:
