@@ -180,6 +180,19 @@ def test_a_command_killed_from_outside_leaves_nothing_that_a_second_run_minds(ll
     assert len(Basis.from_pretrained(tmp_path / "basis").tasks) == 4
 
 
+def test_a_merge_killed_when_its_card_was_written_says_the_same_of_itself_after_the_next_run(
+    ask: Ask, tmp_path: Path
+) -> None:
+    """The card was counted among the bytes of the model that the next run went on with."""
+    command = next(one for one in of_checkpoints(tmp_path) if one.name == "merge")
+    trials = Trials(ask, tmp_path, Path(os.devnull), random.Random(0), [command])
+    steps = trials.known["merge"].steps
+    for step in range(steps - 12, steps - 4):
+        assert trials.ask(arguments=command.new, root=str(command.place), step=step)["signal"] == SIGKILL
+        assert trials.ask(arguments=command.new, root=str(command.place))["code"] == 0
+        assert snapshot(command.place) == trials.known["merge"].new, step
+
+
 def test_the_trials_of_make_kills_find_nothing_half_written(ask: Ask, tmp_path: Path) -> None:
     """A handful, of commands that no other test here kills."""
     chosen = [one for one in of_checkpoints(tmp_path) if one.name in ("extract", "restore", "online")]

@@ -93,6 +93,9 @@ def _prepare(out: Path, needed_bytes: int, key: str | None) -> Path:
     scratch = _scratch(out)
     if same:
         same[0].rename(scratch)
+        for name in files_in(work := scratch / out.name):  # what is not of tensors is written anew, and counted then
+            if not name.endswith(".safetensors"):
+                (work / name).unlink()
     else:
         check_space(out.parent, needed_bytes)
         (scratch / out.name).mkdir(parents=True)
