@@ -18,11 +18,12 @@ from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import without_revision
 from ..storage.output import contains_only, write_json
 from ..storage.tensor_files import ONE_FILE, TensorFiles, metadata_of
+from ..storage.tied import leaf
 from ..version import library_version
 from .adapter import Adapter
 from .layouts import TRANSPOSED, Layout
 from .lora_config import CONFIG_FILE, WEIGHT_FILES
-from .lora_parts import BIAS, MAGNITUDE, PREFIX, TOKENS
+from .lora_parts import BIAS, MAGNITUDE, PREFIX, TIED_BY_PEFT, TOKENS
 from .names import Naming
 from .parameters import Parameter, Place, assembled, stored_module
 
@@ -42,7 +43,8 @@ class Template:
     as in the first source (that has a head). ``saved`` are tensors that some source carries whole; ``head`` those of
     them that the base lacks, by the adapter's name; ``saved_modules`` what the sources call modules that are saved;
     ``tokens`` the rows of embeddings of which only these change; ``parameters`` where the changes of those tensors go
-    that hold parameters without a module of their own, such as experts.
+    that hold parameters without a module of their own, such as experts; ``twins`` are embeddings that are saved as the
+    output, too, to which they are tied, and what that is called.
     """
 
     layouts: dict[str, Layout]
@@ -54,6 +56,7 @@ class Template:
     saved_modules: frozenset[str] = frozenset()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     parameters: Mapping[str, Place] = field(default_factory=dict)
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter], base_id: str) -> Template:
@@ -83,7 +86,9 @@ class Template:
         rows = {name: sorted({row for a in adapters for row in a.rows(name)}) for a in adapters for name in a.names}
         tokens = {n: tuple(own) for n, own in rows.items() if own and n not in layouts and n not in saved}
         places = {name: place for a in adapters for name in a.names if (place := a.place(name)) and name not in layouts}
-        return cls(layouts, biases, config, saved, naming, _common_head(adapters), modules, tokens, places)
+        outputs = {name: a.naming.to_base(output) or output for a in adapters for name, output in a.twins.items()}
+        twins = {name: naming.to_adapter(output) for name, output in outputs.items()}
+        return cls(layouts, biases, config, saved, naming, _common_head(adapters), modules, tokens, places, twins)
 
     def has_factors(self, name: str, change: Delta) -> bool:
         """Whether a change goes into factors, not into a saved tensor."""
@@ -309,15 +314,21 @@ def _saved_tensors(
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in template.head.items()}
     words: dict[str, Any] = {}
     for name, delta in trained.items():
-        module, _, leaf = names[name].rpartition(".")
+        module, _, own = names[name].rpartition(".")
         inner = ".base_layer" if module in ranks else ""
-        if leaf == "bias" and f"{name.rpartition('.')[0]}.weight" not in trained:
+        if own == "bias" and f"{name.rpartition('.')[0]}.weight" not in trained:
             words["bias"] = "all"
         elif module and not inner:
             modules.add(template.module_to_save(names[name]))
         else:
             raise ParameterError(f"PEFT cannot save {name} by itself; write a full checkpoint")
-        tensors[f"{PREFIX}{module}{inner}.{leaf}"] = _sum(base, name, delta)
+        tensors[f"{PREFIX}{module}{inner}.{own}"] = _sum(base, name, delta)
+    for name, output in template.twins.items():
+        if name in trained:
+            modules.add(template.module_to_save(output))
+            tensors[f"{PREFIX}{output}"] = tensors[f"{PREFIX}{names[name]}"]
+            if {leaf(output), leaf(name)} <= set(TIED_BY_PEFT):
+                words["ensure_weight_tying"] = True
     clash = [module for module in ranks if _is_saved(f"{module}.weight", modules)]
     if clash:
         raise ParameterError(

@@ -93,6 +93,18 @@ def parameters_of(model: nn.Module, targets: Sequence[str]) -> dict[str, Paramet
     return found
 
 
+def check_factors(label: str, parameter: Parameter, found: Mapping[str, tuple[int, ...]], rank: int, base: str) -> None:
+    """MismatchError unless an adapter's factors of a parameter, by part, have the shapes that its rank makes."""
+    (columns, rows), size = parameter.factor_shapes, rank * parameter.experts
+    if found != {"lora_A": (size, columns), "lora_B": (rows, size)}:
+        raise MismatchError(
+            f'"{label}": the factors of {parameter.name} are '
+            + ", ".join(f"{part} {list(shape)}" for part, shape in found.items())
+            + f", where its shape {list(parameter.shape)} in the base ({base}) and adapter_config.json make "
+            f"lora_A {[size, columns]}, lora_B {[rows, size]}; give the base it was trained on"
+        )
+
+
 def places_in(base: Checkpoint, parameters: Sequence[Parameter], model: nn.Module | None) -> dict[str, Place]:
     """Where a checkpoint stores parameters, by its own names.
 

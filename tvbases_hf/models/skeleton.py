@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..storage.checkpoint import Checkpoint
 from ..storage.model_config import most_layers
+from .names import count_named
 from .translation import stored_in
 
 
@@ -37,6 +38,16 @@ def names_in_memory(base: Checkpoint) -> dict[str, str]:
         for name, stored in found.items()
         if stored.is_whole and stored.shape == base.tensors[name].shape and stored.parts[0].parameter != name
     }
+
+
+def names_meant(names: Iterable[str], base: Checkpoint) -> dict[str, str]:
+    """``names_in_memory`` where more of an adapter's names are those than are the files'; else nothing."""
+    own = [name.replace(".base_layer.", ".") for name in names]
+    in_files = count_named(own, base.tensors)
+    if in_files == len(own):
+        return {}
+    memory = names_in_memory(base)
+    return memory if count_named(own, [memory.get(name, name) for name in base.tensors]) > in_files else {}
 
 
 def model_class(base: Checkpoint) -> Any:
