@@ -24,7 +24,7 @@ from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, is_lora, read_c
 from .lora_parts import BIAS, MAGNITUDE, PAIRS, Parts, check_parts
 from .names import Naming, is_shared, is_tied_away, twins_of
 from .parameters import Parameter, Place, check_factors, parameters_of, places_in
-from .skeleton import names_meant, skeleton
+from .skeleton import check_not_in_parts, names_meant, skeleton
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Adapter:
         weights = [f"{module}.weight" for module in (*parts, *found.tokens)]
         memory = names_meant([*weights, *saved], base)
         self._head = {name: saved.pop(name) for name in self._find_head(saved, memory)} if weights else {}
+        check_not_in_parts(label, self._head, base)
         twins = twins_of(saved, base, self.config, self._read)
         saved = {name: stored for name, stored in saved.items() if name not in twins}
         self.naming = self._resolve(weights, list(saved), memory)

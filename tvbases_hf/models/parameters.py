@@ -84,12 +84,13 @@ def parameters_of(model: nn.Module, targets: Sequence[str]) -> dict[str, Paramet
     """
     found = {}
     for module, held in model.named_modules():
-        names = [name for name, _ in held.named_parameters(recurse=False) if _is_target(f"{module}.{name}", targets)]
-        for index, name in enumerate(names):
+        every = [name for name, _ in held.named_parameters(recurse=False)]
+        names = [name for name in every if _is_target(f"{module}.{name}", targets)]
+        for place, name in enumerate(names):
             shape = tuple(getattr(held, name).shape)
             in_out = len(shape) == 3 and bool(getattr(held, "is_transposed", False))
-            stored = stored_module(module, index, len(names))
-            found[stored] = Parameter(f"{module}.{name}", module, index, shape, in_out)
+            stored = stored_module(module, place, len(names))
+            found[stored] = Parameter(f"{module}.{name}", module, every.index(name), shape, in_out)
     return found
 
 
