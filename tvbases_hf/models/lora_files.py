@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,8 +76,7 @@ class Template:
         biases = {name: renamed(f"{name.removesuffix('bias')}weight") for name in biased}
         repository, revision = without_revision(base_id)
         config: dict[str, Any] = {"base_model_name_or_path": repository}
-        if revision:
-            config["revision"] = revision
+        config |= {"revision": revision} if revision else {}
         for word in ("task_type", "auto_mapping"):
             values = [adapter.config.get(word) for adapter in adapters]
             if all(value == values[0] for value in values):
@@ -92,8 +92,7 @@ class Template:
 
     def has_factors(self, name: str, change: Delta) -> bool:
         """Whether a change goes into factors, not into a saved tensor."""
-        own = name in self.layouts or name in self.parameters
-        return own and (change.low is not None or name not in self.saved)
+        return (name in self.layouts or name in self.parameters) and (change.low is not None or name not in self.saved)
 
     def module_to_save(self, name: str) -> str:
         """The module by which PEFT saves a tensor: the outermost that a source names, else the tensor's own.
@@ -126,16 +125,16 @@ def adapter_tensors(
     ranks: dict[str, int] = {}
     parameters = _parameter_factors(of_parameters, template, tensors, dtype)
     needed = factored or ({} if parameters else _placeholder(template, others, base))
+    needed = needed if dora else {**needed, **_under_biases(template, others, needed, base)}
     for name, delta in needed.items():
         layout = template.layouts[name]
         low, magnitude = _as_dora(delta, base.read(name), layout) if dora else (_low_rank(delta, name), None)
         ranks[layout.module] = max(1, low.rank)
         tensors |= factors(layout, _padded(low), dtype)
         if magnitude is not None:
-            ones = (1,) * len(layout.kernel)
-            shape = (1, -1, *ones) if layout.kind == "conv" else (-1,)
+            shape = (1, -1, *(1 for _ in layout.kernel)) if layout.kind == "conv" else (-1,)
             tensors[f"{PREFIX}{layout.module}.{MAGNITUDE}"] = magnitude.to(torch.float32).reshape(shape)
-    words = {} if dora else _lora_biases(others, template, factored, tensors)
+    words = {} if dora else _lora_biases(others, template, needed, tensors)
     if parameters and (dora or words):
         raise ParameterError(
             f"{next(iter(parameters))} is a parameter, of which PEFT has no DoRA and no bias; write a full checkpoint"
@@ -195,8 +194,19 @@ def _placeholder(template: Template, others: Mapping[str, Delta], base: Checkpoi
     free = [name for name in template.layouts if name not in others]
     if not free:
         raise ParameterError("PEFT has no adapter without low-rank factors; write a full checkpoint")
-    shape = base.tensors[free[0]].shape
-    return {free[0]: zeros((shape[0], base.tensors[free[0]].numel // max(1, shape[0])))}
+    return _zeros(base, free[:1])
+
+
+def _under_biases(
+    template: Template, others: Mapping[str, Delta], factored: Mapping[str, Delta], base: Checkpoint
+) -> dict[str, Delta]:
+    """A LoRA bias needs factors beside it: zeros for the modules that have a bias alone."""
+    biased = {module for name, module in template.bias_modules.items() if name in others}
+    return _zeros(base, [n for n, own in template.layouts.items() if own.module in biased and n not in factored])
+
+
+def _zeros(base: Checkpoint, names: Sequence[str]) -> dict[str, Delta]:
+    return {n: zeros((base.tensors[n].shape[0], math.prod(base.tensors[n].shape[1:]))) for n in names}
 
 
 def _low_rank(delta: Delta, name: str) -> LowRank:
@@ -327,8 +337,7 @@ def _saved_tensors(
         if name in trained:
             modules.add(template.module_to_save(output))
             tensors[f"{PREFIX}{output}"] = tensors[f"{PREFIX}{names[name]}"]
-            if {leaf(output), leaf(name)} <= set(TIED_BY_PEFT):
-                words["ensure_weight_tying"] = True
+            words |= {"ensure_weight_tying": True} if {leaf(output), leaf(name)} <= set(TIED_BY_PEFT) else {}
     clash = [module for module in ranks if _is_saved(f"{module}.weight", modules)]
     if clash:
         raise ParameterError(
