@@ -78,7 +78,7 @@ class DenseAdapter(Adapter):
         self._layouts = dict(layouts)
         self._stored, self._base, self._changes = stored, base, dict(changes)
         self._modules, self._biases, self._saved, self._head = {}, {}, {}, {}
-        self._tokens, self._places = {}, {}
+        self._tokens, self._places, self._twins = {}, {}, {}
         self.names = tuple(changes)
 
     def delta(self, name: str) -> Delta | None:

@@ -683,3 +683,19 @@ def test_the_command_refuses_with_one_message(
     options: list[object], message: str, family: Adapters, tmp_path: Path
 ) -> None:
     assert message in refused(tmp_path, "compress", *family.options(), *options, "--out", tmp_path / "basis", "--quiet")
+
+
+def test_a_task_whose_bias_changes_where_only_another_has_factors_comes_back(tmp_path: Path) -> None:
+    """One trains all biases, the other has LoRA biases: PEFT has these beside factors only."""
+    cases = {"math": {"target_modules": ["value"], "bias": "all"}, "code": {"target_modules": ["query"]}}
+    cases["code"]["lora_bias"] = True
+    base = make_base(tmp_path / "base", Case("bert", {}))
+    paths = {
+        task: random_adapter(tmp_path / task, base, Case("bert", words), seed)
+        for seed, (task, words) in enumerate(cases.items(), start=1)
+    }
+    basis = saved(build(Adapters(Case("bert", {}), base, paths), dict(method="tsv", rank=8)), tmp_path / "basis")
+    for task, path in paths.items():
+        basis.adapter(task, base=base).save_pretrained(tmp_path / f"{task}-again")
+        again, own = (outputs(load_adapter(base, Case("bert", {}), p)) for p in (tmp_path / f"{task}-again", path))
+        assert close(again, own)

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from commands.command_line import tvbases
-from tvbases_hf import Vectors, extract
+from oracles.merge_oracle import write_config
+from tvbases_hf import Basis, Vectors, extract
 from tvbases_hf.errors import MismatchError, OutputError, ParameterError
 from tvbases_hf.merging.extract import is_extraction
 from tvbases_hf.storage import run
-from zoo.peft_models import IDS, IMAGES, MODELS
+from zoo.peft_models import IDS, IMAGES, MODELS, edit_tensors
 
 RANK = 3
+OUTPUT = "base_model.model.lm_head.weight"
 
 
 def qwen2(**options: Any) -> nn.Module:
@@ -41,7 +43,16 @@ def gpt_oss(**options: Any) -> nn.Module:
     return GptOssForCausalLM(GptOssConfig(**sizes, num_experts_per_tok=2))
 
 
-MAKERS: dict[str, Callable[..., nn.Module]] = {**MODELS, "qwen2": qwen2, "gpt_oss": gpt_oss}
+def mixtral(**options: Any) -> nn.Module:
+    """Its router has another name in memory, and its experts are in one parameter there."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 40}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes))
+
+
+MAKERS: dict[str, Callable[..., nn.Module]] = {**MODELS, "qwen2": qwen2, "gpt_oss": gpt_oss, "mixtral": mixtral}
 # By name: what is made, and its options.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {}),
@@ -117,6 +128,62 @@ def test_a_change_of_rank_three_comes_back_in_peft_and_merged(
     torch.testing.assert_close(pair.logits(adapted.merge_and_unload()), wanted, rtol=0, atol=1e-5)
     assert found["error"] < 1e-6 and found["left"] == [] and list(found["ranks"]) == [RANK]
     assert config_of(tmp_path / "out" / "t")["rank_pattern"] == {}
+
+
+def merged(pair: Pair, adapter: Path, out: Path, *more: str, weight: float = 1.0) -> Path:
+    """What ``tvbases merge`` makes of an extracted adapter."""
+    model = {"model": str(adapter), "parameters": {"weight": weight}}
+    config = {"merge_method": "task_arithmetic", "base_model": str(pair.base), "models": [model]}
+    told = tvbases("merge", write_config(out.with_suffix(".yml"), config), out, "--quiet", *more)
+    assert told.code == 0, told.err
+    return out
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss", "mixtral"])
+def test_what_is_extracted_is_merged_again(family: str, pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+    """Tied matrices too, which are stored as both of their uses, and what is called otherwise in memory (a router)."""
+    pair, adapter = pairs(family), tmp_path / "out" / "t"
+    left = extract(pair.base, {"t": pair.tuned}, tmp_path / "out", rank=RANK)["tasks"]["t"]["left"]
+    wanted = pair.wanted() if not left else pair.logits(pair.adapted(adapter))
+    whole = merged(pair, adapter, tmp_path / "whole")
+    torch.testing.assert_close(pair.logits(pair.load(whole)), wanted, rtol=0, atol=1e-5)
+    again = merged(pair, adapter, tmp_path / "again", "--adapter")
+    torch.testing.assert_close(pair.logits(pair.adapted(again)), wanted, rtol=0, atol=1e-5)
+    half = merged(pair, adapter, tmp_path / "half", "--adapter", weight=0.5)
+    base, tuned = (load_file(path / "model.safetensors") for path in (pair.base, whole))
+    found = load_file(merged(pair, half, tmp_path / "half-whole") / "model.safetensors")
+    for name, tensor in base.items():
+        torch.testing.assert_close(found[name], (tensor + tuned[name]) / 2, rtol=0, atol=1e-6)
+
+
+def test_a_tied_matrix_that_was_saved_as_two_is_refused(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+    """And so is a basis of them, which would keep one of the two."""
+    pair, adapter = pairs("llama_tied"), tmp_path / "out" / "t"
+    extract(pair.base, {"t": pair.tuned}, tmp_path / "out", rank=RANK)
+    with pytest.raises(ParameterError, match="of the embedding and the output as one of 1 tensors"):
+        Basis.build(Vectors.open(pair.base, {"t": adapter}), method="tsv", rank=RANK)
+    edit_tensors(adapter, lambda own: {**own, OUTPUT: own[OUTPUT] * 1.01})
+    with pytest.raises(MismatchError, match="lm_head, whose matrix the model uses twice"):
+        Vectors.open(pair.base, {"t": adapter})
+
+
+@pytest.mark.parametrize("rows", [37, 43])
+def test_rows_that_not_all_vocabularies_have_are_dropped(
+    rows: int, pairs: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    pair = pairs("llama")
+    other, short = pair.load(pair.tuned), min(rows, 40)
+    other.resize_token_embeddings(rows, mean_resizing=False)
+    other.save_pretrained(tmp_path / "other")
+    extract(pair.base, {"t": tmp_path / "other"}, tmp_path / "out", rank=16, extra_rows="drop")
+    base, tuned = (load_file(path / "model.safetensors") for path in (pair.base, pair.tuned))
+    found = load_file(merged(pair, tmp_path / "out" / "t", tmp_path / "whole") / "model.safetensors")
+    for name, tensor in base.items():
+        wanted = torch.cat([tuned[name][:short], tensor[short:]]) if len(tensor) == 40 else tuned[name]
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-5)
+    if rows < 40:
+        with pytest.raises(MismatchError, match="--extra-rows drop"):
+            extract(pair.base, {"t": tmp_path / "other"}, tmp_path / "kept", rank=16, extra_rows="keep")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

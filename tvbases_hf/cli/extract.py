@@ -14,6 +14,7 @@ from .options import (
     DryRun,
     Dtype,
     EqualRank,
+    ExtraRows,
     Host,
     Json,
     Memory,
@@ -42,6 +43,7 @@ def extract(
         defaults.Saved,
         typer.Option(help="What is saved whole: all that has no factors, as embeddings; norms and biases; or none."),
     ] = "all",
+    extra_rows: ExtraRows = None,
     equal_rank: EqualRank = False,
     host: Host = None,
     dtype: Dtype = "auto",
@@ -60,5 +62,6 @@ def extract(
     from .tables import print_extraction
 
     how: dict[str, Any] = {"save": save, "equal_rank": equal_rank, "host": host, "device": device, "dry_run": dry_run}
-    found = run(base, parse_tasks(task), out, rank=rank, budget=budget, dtype=parse_dtype(dtype), **how)
+    how |= {"rank": rank, "budget": budget, "extra_rows": extra_rows, "dtype": parse_dtype(dtype)}
+    found = run(base, parse_tasks(task), out, **how)
     tell(found, print_extraction, json)

@@ -12,13 +12,10 @@ from ..algebra.delta import LowRank
 from ..errors import ParameterError
 from ..models.adapter import Layout
 from ..models.lora_files import Template, config_of, factors
-from ..models.lora_parts import BIAS, PREFIX
+from ..models.lora_parts import BIAS, PREFIX, TIED_BY_PEFT
 from ..models.modules import Home, Modules
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import without_revision
-
-# Modules that PEFT can tie to one another when they are saved (peft.utils.constants.EMBEDDING_LAYER_NAMES).
-TIED_BY_PEFT = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)

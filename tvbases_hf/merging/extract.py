@@ -35,6 +35,7 @@ def extract(
     rank: str | float | RankRule | None = None,
     budget: float | None = None,
     save: defaults.Saved = "all",
+    extra_rows: defaults.ExtraRows | None = None,
     equal_rank: bool = False,
     host: defaults.Host | None = None,
     dtype: torch.dtype | None = None,
@@ -48,6 +49,9 @@ def extract(
         rank: a rank rule for every matrix; or else
         budget: the share of the fine-tune's bytes that its adapter may take: most of the change per byte first.
         save: what is saved whole, since factors do not hold it: ``all`` that changes; ``norms`` and biases; ``none``.
+        extra_rows: of vocabularies of other lengths: ``drop`` for the rows of the base (of a longer one the others are
+            left, of a shorter one the base's stay); by default, and with ``keep``, longer ones are saved whole, and
+            shorter ones refused.
         equal_rank: one rank everywhere, the largest (of a budget: that it affords), padded with zeros.
         host: what will load the adapters; what it cannot read is refused.
         dtype: of all that is written; None for the fine-tune's own.
@@ -68,7 +72,7 @@ def extract(
     modules, target = Modules(opened), Target(save, dtype, host)
     jobs = []
     for task, source in tasks.items():
-        vectors = open_fine_tune(opened, task, source, place)
+        vectors = open_fine_tune(opened, task, source, place, extra_rows)
         jobs.append(Extraction(task, modules, vectors, vectors.coverage.skipped, target, size))
     notes = [note for job in jobs for note in job.notes()]
     if dry_run:
@@ -105,6 +109,7 @@ def _job(jobs: Sequence[Extraction]) -> dict[str, Any]:
     first = jobs[0]
     return {
         "extract": {job.task: job.model.fingerprint() for job in jobs},
+        "rows": [job.vectors.coverage.rows for job in jobs],
         "base": [first.vectors.base.label, first.vectors.base.fingerprint()],
         "how": [str(first.size), first.size.equal, first.target.save, str(first.target.dtype), first.target.host],
         "version": library_version(),

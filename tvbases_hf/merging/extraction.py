@@ -289,8 +289,10 @@ class Extraction:
         }
 
 
-def open_fine_tune(base: Checkpoint, task: str, source: str | Path, device: torch.device) -> Vectors:
-    """The vector of one task, without matrices of tokens that have more rows than the base's.
+def open_fine_tune(
+    base: Checkpoint, task: str, source: str | Path, device: torch.device, extra_rows: defaults.ExtraRows | None = None
+) -> Vectors:
+    """The vector of one task, without matrices of tokens that have more rows than the base's unless these are dropped.
 
     Raises ParameterError for an adapter; else what Vectors.of_models does.
     """
@@ -300,6 +302,8 @@ def open_fine_tune(base: Checkpoint, task: str, source: str | Path, device: torc
             f'"{task}" ({source}) is an adapter already; `tvbases merge CONFIG OUT --adapter --rank RULE` of it alone '
             "cuts its rank"
         )
+    if extra_rows == "drop":
+        return Vectors.of_models(base, {task: model}, device=device, extra_rows="drop", rows_of_base=True)
     vectors = Vectors.of_models(base, {task: model}, skip_mismatched=True, device=device)
     if not all(_has_more_tokens(name, model, base) for name in vectors.coverage.skipped):
         Vectors.of_models(base, {task: model})  # which says what is wrong

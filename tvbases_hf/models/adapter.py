@@ -22,9 +22,9 @@ from .adapter_files import adapter_folder, host
 from .layouts import TRANSPOSED, Layout, find_layout
 from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, is_lora, read_config
 from .lora_parts import BIAS, MAGNITUDE, PAIRS, Parts, check_parts
-from .names import Naming, has_names, is_shared, is_tied_away
-from .parameters import Parameter, Place, parameters_of, places_in
-from .skeleton import names_in_memory, skeleton
+from .names import Naming, is_shared, is_tied_away, twins_of
+from .parameters import Parameter, Place, check_factors, parameters_of, places_in
+from .skeleton import check_not_in_parts, names_meant, skeleton
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,13 @@ class Adapter:
             shapes = {part: self._shape(name) for part, name in own.items()}
             check_parts(label, module, shapes, self._options)
         weights = [f"{module}.weight" for module in (*parts, *found.tokens)]
-        memory = {} if has_names(weights or saved, base) else names_in_memory(base)
+        memory = names_meant([*weights, *saved], base)
         self._head = {name: saved.pop(name) for name in self._find_head(saved, memory)} if weights else {}
+        check_not_in_parts(label, self._head, base)
+        twins = twins_of(saved, base, self.config, self._read)
+        saved = {name: stored for name, stored in saved.items() if name not in twins}
         self.naming = self._resolve(weights, list(saved), memory)
+        self._twins = {self._name(embedding): output for output, embedding in twins.items()}
         self._modules: dict[str, LoraModule] = {}
         self._biases: dict[str, LoraModule] = {}
         for module, own in parts.items():
@@ -136,6 +140,11 @@ class Adapter:
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors of ``saved_names``: other than the base's where the vocabularies differ."""
         return {name: self._shape(stored) for name, stored in self._saved.items()}
+
+    @property
+    def twins(self) -> Mapping[str, str]:
+        """{an embedding of the base: the adapter's name of the output that is tied to it}, saved alike as both."""
+        return self._twins
 
     def saved(self, name: str) -> Tensor:
         """The tensor that the adapter carries for the base's ``name``."""
@@ -268,7 +277,8 @@ class Adapter:
         known = parameters_of(model, self._options.parameters) if model is not None else dict(parameters or {})
         held = {known[module]: parts.pop(module) for module in list(parts) if module in known}
         for parameter, own in held.items():
-            self._check_parameter(parameter, own)
+            shapes = {part: self._shape(stored) for part, stored in own.items()}
+            check_factors(self.label, parameter, shapes, self._options.rank_of(parameter.name), self._base.label)
         places = places_in(self._base, list(held), model)
         missing = {parameter.name for parameter in held} - {place.parameter.name for place in places.values()}
         if missing:
@@ -277,17 +287,6 @@ class Adapter:
                 f"(first: {min(missing)}); give the base that the adapter was trained on"
             )
         return places, {parameter.name: own for parameter, own in held.items()}
-
-    def _check_parameter(self, parameter: Parameter, parts: Mapping[str, str]) -> None:
-        (columns, rows), size = parameter.factor_shapes, self._options.rank_of(parameter.name) * parameter.experts
-        found = {part: self._shape(stored) for part, stored in parts.items()}
-        if found != {"lora_A": (size, columns), "lora_B": (rows, size)}:
-            raise MismatchError(
-                f'"{self.label}": the factors of {parameter.name} are '
-                + ", ".join(f"{part} {list(shape)}" for part, shape in found.items())
-                + f", where its shape {list(parameter.shape)} in the base ({self._base.label}) and {CONFIG_FILE} make "
-                f"lora_A {[size, columns]}, lora_B {[rows, size]}; give the base it was trained on"
-            )
 
     def _resolve(self, weights: list[str], saved: list[str], memory: Mapping[str, str]) -> Naming:
         """How the adapter's names become the base's. Names of tied outputs, which the base lacks, are refused."""
@@ -382,7 +381,8 @@ class Adapter:
 
     def _refuse_shared(self) -> None:
         for name in self.names:
-            if name not in self._tokens and name in self._base.tensors and is_shared(name, self._base, self.config):
+            alone = name not in self._tokens and name not in self._twins and name in self._base.tensors
+            if alone and is_shared(name, self._base, self.config):
                 raise self._tied(name.removesuffix(".weight"))
 
     def _tied(self, module: str) -> TvbasesError:

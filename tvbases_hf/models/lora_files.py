@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import without_revision
 from ..storage.output import contains_only, write_json
 from ..storage.tensor_files import ONE_FILE, TensorFiles, metadata_of
+from ..storage.tied import leaf
 from ..version import library_version
 from .adapter import Adapter
 from .layouts import TRANSPOSED, Layout
 from .lora_config import CONFIG_FILE, WEIGHT_FILES
-from .lora_parts import BIAS, MAGNITUDE, PREFIX, TOKENS
+from .lora_parts import BIAS, MAGNITUDE, PREFIX, TIED_BY_PEFT, TOKENS
 from .names import Naming
 from .parameters import Parameter, Place, assembled, stored_module
 
@@ -42,7 +44,8 @@ class Template:
     as in the first source (that has a head). ``saved`` are tensors that some source carries whole; ``head`` those of
     them that the base lacks, by the adapter's name; ``saved_modules`` what the sources call modules that are saved;
     ``tokens`` the rows of embeddings of which only these change; ``parameters`` where the changes of those tensors go
-    that hold parameters without a module of their own, such as experts.
+    that hold parameters without a module of their own, such as experts; ``twins`` are embeddings that are saved as the
+    output, too, to which they are tied, and what that is called.
     """
 
     layouts: dict[str, Layout]
@@ -54,6 +57,7 @@ class Template:
     saved_modules: frozenset[str] = frozenset()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     parameters: Mapping[str, Place] = field(default_factory=dict)
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter], base_id: str) -> Template:
@@ -72,8 +76,7 @@ class Template:
         biases = {name: renamed(f"{name.removesuffix('bias')}weight") for name in biased}
         repository, revision = without_revision(base_id)
         config: dict[str, Any] = {"base_model_name_or_path": repository}
-        if revision:
-            config["revision"] = revision
+        config |= {"revision": revision} if revision else {}
         for word in ("task_type", "auto_mapping"):
             values = [adapter.config.get(word) for adapter in adapters]
             if all(value == values[0] for value in values):
@@ -83,12 +86,13 @@ class Template:
         rows = {name: sorted({row for a in adapters for row in a.rows(name)}) for a in adapters for name in a.names}
         tokens = {n: tuple(own) for n, own in rows.items() if own and n not in layouts and n not in saved}
         places = {name: place for a in adapters for name in a.names if (place := a.place(name)) and name not in layouts}
-        return cls(layouts, biases, config, saved, naming, _common_head(adapters), modules, tokens, places)
+        outputs = {name: a.naming.to_base(output) or output for a in adapters for name, output in a.twins.items()}
+        twins = {name: naming.to_adapter(output) for name, output in outputs.items()}
+        return cls(layouts, biases, config, saved, naming, _common_head(adapters), modules, tokens, places, twins)
 
     def has_factors(self, name: str, change: Delta) -> bool:
         """Whether a change goes into factors, not into a saved tensor."""
-        own = name in self.layouts or name in self.parameters
-        return own and (change.low is not None or name not in self.saved)
+        return (name in self.layouts or name in self.parameters) and (change.low is not None or name not in self.saved)
 
     def module_to_save(self, name: str) -> str:
         """The module by which PEFT saves a tensor: the outermost that a source names, else the tensor's own.
@@ -121,16 +125,16 @@ def adapter_tensors(
     ranks: dict[str, int] = {}
     parameters = _parameter_factors(of_parameters, template, tensors, dtype)
     needed = factored or ({} if parameters else _placeholder(template, others, base))
+    needed = needed if dora else {**needed, **_under_biases(template, others, needed, base)}
     for name, delta in needed.items():
         layout = template.layouts[name]
         low, magnitude = _as_dora(delta, base.read(name), layout) if dora else (_low_rank(delta, name), None)
         ranks[layout.module] = max(1, low.rank)
         tensors |= factors(layout, _padded(low), dtype)
         if magnitude is not None:
-            ones = (1,) * len(layout.kernel)
-            shape = (1, -1, *ones) if layout.kind == "conv" else (-1,)
+            shape = (1, -1, *(1 for _ in layout.kernel)) if layout.kind == "conv" else (-1,)
             tensors[f"{PREFIX}{layout.module}.{MAGNITUDE}"] = magnitude.to(torch.float32).reshape(shape)
-    words = {} if dora else _lora_biases(others, template, factored, tensors)
+    words = {} if dora else _lora_biases(others, template, needed, tensors)
     if parameters and (dora or words):
         raise ParameterError(
             f"{next(iter(parameters))} is a parameter, of which PEFT has no DoRA and no bias; write a full checkpoint"
@@ -190,8 +194,19 @@ def _placeholder(template: Template, others: Mapping[str, Delta], base: Checkpoi
     free = [name for name in template.layouts if name not in others]
     if not free:
         raise ParameterError("PEFT has no adapter without low-rank factors; write a full checkpoint")
-    shape = base.tensors[free[0]].shape
-    return {free[0]: zeros((shape[0], base.tensors[free[0]].numel // max(1, shape[0])))}
+    return _zeros(base, free[:1])
+
+
+def _under_biases(
+    template: Template, others: Mapping[str, Delta], factored: Mapping[str, Delta], base: Checkpoint
+) -> dict[str, Delta]:
+    """A LoRA bias needs factors beside it: zeros for the modules that have a bias alone."""
+    biased = {module for name, module in template.bias_modules.items() if name in others}
+    return _zeros(base, [n for n, own in template.layouts.items() if own.module in biased and n not in factored])
+
+
+def _zeros(base: Checkpoint, names: Sequence[str]) -> dict[str, Delta]:
+    return {n: zeros((base.tensors[n].shape[0], math.prod(base.tensors[n].shape[1:]))) for n in names}
 
 
 def _low_rank(delta: Delta, name: str) -> LowRank:
@@ -309,15 +324,20 @@ def _saved_tensors(
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in template.head.items()}
     words: dict[str, Any] = {}
     for name, delta in trained.items():
-        module, _, leaf = names[name].rpartition(".")
+        module, _, own = names[name].rpartition(".")
         inner = ".base_layer" if module in ranks else ""
-        if leaf == "bias" and f"{name.rpartition('.')[0]}.weight" not in trained:
+        if own == "bias" and f"{name.rpartition('.')[0]}.weight" not in trained:
             words["bias"] = "all"
         elif module and not inner:
             modules.add(template.module_to_save(names[name]))
         else:
             raise ParameterError(f"PEFT cannot save {name} by itself; write a full checkpoint")
-        tensors[f"{PREFIX}{module}{inner}.{leaf}"] = _sum(base, name, delta)
+        tensors[f"{PREFIX}{module}{inner}.{own}"] = _sum(base, name, delta)
+    for name, output in template.twins.items():
+        if name in trained:
+            modules.add(template.module_to_save(output))
+            tensors[f"{PREFIX}{output}"] = tensors[f"{PREFIX}{names[name]}"]
+            words |= {"ensure_weight_tying": True} if {leaf(output), leaf(name)} <= set(TIED_BY_PEFT) else {}
     clash = [module for module in ranks if _is_saved(f"{module}.weight", modules)]
     if clash:
         raise ParameterError(

@@ -15,6 +15,8 @@ PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 BIAS = "lora_B.bias"
 TOKENS = "token_adapter.trainable_tokens_delta"
+# Modules that PEFT can tie to one another when they are saved (peft.utils.constants.EMBEDDING_LAYER_NAMES).
+TIED_BY_PEFT = ("embed_tokens", "lm_head")
 PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 FACTOR = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"

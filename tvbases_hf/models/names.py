@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..algebra.delta import Delta, reshaped, work_dtype
 from ..algebra.layout import is_stack
@@ -83,10 +84,10 @@ class Naming:
         )
 
 
-def has_names(names: Iterable[str], base: Checkpoint) -> bool:
-    """Whether all ``names`` are names of the base's tensors, behind any prefix of theirs or of its own."""
-    ends = {end for own in base.tensors for end in _ends(own)}
-    return all(name in ends or any(end in base.tensors for end in _ends(name)) for name in names)
+def count_named(names: Iterable[str], tensors: Collection[str]) -> int:
+    """How many of ``names`` are names of these tensors, behind any prefix of theirs or of the names' own."""
+    own, ends = set(tensors), {end for name in tensors for end in _ends(name)}
+    return sum(name in ends or any(end in own for end in _ends(name)) for name in names)
 
 
 def _ends(name: str) -> list[str]:
@@ -106,6 +107,16 @@ def is_shared(name: str, base: Checkpoint, config: Mapping[str, Any]) -> bool:
     vocabulary = (base.config.get("text_config") or base.config).get("vocab_size")
     of_tokens = leaf(name) in EMBEDDINGS or (name.endswith(".weight") and len(shape) == 2 and shape[0] == vocabulary)
     return of_tokens and (leaf(name) == "shared" or is_tied(base, config))
+
+
+def twins_of(
+    saved: Mapping[str, str], base: Checkpoint, config: Mapping[str, Any], read: Callable[[str], Tensor]
+) -> dict[str, str]:
+    """{output: embedding} of a tied matrix that an adapter saves alike as both, so that the one matrix changes so."""
+    outputs = [name for name in saved if name not in base.tensors and is_tied_away(name, base, config)]
+    embeddings = [name for name in saved if leaf(name) in EMBEDDINGS]
+    pairs = ((output, embedding) for output in outputs for embedding in embeddings)
+    return {output: own for output, own in pairs if torch.equal(read(saved[output]), read(saved[own]))}
 
 
 def is_tied(base: Checkpoint, config: Mapping[str, Any]) -> bool:

@@ -84,13 +84,26 @@ def parameters_of(model: nn.Module, targets: Sequence[str]) -> dict[str, Paramet
     """
     found = {}
     for module, held in model.named_modules():
-        names = [name for name, _ in held.named_parameters(recurse=False) if _is_target(f"{module}.{name}", targets)]
-        for index, name in enumerate(names):
+        every = [name for name, _ in held.named_parameters(recurse=False)]
+        names = [name for name in every if _is_target(f"{module}.{name}", targets)]
+        for place, name in enumerate(names):
             shape = tuple(getattr(held, name).shape)
             in_out = len(shape) == 3 and bool(getattr(held, "is_transposed", False))
-            stored = stored_module(module, index, len(names))
-            found[stored] = Parameter(f"{module}.{name}", module, index, shape, in_out)
+            stored = stored_module(module, place, len(names))
+            found[stored] = Parameter(f"{module}.{name}", module, every.index(name), shape, in_out)
     return found
+
+
+def check_factors(label: str, parameter: Parameter, found: Mapping[str, tuple[int, ...]], rank: int, base: str) -> None:
+    """MismatchError unless an adapter's factors of a parameter, by part, have the shapes that its rank makes."""
+    (columns, rows), size = parameter.factor_shapes, rank * parameter.experts
+    if found != {"lora_A": (size, columns), "lora_B": (rows, size)}:
+        raise MismatchError(
+            f'"{label}": the factors of {parameter.name} are '
+            + ", ".join(f"{part} {list(shape)}" for part, shape in found.items())
+            + f", where its shape {list(parameter.shape)} in the base ({base}) and adapter_config.json make "
+            f"lora_A {[size, columns]}, lora_B {[rows, size]}; give the base it was trained on"
+        )
 
 
 def places_in(base: Checkpoint, parameters: Sequence[Parameter], model: nn.Module | None) -> dict[str, Place]:

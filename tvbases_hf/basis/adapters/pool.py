@@ -158,6 +158,7 @@ def check_kinds(vectors: Vectors) -> None:
         for option, names in (
             ("target_parameters", [name for name in adapter.names if adapter.place(name)]),
             ("trainable_token_indices", [name for name in adapter.names if adapter.rows(name)]),
+            ("modules_to_save of the embedding and the output as one", list(adapter.twins)),
         ):
             if names:
                 raise ParameterError(
