@@ -27,6 +27,7 @@ def merge(
     device: str | torch.device = "cpu",
     equal_rank: bool = False,
     host: Host | None = None,
+    intermediate_dir: str | Path | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """A mergekit YAML, executed on the changes of weights: no model is built, adapters stay adapters.
@@ -39,6 +40,7 @@ def merge(
             refuses them.
         equal_rank: of an adapter: one rank in all modules, padded with zeros.
         host: what will load the adapter (vllm, llama.cpp, diffusers, peft); what it cannot read is refused.
+        intermediate_dir: where the merges that have a name are written, of a file with several documents.
         dry_run: check everything and report what would be written.
 
     Raises:
@@ -49,9 +51,9 @@ def merge(
     from .native import Request
     from .native import merge as run
 
-    return run(
-        Path(config), Path(out), Request(adapter, rank, dtype, seed, extra_rows, device, dry_run, equal_rank, host)
-    )
+    folder = None if intermediate_dir is None else Path(intermediate_dir)
+    request = Request(adapter, rank, dtype, seed, extra_rows, device, dry_run, equal_rank, host, folder)
+    return run(Path(config), Path(out), request)
 
 
 def open_merge(config: str | Path, out: str | Path, **how: Any) -> Job:

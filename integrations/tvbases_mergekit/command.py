@@ -29,6 +29,11 @@ from .registration import register
 CONFIG_FILE = "mergekit_config.yml"
 
 DRY_RUN = click.Option(["--dry-run"], is_flag=True, help="Check everything, say what would be written, write nothing.")
+INTERMEDIATE = click.Option(
+    ["--intermediate-dir", "-I"],
+    type=click.Path(),
+    help="Where the merges that have a name are written, of a CONFIG with several documents.",
+)
 
 
 def merge(arguments: list[str]) -> dict[str, Any] | None:
@@ -41,18 +46,13 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
         TvbasesError: whatever is wrong with the configuration, its models or the output.
     """
     register()
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.options import MergeOptions
     from mergekit.scripts.run_yaml import main
 
-    from .configuration import read_config
-    from .mended import mended_mergekit
-    from .preflight import check_config, side_files_left_out
-    from .tokens import merging
+    from .several import is_several, merge_all
 
     command = copy.copy(main)
     command.help = "mergekit-yaml with the merge methods of tvbases, a check beforehand, and a whole model or none."
-    command.params = [*command.params, DRY_RUN]
+    command.params = [*command.params, DRY_RUN, INTERMEDIATE]
     command.epilog = "Example: tvbases mergekit-yaml merge.yml merged/ --cuda"
     try:
         context = command.make_context("tvbases mergekit-yaml", list(arguments))
@@ -65,8 +65,25 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
             f"--out-shard-size takes a number, or one of thousands, millions or billions: 500M ({error})"
         ) from error
     given = context.params
-    dry_run = given.pop("dry_run")
+    dry_run, folder = given.pop("dry_run"), given.pop("intermediate_dir")
     file, out = Path(given["config_file"]), Path(given["out_path"])
+    if folder is None or not is_several(file):
+        return _merge(command, context, file, out, dry_run)
+    check_output(out, is_merge)
+    return merge_all(file, out, Path(folder), lambda f, to: _merge(command, context, f, to, dry_run), dry_run)
+
+
+def _merge(command: Any, context: Any, file: Path, out: Path, dry_run: bool) -> dict[str, Any] | None:
+    """One merge, by the options that were given for it or for all of a file."""
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.options import MergeOptions
+
+    from .configuration import read_config
+    from .mended import mended_mergekit
+    from .preflight import check_config, side_files_left_out
+    from .tokens import merging
+
+    given = context.params
     options = MergeOptions(**{name: given[name] for name in MergeOptions.model_fields})
     config = read_config(file)
     check_output(out, is_merge)  # before anything is downloaded
@@ -77,7 +94,7 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
         if dry_run:
             return preview(out, None, needed)
         with transaction(out, is_merge, needed) as work:
-            given["out_path"] = str(work)
+            given["config_file"], given["out_path"] = str(file), str(work)
             with _reading(inputs):
                 command.invoke(context)
             if not (work / CONFIG_FILE).is_file():  # --no-write-model-card; it tells the next run that this is a merge

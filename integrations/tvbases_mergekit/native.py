@@ -32,6 +32,7 @@ from .kernels import LINEAR, Linear, Weight, check_native, kernel_of, not_native
 from .methods import BasisMerge
 from .places import places
 from .preflight import check_basis_parameters, check_structure
+from .several import is_several, merge_all
 from .sources import Models
 from .streamed import Pieces
 
@@ -51,6 +52,8 @@ class Request:
     dry_run: bool = False
     equal_rank: bool = False
     host: Host | None = None
+    intermediate_dir: Path | None = None
+    """Where the merges of a file go that have a name; None: the file holds one merge."""
 
     def __post_init__(self) -> None:
         if (self.equal_rank or self.host) and not self.adapter:
@@ -118,6 +121,15 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
     Raises:
         TvbasesError: whatever is wrong with the configuration, its models or the output; nothing is written then.
     """
+    if request.intermediate_dir is not None and is_several(file):
+        check_output(out, is_merge if request.adapter else is_checkpoint_of_ours)
+        found = merge_all(file, out, request.intermediate_dir, lambda f, to: _merge(f, to, request), request.dry_run)
+        assert found is not None
+        return found
+    return _merge(file, out, request)
+
+
+def _merge(file: Path, out: Path, request: Request) -> dict[str, Any]:
     with reported():
         job = Job.open(file, out, request)
         return _preview(job, out) if request.dry_run else write(job.plan(), out, **job.how)

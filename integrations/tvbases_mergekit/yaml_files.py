@@ -15,7 +15,6 @@ MOST_VALUES = 100_000
 DEEPEST = 100
 # Characters of one number.
 LONGEST_NUMBER = 300
-SECOND = "but found another document"  # in the parser's words
 TOO_DEEP = f"it is nested more than {DEEPEST} deep"
 
 
@@ -53,18 +52,24 @@ for kind in ("int", "float"):
 
 
 def load_yaml(file: Path) -> Any:
-    """The value in a file. ParameterError for text that is not YAML, or more than a merge has use for."""
+    """The value in a file. ParameterError for text that is not YAML, for several documents, or for too much of it."""
+    documents = load_documents(file)
+    if len(documents) > 1:
+        raise ParameterError(
+            f'"{file}" holds {len(documents)} documents, of which this makes one model; add --intermediate-dir DIR to '
+            "tvbases merge or mergekit-yaml, where the merges that have a name are written"
+        )
+    return documents[0] if documents else None
+
+
+def load_documents(file: Path) -> list[Any]:
+    """The values of all documents in a file. ParameterError for text that is not YAML, or more than merges need."""
     try:
         if (size := file.stat().st_size) > LARGEST:
             raise ParameterError(f'"{file}" is not the YAML of a merge: it has {size} bytes, more than {LARGEST}')
         return _load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        if error.problem == SECOND and mark:
-            raise ParameterError(
-                f'"{file}" holds several documents (the second from line {mark.line + 1}), and this command makes one '
-                "model; give each merge a file of its own, and run them in the order in which they need each other"
-            ) from error
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ParameterError(f'"{file}" is not YAML: {place}{error.problem}') from error
     except RecursionError as error:
@@ -73,16 +78,17 @@ def load_yaml(file: Path) -> Any:
         raise ParameterError(f'"{file}" is not YAML: {" ".join(str(error).split())}') from error
 
 
-def _load(text: str) -> Any:
+def _load(text: str) -> list[Any]:
     loader = KeysOnce(text)
+    found = []
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count(node, {}, 1)
-        return loader.construct_document(node)
+        while loader.check_node():
+            node = loader.get_node()
+            _count(node, {}, 1)
+            found.append(loader.construct_document(node))
     finally:
         loader.dispose()
+    return [value for value in found if value is not None]
 
 
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:

@@ -99,7 +99,7 @@ def a_model_with_a_name_of_5000_characters(place: Workplace) -> None:
     text(place, str(place / "math"), "a" * 5000)
 
 
-@attack("yaml", "holds several documents (the second from line")
+@attack("yaml", "holds 2 documents, of which this makes one model; add --intermediate-dir")
 def two_merges_in_one_file(place: Workplace) -> None:
     """As mergekit-multi takes them; the second would be lost."""
     file = place / "merge.yml"

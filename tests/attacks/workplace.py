@@ -121,8 +121,9 @@ def _make_merges(place: Workplace) -> None:
         listed = [{"model": str(place / model)} for model in models]
         config = {"merge_method": method, "base_model": str(place / "base"), "models": listed, "parameters": parameters}
         (place / f"{name}.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    both = [(place / name).read_text(encoding="utf-8") for name in ("merge.yml", "adapters.yml")]
-    (place / "merges.yml").write_text("---\n".join(both), encoding="utf-8")
+    first, second = ((place / name).read_text(encoding="utf-8") for name in ("merge.yml", "adapters.yml"))
+    second = second.replace(str(place / "code-lora"), "first")
+    (place / "merges.yml").write_text(f"name: first\n{first}---\n{second}", encoding="utf-8")
 
 
 # The guard
@@ -299,6 +300,7 @@ def actions(place: Workplace) -> dict[str, list[Action]]:
         "yamls": [
             ["merge", place / "merges.yml", place.out, "--quiet"],
             ["mergekit-yaml", place / "merges.yml", place.out, "--dry-run", "--quiet"],
+            ["merge", place / "merges.yml", place.out / "merged", "--intermediate-dir", place.out / "parts", "--quiet"],
         ],
         "yaml": [merge, ["mergekit-yaml", place / "merge.yml", place.out, "--dry-run", "--quiet"]],
     }  # fmt: skip

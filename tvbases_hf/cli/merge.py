@@ -72,6 +72,14 @@ def merge(
     dtype: Dtype = "auto",
     seed: Seed = 0,
     extra_rows: ExtraRows = None,
+    intermediate_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--intermediate-dir",
+            help="Where the merges that have a name are written, of a CONFIG with several documents.",
+            metavar="DIR",
+        ),
+    ] = None,
     device: Device = "cpu",
     threads: Threads = None,
     memory: Memory = None,
@@ -90,7 +98,7 @@ def merge(
     from .tables import print_merge
 
     how: dict[str, Any] = {"dtype": parse_dtype(dtype), "seed": seed, "extra_rows": extra_rows, "device": device}
-    how |= {"equal_rank": equal_rank, "host": host, "dry_run": dry_run}
+    how |= {"equal_rank": equal_rank, "host": host, "intermediate_dir": intermediate_dir, "dry_run": dry_run}
     found = run(config, out, adapter=adapter, rank=rank, **how)
     tell(found, print_merge, json)
 
