@@ -84,6 +84,7 @@ def _load(text: str) -> list[Any]:
     try:
         while loader.check_node():
             node = loader.get_node()
+            assert node is not None  # check_node says so
             _count(node, {}, 1)
             found.append(loader.construct_document(node))
     finally:
