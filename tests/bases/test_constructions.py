@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from commands.command_line import tvbases
+from commands.command_line import COMMANDS, tvbases
 from oracles.grams import EPS, error, gram_of, loss_tolerance, task_matrix
 from tvbases_hf.bases import CONSTRUCTIONS, BasisWeights, rand_select, registry
 from tvbases_hf.bases.registry import construction
@@ -143,8 +143,10 @@ def planted() -> Iterator[None]:
         """The first of the task vectors."""
         return rand_select(gram, num_bases, seed=0 if turn == "left" else 1)
 
+    COMMANDS.cache_clear()  # they have the options of every construction
     yield
     del registry._found["first"]
+    COMMANDS.cache_clear()
 
 
 def test_a_new_construction_is_known_everywhere(planted: None) -> None:

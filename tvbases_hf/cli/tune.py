@@ -71,10 +71,11 @@ def tune(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Merge at the scale that is best on data or lm-eval tasks: the base plus alpha times what the YAML adds to it.
+    """Merge at the scale that data or lm-eval tasks like best.
 
-    Targets, and all data that is no control, should rise; controls stay. Where no scale is better than the base on all
-    targets it says so, writes nothing and ends with exit code 2.
+    It is the base plus alpha times what the YAML adds to it. Targets, and all data that is no control, should rise;
+    controls stay. Where no scale is better than the base on all targets it says so, writes nothing and ends with exit
+    code 2.
     """
     from tvbases_lm_eval.tune import check_helps, tune_merge
     from tvbases_mergekit import merge, open_merge
