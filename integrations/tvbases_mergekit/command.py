@@ -159,7 +159,8 @@ def _stopped(verbose: bool) -> Iterator[None]:
         if verbose or not _is_mergekits(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        way = "; `tvbases merge` takes the same YAML" if "required but not present" in reason else ""
+        known = any(words in reason for words in ("required but not present", "Promotion for Float8"))
+        way = "; `tvbases merge` takes the same YAML" if known else ""
         raise TvbasesError(f"mergekit stopped: {reason} (-v shows where){way}") from error
 
 

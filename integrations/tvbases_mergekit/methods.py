@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tvbases_hf.algebra.delta import BLOCK_NUMBERS, Dense, dense
+from tvbases_hf.algebra.dtypes import promoted
 from tvbases_hf.algebra.sums import mix
 from tvbases_hf.bases import CONSTRUCTIONS, BasisWeights
 from tvbases_hf.bases.registry import Construction
@@ -103,7 +104,7 @@ class BasisMerge(WholeMerge):
             stored = models.vectors.base if isinstance(group.base.id, ModelReference) else None
             name = group.metadata.name or "a tensor"
             made = inner.change(name, base.shape, vectors, passed["weight"], passed, stored)
-            change = dense(made, torch.promote_types(base.dtype, torch.float32)).reshape(base.shape)
+            change = dense(made, promoted(base.dtype, torch.float32)).reshape(base.shape)
             return (base.to(change.dtype) + parameters["lambda"] * change).to(base.dtype)
         if is_plain_sum(inner):
             weights = mixing @ mixing.new_tensor(normalized(passed["weight"], passed.get("normalize", False)))
@@ -167,7 +168,7 @@ def _weighted_sum(base: Tensor, models: Sequence[Tensor], weights: Tensor, alpha
 
     Beside what it is given and the result, only one block of every model is in memory.
     """
-    work = torch.promote_types(base.dtype, torch.float32)
+    work = promoted(base.dtype, torch.float32)
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
     flat, flats = base.reshape(-1), [model.reshape(-1) for model in models]
     for start in range(0, len(flat), BLOCK_NUMBERS):
@@ -184,7 +185,7 @@ def _weighted_sum(base: Tensor, models: Sequence[Tensor], weights: Tensor, alpha
 def _combine(group: TensorGroup, mixing: Tensor) -> list[Tensor]:
     """The merged vectors of this tensor: sums of deltas, float32 at least, one delta in memory at a time."""
     assert group.base is not None
-    work = torch.promote_types(group.base.tensor.dtype, torch.float32)
+    work = promoted(group.base.tensor.dtype, torch.float32)
     base = group.base.tensor.to(work)
     vectors = [torch.zeros_like(base) for _ in range(mixing.shape[1])]
     for entry, shares in zip(group.non_base, mixing.tolist(), strict=True):

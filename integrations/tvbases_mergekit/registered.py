@@ -24,6 +24,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from tvbases_hf.algebra.delta import Delta, Dense, dense, reshaped, work_dtype
+from tvbases_hf.algebra.dtypes import promoted
 from tvbases_hf.algebra.layout import is_stack, of_experts, stacked, unstacked
 from tvbases_hf.methods.registry import METHODS, Method
 from tvbases_hf.models.names import as_stored, is_transposed, matrices_in
@@ -107,7 +108,7 @@ class RegisteredMerge(WholeMerge):
         change = self.change(
             group.metadata.name or "a tensor", base.shape, deltas, weights, parameters, self.stored(group)
         )
-        work = torch.promote_types(base.dtype, torch.float32)
+        work = promoted(base.dtype, torch.float32)
         return (base.to(work) + parameters["lambda"] * dense(change, work).reshape(base.shape)).to(base.dtype)
 
     def stored(self, group: TensorGroup) -> Checkpoint | None:

@@ -114,6 +114,14 @@ def test_names_that_the_model_lacks_are_refused(model: nn.Module) -> None:
         InPlace(model, ("0.weight", "9.weight"))
 
 
+def test_a_change_of_other_rows_is_refused_and_nothing_has_changed(model: nn.Module) -> None:
+    before = bits(model)
+    with pytest.raises(MismatchError, match=r"^2.weight is \[3, 7\] in the model that is measured and \[4, 7\]"):
+        with InPlace(model, NAMES).changed(lambda n: torch.ones(4, 7) if n == "2.weight" else change(n)):
+            pass
+    assert same(bits(model), before)
+
+
 def test_weights_that_are_offloaded_are_refused() -> None:
     with pytest.raises(MismatchError, match=r"1 of 1 weights that change are offloaded \(first: weight\)"):
         InPlace(nn.Linear(2, 2, device="meta"), ("weight",))

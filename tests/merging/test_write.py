@@ -17,9 +17,10 @@ from tvbases_hf.errors import OutputError, ParameterError
 from tvbases_hf.merging.changes import Changes, Computed, Edit
 from tvbases_hf.merging.merge import Merge, is_merge
 from tvbases_hf.merging.write import write
+from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_hf.storage.model import is_edited_model
 from zoo.adapter_families import Adapters, random_adapters
-from zoo.models import random_models, read_directory
+from zoo.models import random_models, random_state, read_directory, tune
 
 WEIGHTS = [0.5, -1.0, 0.25, 2.0]
 
@@ -51,6 +52,24 @@ def computed(vectors: Vectors) -> Computed:
 
 def edited(vectors: Vectors) -> Edit:
     return Edit.of(vectors, lambda name: vectors.deltas(name)[1], "task1 forgotten", -0.5)
+
+
+@pytest.mark.parametrize("side", ["base", "models"])
+def test_eight_bit_floats_without_scales_are_added_as_the_numbers_that_they_are(side: str, tmp_path: Path) -> None:
+    base, model = random_state(0), Checkpoint.from_state_dict
+    states = {f"task{seed}": tune(base, seed) for seed in (1, 2)}
+    small = lambda state: {n: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for n, t in state.items()}  # noqa: E731
+    base, states = (small(base), states) if side == "base" else (base, {t: small(s) for t, s in states.items()})
+    vectors = Vectors.of_models(model(base, "base"), {task: model(own, task) for task, own in states.items()})
+    write(summed(vectors), tmp_path / "out")
+    found = read_directory(tmp_path / "out")
+    for name in vectors.names:
+        own = base[name].double()
+        expected = own + sum(w * (s[name].double() - own) for w, s in zip(WEIGHTS, states.values(), strict=False))
+        rounded = expected.to(base[name].dtype)
+        assert found[name].dtype == base[name].dtype
+        step = 0.13 if rounded.element_size() == 1 else 1e-6  # of three bits, where sums in float32 round the other way
+        assert torch.allclose(found[name].float(), rounded.float(), rtol=step, atol=1e-6)
 
 
 KINDS: dict[str, Callable[[Vectors], Merge | Computed | Edit]] = {

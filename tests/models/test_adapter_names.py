@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.models.adapter import Adapter
-from tvbases_hf.models.names import Naming
+from tvbases_hf.models.names import Naming, is_shared
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.peft_models import perturb, rewrite
@@ -98,6 +98,17 @@ def test_a_basis_of_adapters_by_names_in_memory_keeps_them(tmp_path: Path) -> No
     basis.adapter("one", base=made.base).save_pretrained(tmp_path / "one")
     names = set(load_file(made.adapter / "adapter_model.safetensors"))
     assert set(load_file(tmp_path / "one" / "adapter_model.safetensors")) == names
+
+
+@pytest.mark.parametrize("embedding", ["model.embed_tokens", "model.tokens"])
+def test_a_layer_with_as_many_outputs_as_there_are_tokens_is_not_the_tied_matrix(embedding: str) -> None:
+    """Models of bytes have 256 of both; where no name tells the embedding, whatever may be it counts as tied."""
+    names = [f"{embedding}.weight", "model.layers.0.self_attn.q_proj.weight", "model.positions.weight"]
+    base = Checkpoint.from_state_dict({name: torch.randn(16, 16) for name in names}, "base")
+    base.config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 16}
+    base.config |= {"tie_word_embeddings": True}
+    tied = [is_shared(name, base, {"task_type": "CAUSAL_LM"}) for name in names]
+    assert tied == ([True, False, False] if embedding.endswith("embed_tokens") else [True, True, True])
 
 
 def test_names_in_memory_go_to_the_files_and_back_behind_a_prefix() -> None:

@@ -85,6 +85,17 @@ def test_a_row_that_only_the_base_has_does_not_change() -> None:
     assert not dense(delta)[ROWS:].any() and dense(delta)[:ROWS].any()
 
 
+def test_a_model_may_be_shorter_than_the_base_where_another_is_longer() -> None:
+    models = {"a": tuned(60, 1), "b": tuned(MORE, 2)}
+    vectors = opened(state(ROWS), models, extra_rows="keep")
+    for name in sorted(AXES):
+        a, b = (dense(delta) for delta in vectors.deltas(name))
+        axis, base = AXES[name], vectors.base.read(name)
+        assert torch.equal(base.narrow(axis, ROWS, MORE - ROWS), models["b"][name].narrow(axis, ROWS, MORE - ROWS))
+        assert a.narrow(axis, 0, 60).any() and not a.narrow(axis, 60, MORE - 60).any()
+        assert b.narrow(axis, 0, ROWS).any() and not b.narrow(axis, ROWS, MORE - ROWS).any()
+
+
 def test_the_rows_of_a_half_precision_base_do_not_move_where_a_model_lacks_them() -> None:
     base = {name: t.bfloat16() if t.is_floating_point() else t for name, t in state(ROWS).items()}
     short = {name: t.float() if t.is_floating_point() else t for name, t in base.items()}

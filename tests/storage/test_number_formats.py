@@ -199,6 +199,11 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, str]] = {
         {"quant_method": "fp8"},
         r"fp8, float8_e4m3fn \[8, 4\]",
     ),
+    "scales without codes": (
+        {"weight": torch.ones(8, 4).to(torch.float8_e8m0fnu)},
+        None,
+        r"an unknown format, float8_e8m0fnu \[8, 4\]",
+    ),
     "float8 with odd scales": (
         {"weight": INT8.to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(3, 3)},
         {"quant_method": "fp8"},

@@ -8,13 +8,14 @@ change has is asked for instead: ``low``, its low-rank part, and ``row_scale``, 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .dtypes import promoted
 
 # Numbers of all tasks together in one block: float64 work space of a few copies of 2 MB, whatever the tensor's size.
 # Blocks that stay in the processor's cache are several times faster than ones of 32 MB.
@@ -277,7 +278,7 @@ def low_parts(deltas: Sequence[Delta]) -> list[LowRank]:
 def work_dtype(deltas: Sequence[Delta]) -> torch.dtype:
     """Of a result that is formed of whole changes: the widest that one of them is stored in, float32 at least."""
     stored = [delta.dtype for delta in deltas if isinstance(delta, Dense)]
-    return functools.reduce(torch.promote_types, stored, torch.float32)
+    return promoted(torch.float32, *stored)
 
 
 def block_numbers(device: torch.device) -> int:

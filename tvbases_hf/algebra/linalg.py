@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .dtypes import promoted
+
 # Eigenvalues of a Gram matrix below this share of the largest are left out: float64 leaves an eigenvalue of share s an
 # error of eps / s, and a squared error computed with the inverse as much of the whole. This keeps that below 1e-5.
 GRAM_CUTOFF = 1e-10
@@ -50,7 +52,7 @@ def fix_signs(vectors: Tensor) -> Tensor:
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
     """What a matrix is decomposed in: its own dtype, float32 at least."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return promoted(tensor.dtype, torch.float32)
 
 
 def negligible(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
@@ -59,7 +61,7 @@ def negligible(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> floa
     eps sqrt(n + m), what independent rounding errors add up to: eps max(n, m), the usual bound on the worst case,
     would drop genuine float32 components of 5e-4 at n = 4096.
     """
-    return sum(shape) ** 0.5 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return sum(shape) ** 0.5 * torch.finfo(promoted(dtype, torch.float32)).eps
 
 
 def polar_factor(matrix: Tensor) -> Tensor:

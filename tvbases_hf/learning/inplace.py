@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..algebra.delta import Delta, dense
+from ..errors import MismatchError
 from ..models.translation import Translation
 
 Change = Callable[[str], Delta | Tensor]
@@ -39,6 +40,7 @@ class InPlace:
     def changed(self, change: Change, alpha: float = 1.0) -> Iterator[nn.Module]:
         """The model at theta_0 + alpha * change(name), each sum in float64 and rounded once.
 
+        Raises MismatchError for a change of another shape than the model's weight, as of a vocabulary of other rows.
         On the way out every weight is bit-identical to what it was, after an exception or Ctrl-C too.
         """
         try:
@@ -63,6 +65,12 @@ class InPlace:
     def merged(self, name: str, change: Change, alpha: float) -> Tensor:
         original, added = self._originals[name], change(name)
         added = added if isinstance(added, Tensor) else dense(added)
+        if added.numel() != original.numel():
+            raise MismatchError(
+                f"{name} is {list(original.shape)} in the model that is measured and {list(added.shape)} in what changes "
+                "it: their vocabularies differ; resize the base to these rows first (model.resize_token_embeddings), or "
+                "write the merge and measure that (tvbases evaluate)"
+            )
         added = added.to(original.device, torch.float64).reshape(original.shape)
         return (original.to(torch.float64) + alpha * added).to(original.dtype)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import Delta, LowRank, dense, zeros
+from ..algebra.dtypes import promoted
 from ..algebra.finite import count_not_finite
 from ..errors import ParameterError
 from ..storage.checkpoint import Checkpoint, TensorInfo
@@ -307,7 +308,7 @@ def _trained_tokens(
             module, own = template.naming.to_adapter(name).removesuffix(".weight"), base.read(name)
             indices[module] = list(rows)
             changed = own[list(rows)].double() + dense(others[name])[list(rows)]
-            tensors[f"{PREFIX}{module}.{TOKENS}"] = changed.to(torch.promote_types(own.dtype, torch.float32))
+            tensors[f"{PREFIX}{module}.{TOKENS}"] = changed.to(promoted(own.dtype, torch.float32))
     return {"trainable_token_indices": indices} if indices else {}
 
 

@@ -103,10 +103,14 @@ def is_tied_away(name: str, base: Checkpoint, config: Mapping[str, Any]) -> bool
 
 def is_shared(name: str, base: Checkpoint, config: Mapping[str, Any]) -> bool:
     """Whether the base's tensor ``name`` is a matrix of tokens that the model uses twice."""
+    if leaf(name) in EMBEDDINGS:
+        return leaf(name) == "shared" or is_tied(base, config)
     shape = base.tensors[name].shape
     vocabulary = (base.config.get("text_config") or base.config).get("vocab_size")
-    of_tokens = leaf(name) in EMBEDDINGS or (name.endswith(".weight") and len(shape) == 2 and shape[0] == vocabulary)
-    return of_tokens and (leaf(name) == "shared" or is_tied(base, config))
+    if not name.endswith(".weight") or len(shape) != 2 or shape[0] != vocabulary:
+        return False
+    by_name = (other for other, info in base.tensors.items() if leaf(other) in EMBEDDINGS and info.shape == shape)
+    return next(by_name, None) is None and is_tied(base, config)  # as many rows, by chance, where another is called so
 
 
 def twins_of(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import Delta, Dense, LowRank, dense
+from ..algebra.dtypes import promoted
 from ..defaults import ExtraRows
 from ..errors import MismatchError
 from ..storage.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ class Rows:
     def after(self, tensor: Tensor, size: int) -> Tensor:
         """The rows from ``size`` on, up to the last that is wanted."""
         stop = min(self.count, tensor.shape[self.axis])
-        return tensor.narrow(self.axis, size, max(0, stop - size))
+        return tensor.narrow(self.axis, min(size, stop), max(0, stop - size))
 
 
 def shapes_of(model: Checkpoint | Adapter) -> dict[str, tuple[int, ...]]:
@@ -177,7 +178,7 @@ def _levelled(model: Checkpoint | Adapter, base: Checkpoint, rows: Mapping[str, 
 
 def _of_model(model: Checkpoint, base: Checkpoint, name: str, rows: Rows) -> tuple[TensorInfo, Callable[[], Tensor]]:
     """A tensor of a model with these rows: of what it lacks the base's, exactly."""
-    dtype = torch.promote_types(model.tensors[name].dtype, base.tensors[name].dtype)
+    dtype = promoted(model.tensors[name].dtype, base.tensors[name].dtype)
     read = lambda: rows.level(model.read(name).to(dtype), lambda size: rows.after(base.read(name), size))  # noqa: E731
     return rows.of(model.tensors[name], dtype), read
 
@@ -206,7 +207,7 @@ class LevelAdapter(Adapter):
             return self._own.delta(name)
         if name in self.saved_names:
             whole, base = self.saved(name), self._level.read(name)
-            dtype = torch.promote_types(whole.dtype, base.dtype)
+            dtype = promoted(whole.dtype, base.dtype)
             return Dense(rows.level(whole.to(dtype), lambda size: rows.after(base, size)), base)
         change = self._own.delta(name)
         assert change is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import BLOCK_NUMBERS
+from ..algebra.dtypes import promoted
 from ..algebra.finite import count_not_finite
 from ..errors import CheckpointError, ParameterError, TvbasesError
 from .checkpoint import Checkpoint
@@ -51,7 +52,7 @@ def stream_model(
         for update in _unchanged(tensor) if (found := pieces(name)) is None else found:
             before = part = tensor[start : start + len(update)]
             if found is not None:
-                part = part.to(update.device, torch.promote_types(part.dtype, update.dtype)) + update
+                part = part.to(update.device, promoted(part.dtype, update.dtype)) + update
             part = part.to(tensors[name].dtype)
             lost += count_not_finite(part, before)
             files.write(name, part, start)

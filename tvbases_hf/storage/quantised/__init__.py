@@ -70,7 +70,7 @@ def numbers_of(
 
 def _check_rest(stored: Stored, names: list[str], any_found: bool) -> None:
     """CheckpointError for matrices of integers that are called weights, or are in a model that is said to be quantised,
-    and there for float8 without scales."""
+    for float8 without scales there, and for exponents, which are scales and no numbers of a model."""
     odd = [name for name in names if _is_code(name, stored.tensors[name], any_found or bool(stored.format))]
     if odd:
         info = stored.tensors[odd[0]]
@@ -83,6 +83,8 @@ def _check_rest(stored: Stored, names: list[str], any_found: bool) -> None:
 def _is_code(name: str, info: TensorInfo, is_quantised: bool) -> bool:
     if info.dtype in float8.CODES:
         return is_quantised
+    if info.dtype == float8.EXPONENTS:
+        return True  # scales, which no weight has been found for
     last = name.rpartition(".")[2]
     called_so = last != "bias" if is_quantised else "weight" in last  # GPT-2's old masks are integers called bias
     return info.dtype in INTEGERS and len(info.shape) > 1 and called_so

@@ -16,6 +16,7 @@ from ..tensors import TensorInfo
 from .weight import QuantisedWeight, Stored, groups_of, scale_into
 
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
+EXPONENTS = torch.float8_e8m0fnu
 # What the scale of a weight is called, after its name and after that of its module.
 OF_WEIGHT = ("_scale_inv", "_scale")
 OF_MODULE = (".scale", ".scale_inv", ".qscale_weight", ".scale_weight")
