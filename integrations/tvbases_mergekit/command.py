@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,9 @@ from tvbases_hf.storage.side_files import put
 from tvbases_hf.text import printable
 
 from .registration import register
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
 
 CONFIG_FILE = "mergekit_config.yml"
 
@@ -69,8 +72,16 @@ def merge(arguments: list[str]) -> dict[str, Any] | None:
     file, out = Path(given["config_file"]), Path(given["out_path"])
     if folder is None or not is_several(file):
         return _merge(command, context, file, out, dry_run)
+    return merge_all(file, out, Path(folder), lambda f, to: _merge(command, context, f, to, dry_run), _check, dry_run)
+
+
+def _check(config: MergeConfiguration, out: Path) -> None:
+    """What is known of a merge without its models."""
+    from .configuration import find_method
+    from .preflight import check_structure
+
     check_output(out, is_merge)
-    return merge_all(file, out, Path(folder), lambda f, to: _merge(command, context, f, to, dry_run), dry_run)
+    check_structure(config, find_method(config.merge_method))
 
 
 def _merge(command: Any, context: Any, file: Path, out: Path, dry_run: bool) -> dict[str, Any] | None:

@@ -85,13 +85,9 @@ class Job:
     def open(cls, file: Path, out: Path, request: Request) -> Job:
         """Raises TvbasesError for whatever is wrong with the configuration, its models or the output."""
         place = run.find_device(request.device) if isinstance(request.device, str) else request.device
-        check_output(out, is_merge if request.adapter else is_checkpoint_of_ours)
         limits = request.limits(torch.float32)
         config = read_config(file)
-        method = find_method(config.merge_method)
-        _check_supported(config, request.adapter)
-        check_structure(config, method)
-        _dtype(config)
+        method = _checked(config, out, request)
         inputs = open_inputs(config, out, place, request.extra_rows)
         if request.adapter and request.host:
             check_adapter(inputs.vectors, limits)
@@ -122,8 +118,14 @@ def merge(file: Path, out: Path, request: Request = Request()) -> dict[str, Any]
         TvbasesError: whatever is wrong with the configuration, its models or the output; nothing is written then.
     """
     if request.intermediate_dir is not None and is_several(file):
-        check_output(out, is_merge if request.adapter else is_checkpoint_of_ours)
-        found = merge_all(file, out, request.intermediate_dir, lambda f, to: _merge(f, to, request), request.dry_run)
+        found = merge_all(
+            file,
+            out,
+            request.intermediate_dir,
+            lambda one, to: _merge(one, to, request),
+            lambda config, to: _checked(config, to, request),
+            request.dry_run,
+        )
         assert found is not None
         return found
     return _merge(file, out, request)
@@ -216,6 +218,16 @@ def resolve(
         for parameter in spec.input_parameters:
             found[name][parameter.name] = {model: per_model[model][parameter.name] for model in models}
     return found
+
+
+def _checked(config: MergeConfiguration, out: Path, request: Request) -> MergeMethod:
+    """The method, after all that is known without the models; TvbasesError for what this cannot do or write."""
+    check_output(out, is_merge if request.adapter else is_checkpoint_of_ours)
+    method = find_method(config.merge_method)
+    _check_supported(config, request.adapter)
+    check_structure(config, method)
+    _dtype(config)
+    return method
 
 
 def _check_supported(config: MergeConfiguration, adapter: bool) -> None:

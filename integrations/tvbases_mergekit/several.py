@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,17 +12,21 @@ from typing import Any
 
 import yaml
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 
 from tvbases_hf.errors import ParameterError, TvbasesError
 from tvbases_hf.storage.file_names import check_names
+from tvbases_hf.storage.files import locate
 from tvbases_hf.storage.output import preview
 
-from .configuration import read_config
+from .configuration import all_models, read_config
 from .yaml_files import load_documents
 
 # Where a model is named.
 NAMING = ("model", "base_model", "source", "tokenizer_source", "path")
 MergeOne = Callable[[Path, Path], "dict[str, Any] | None"]
+# What can be known of one document, and of where it is written, without its models; raises TvbasesError.
+CheckOne = Callable[[MergeConfiguration, Path], object]
 
 
 @dataclass(frozen=True)
@@ -32,39 +37,64 @@ class Part:
     content: Mapping[str, Any]
     needs: frozenset[str]
 
-    @property
-    def title(self) -> str:
-        return self.name or "the merge without a name"
-
 
 def is_several(file: Path) -> bool:
     return file.is_file() and len(load_documents(file)) > 1
 
 
-def merge_all(file: Path, out: Path, folder: Path, merge_one: MergeOne, dry_run: bool = False) -> dict[str, Any] | None:
+def merge_all(
+    file: Path, out: Path, folder: Path, merge_one: MergeOne, check_one: CheckOne, dry_run: bool = False
+) -> dict[str, Any] | None:
     """``merge_one(file, out)`` of every document, each after those that it names; the report of the last.
 
     Merges with a name are written to ``folder`` / NAME, and stay there; the one without is written to ``out``. All
-    documents are checked before the first is merged. With ``dry_run`` those that need no other are tried.
+    documents, and that there are the models that they name, are checked before the first is merged. With ``dry_run``
+    those that need no other are tried; the report has the others as ``waiting``.
 
     Raises:
         ParameterError: names that are not file names or are given twice, merges that need each other in a circle, not
-            exactly one without a name, or whatever is wrong with a document.
+            exactly one without a name, outputs inside one another, or whatever is wrong with a document.
         TvbasesError: what a merge is refused for; those that were made before it stay in ``folder``.
     """
     parts = _ordered(file, load_documents(file))
     places = {part.name: out if part.name is None else folder / part.name for part in parts}
+    _check_apart(places)
     report: dict[str, Any] | None = None
     with tempfile.TemporaryDirectory() as scratch:
         files = {part.name: Path(scratch) / f"{index}.yml" for index, part in enumerate(parts)}
+        made = {name: str(place) for name, place in places.items() if name is not None}
         for part in parts:
-            made = {name: str(place) for name, place in places.items() if name is not None}
             files[part.name].write_text(yaml.safe_dump(_placed(part.content, made), sort_keys=False), "utf-8")
-            _run(file, part, files[part.name], lambda one: read_config(one))
+            _run(file, part, files[part.name], lambda one, to=places[part.name]: _check(one, to, made, check_one))
         for part in parts:
             if not (dry_run and part.needs):
                 report = _run(file, part, files[part.name], lambda one, to=places[part.name]: merge_one(one, to))
-    return preview(out, None, None) if dry_run else report
+    if not dry_run:
+        return report
+    return preview(out, None, None) | {"waiting": [_title(part.name) for part in parts if part.needs]}
+
+
+def _check(one: Path, to: Path, made: Mapping[str, str], check_one: CheckOne) -> None:
+    config = read_config(one)
+    check_one(config, to)
+    for reference in all_models(config):
+        for path in (reference.model, reference.lora):
+            if path is not None and path.path not in made.values():
+                locate(path.path, path.revision)
+
+
+def _check_apart(places: Mapping[str | None, Path]) -> None:
+    """ParameterError where one merge would be written over another one, or into it."""
+    for (name, place), (other, inner) in itertools.permutations(places.items(), 2):
+        if inner.resolve().is_relative_to(place.resolve()):
+            raise ParameterError(
+                f'{_title(other)} would be written to "{inner}", inside {_title(name)} at "{place}"; choose an '
+                "OUT and an --intermediate-dir that are not inside one another"
+            )
+
+
+def _title(name: str | None) -> str:
+    return name or "the merge without a name"
 
 
 def _run(file: Path, part: Part, one: Path, step: Callable[[Path], Any]) -> Any:
@@ -72,7 +102,7 @@ def _run(file: Path, part: Part, one: Path, step: Callable[[Path], Any]) -> Any:
     try:
         return step(one)
     except TvbasesError as error:
-        raise type(error)(str(error).replace(f'"{one}"', f'"{file}" ({part.title})')) from error
+        raise type(error)(str(error).replace(f'"{one}"', f'"{file}" ({_title(part.name)})')) from error
 
 
 def _ordered(file: Path, documents: Sequence[Any]) -> list[Part]:

@@ -115,10 +115,10 @@ def test_names_that_the_model_lacks_are_refused(model: nn.Module) -> None:
 
 
 def test_a_change_of_other_rows_is_refused_and_nothing_has_changed(model: nn.Module) -> None:
-    before = bits(model)
-    with pytest.raises(MismatchError, match=r"^2.weight is \[3, 7\] in the model that is measured and \[4, 7\]"):
-        with InPlace(model, NAMES).changed(lambda n: torch.ones(4, 7) if n == "2.weight" else change(n)):
-            pass
+    before, message = bits(model), r"^2.weight is \[3, 7\] in the model that is measured and \[4, 7\]"
+    longer = lambda name: torch.ones(4, 7) if name == "2.weight" else change(name)  # noqa: E731
+    with pytest.raises(MismatchError, match=message), InPlace(model, NAMES).changed(longer):
+        pass
     assert same(bits(model), before)
 
 

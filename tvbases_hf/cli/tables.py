@@ -232,12 +232,12 @@ def print_extraction(found: dict[str, Any], console: Console) -> None:
 
 def print_preview(found: Mapping[str, Any], console: Console) -> None:
     """What a dry run would have written."""
-    known = [] if found["tensors"] is None else [_count(found["tensors"], "tensor", "tensors")]
-    known += [] if found["bytes"] is None else [readable_size(found["bytes"])]
-    console.print(
-        f"dry run: all is checked, nothing is written; it would be {', '.join(known)} in {found['out']}",
-        highlight=False,
-    )
+    parts = [] if found["tensors"] is None else [_count(found["tensors"], "tensor", "tensors")]
+    parts += [] if found["bytes"] is None else [readable_size(found["bytes"])]
+    size = f"it would be {', '.join(parts)} in" if parts else "it would be written to"
+    waiting = ", ".join(found.get("waiting", ()))
+    known = f" that can be before other merges are made ({waiting})" if waiting else ""
+    console.print(f"dry run: all is checked{known}, nothing is written; {size} {found['out']}", highlight=False)
 
 
 def print_plan(found: dict[str, Any], console: Console) -> None:

@@ -67,9 +67,9 @@ class InPlace:
         added = added if isinstance(added, Tensor) else dense(added)
         if added.numel() != original.numel():
             raise MismatchError(
-                f"{name} is {list(original.shape)} in the model that is measured and {list(added.shape)} in what changes "
-                "it: their vocabularies differ; resize the base to these rows first (model.resize_token_embeddings), or "
-                "write the merge and measure that (tvbases evaluate)"
+                f"{name} is {list(original.shape)} in the model that is measured and {list(added.shape)} in "
+                "what changes it: their vocabularies differ; resize the base to these rows first "
+                "(model.resize_token_embeddings), or write the merge and measure that (tvbases evaluate)"
             )
         added = added.to(original.device, torch.float64).reshape(original.shape)
         return (original.to(torch.float64) + alpha * added).to(original.dtype)

@@ -56,7 +56,7 @@ def test_a_merge_of_merges_is_the_merge_of_all(command: str, llama: Family, tmp_
     ):
         state = read_state(place)
         for name, tau in vectors.tau.items():
-            expected = vectors.base[name] + scale * tau[tasks].sum(0)
+            expected = vectors.base[name] + scale * tau[list(tasks)].sum(0)
             assert torch.allclose(state[name].double(), expected, rtol=0, atol=1e-6), (place, name)
     recipe = yaml.safe_load((out / "mergekit_config.yml").read_text("utf-8"))
     assert recipe["models"][0]["model"] == str(parts / "left")  # it can be run again
@@ -93,7 +93,7 @@ def test_a_dry_run_checks_all_and_writes_nothing(llama: Family, tmp_path: Path) 
     before = snapshot(tmp_path)
     for command in COMMANDS:
         shown = tvbases(command, file, tmp_path / "out", "--intermediate-dir", tmp_path / "parts", "--dry-run")
-        assert shown.code == 0 and "would" in shown.out and snapshot(tmp_path) == before
+        assert shown.code == 0 and "would be written to" in shown.out and snapshot(tmp_path) == before
 
 
 Change = Callable[[list[dict[str, Any]]], Any]
@@ -123,6 +123,48 @@ def test_what_is_wrong_with_any_of_them_is_said_before_the_first(
     file = written(tmp_path / "all.yml", parts)
     said = refused(tmp_path, command, file, tmp_path / "out", "--intermediate-dir", tmp_path / "parts")
     assert message in said and "/tmp/tmp" not in said, said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("out", "parts", "message"),
+    [
+        ("out", "out", "would be written to"),
+        ("parts/left", "parts", "would be written to"),
+        ("parts/left/out", "parts", "the merge without a name would be written to"),
+    ],
+)
+def test_merges_that_would_be_written_into_one_another_are_refused_before_the_first(
+    command: str, out: str, parts: str, message: str, llama: Family, tmp_path: Path
+) -> None:
+    file = written(tmp_path / "all.yml", documents(llama))
+    said = refused(tmp_path, command, file, tmp_path / out, "--intermediate-dir", tmp_path / parts)
+    assert message in said and "not inside one another" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["merge", "dry run"])
+def test_a_model_that_is_not_there_and_a_place_that_is_taken_are_said_before_the_first(
+    command: str, dry: tuple[str, ...], llama: Family, tmp_path: Path
+) -> None:
+    parts, out = copy.deepcopy(documents(llama)), tmp_path / "out"
+    parts[0]["models"].append({"model": str(tmp_path / "gone"), "parameters": {"weight": 1.0}})
+    file, more = written(tmp_path / "all.yml", parts), ("--intermediate-dir", tmp_path / "parts", *dry)
+    assert 'gone": no such file or directory' in refused(tmp_path, command, file, out, *more)
+    (tmp_path / "parts" / "right").mkdir(parents=True)
+    (tmp_path / "parts" / "right" / "notes.txt").write_text("mine")
+    assert "1 entries, first: notes.txt" in refused(
+        tmp_path, command, written(tmp_path / "all.yml", documents(llama)), out, *more
+    )
+
+
+def test_what_only_mergekit_does_is_refused_before_the_first(llama: Family, tmp_path: Path) -> None:
+    parts = documents(llama)
+    last = {key: value for key, value in parts[0].items() if key != "models"}
+    last["slices"] = [{"sources": [{"model": "left", "layer_range": [0, 1]}]}]
+    file = written(tmp_path / "all.yml", [last, *parts[1:]])
+    said = refused(tmp_path, "merge", file, tmp_path / "out", "--intermediate-dir", tmp_path / "parts")
+    assert "slices is not done on changes of weights" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
