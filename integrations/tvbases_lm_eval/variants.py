@@ -22,11 +22,11 @@ from tvbases_hf.learning.data import writes
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.learning.negation import change_of
 from tvbases_hf.learning.taskfiles import WRITERS, TaskModel, answers
-from tvbases_hf.models.adapter_files import is_adapter
+from tvbases_hf.models.adapter_files import adapter_folder, is_adapter
 from tvbases_hf.models.lora_config import check_expressions, read_config
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
-from tvbases_hf.storage.files import WEIGHT_FILES, locate
+from tvbases_hf.storage.files import WEIGHT_FILES, local_path, locate
 from tvbases_hf.storage.run import current
 
 BEFORE = "before"
@@ -71,16 +71,22 @@ def variants(
     """The base as ``before``, then the model, or each task of a basis.
 
     Args:
-        source: a checkpoint, an adapter or a basis directory, by path or Hub id.
+        source: a checkpoint, an adapter or a basis directory, by path or Hub id, or ``base+adapter``.
         base: left out: what an adapter or a basis names; a checkpoint is then evaluated alone.
         tasks: of a basis; None for all of them.
 
     What can be wrong with the names is found at once, before anything is loaded.
 
     Raises:
-        ParameterError: an unknown task, tasks of something that is no basis, or a base that nothing names.
+        ParameterError: an unknown task, tasks of something that is no basis, a base that nothing names, or another
+            than that of ``base+adapter``.
         MissingExtraError: transformers or PEFT is not installed.
     """
+    below, plus, adapter = source.partition("+")
+    if plus and not local_path(source):
+        if base is not None and locate(base).resolve() != locate(below).resolve():
+            raise ParameterError(f'"{source}": the adapter is on {below}, and --base is {base}; leave --base out')
+        return _adapter(adapter_folder(locate(adapter)), base or below, source, where)
     path = locate(source)
     if is_basis_directory(path):
         basis = Basis.from_pretrained(path)

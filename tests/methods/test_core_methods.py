@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from tvbases_hf.algebra.core import Core
 from tvbases_hf.algebra.delta import Delta, Dense, LowRank, dense
+from tvbases_hf.errors import ParameterError
 from tvbases_hf.methods.iso import iso_c, iso_cts
+from tvbases_hf.methods.registry import METHODS
 from tvbases_hf.methods.regmean_datafree import regmean_datafree
 
 SHAPE = (30, 22)
@@ -129,6 +133,31 @@ def test_regmean_of_both_sides_solves_its_equation(make) -> None:
     right = sum((a @ task @ c for task, (a, c) in zip(tasks, both, strict=True)), right)
     expected = torch.linalg.solve(left, right.reshape(-1)).reshape(SHAPE)
     assert close(dense(regmean_datafree(make(), WEIGHTS, side="both", ridge=ridge)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("side", ["row", "column", "both"])
+def test_the_least_ridge_is_above_the_rounding_of_one_vector_of_low_rank(side: str) -> None:
+    task = gaussian(0, SHAPE[0], 2) @ gaussian(1, 2, SHAPE[1])
+    found = regmean_datafree([Dense(task)], [1.0], side=side, ridge=1e-6)  # type: ignore[arg-type]
+    assert close(dense(found), task, 1e-6)
+    for less in (0.0, 1e-7, 1e-300):
+        with pytest.raises(ParameterError, match=r"ridge of regmean_datafree .* at least 1e-06"):
+            METHODS["regmean_datafree"].checked({"ridge": less})
+
+
+def test_an_equation_of_both_sides_that_the_steps_do_not_solve_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three vectors of fast decay in directions of their own, with a small ridge: one entry in six is wrong."""
+    monkeypatch.setattr(sys.modules[regmean_datafree.__module__], "_warned", set())
+    decay = torch.exp(-0.5 * torch.arange(16, dtype=torch.float64))
+    tasks = []
+    for seed in range(3):
+        left, _, right = torch.linalg.svd(gaussian(seed, 24, 16), full_matrices=False)
+        tasks.append(Dense(left * decay @ right))
+    regmean_datafree(tasks, [1.0] * 3, side="both", ridge=1e-4)
+    regmean_datafree(tasks, [1.0] * 3, side="both", ridge=1e-4)
+    assert caplog.text.count("of the equation of both sides is left (first: a weight [24, 16])") == 1
 
 
 @pytest.mark.parametrize("side", ["row", "column", "both"])

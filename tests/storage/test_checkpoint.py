@@ -300,6 +300,15 @@ def test_an_index_may_not_lead_out_of_its_directory(tmp_path: Path) -> None:
     assert "is not a shard index" in refusal(tmp_path / "model")
 
 
+@pytest.mark.parametrize("absent", ["model-00001-of-00002.safetensors", None])
+def test_shards_without_their_index_are_not_taken_for_all_of_them(absent: str | None, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, random_state(0), shards=2)
+    for name in ("model.safetensors.index.json", absent):
+        if name is not None:
+            (tmp_path / name).unlink()
+    assert f"{2 - bool(absent)} of its shards, and no index that tells whether these are all" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "", "[1, 2]", "null", "\udcff"])
 def test_a_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
     random_checkpoint(tmp_path, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
@@ -14,14 +15,17 @@ from ..algebra.delta import Delta
 from ..algebra.sums import total
 from .registry import method
 
+LOG = logging.getLogger(__name__)
 # Conjugate gradients stop at this share of the right side's length, which is below float32's rounding, or here.
 TOLERANCE = 1e-8
 MOST_STEPS = 200
+_warned: set[bool] = set()
 Side = Annotated[
     Literal["row", "column", "both"],
     Field(description="whose second moments weigh the vectors: the rows' (a layer's inputs), the columns', or both"),
 ]
-Ridge = Annotated[float, Field(gt=0, description="weight of the mean of the vectors, a share of the mean diagonal")]
+# A smaller ridge would be lost in the rounding of float64 for wide layers.
+Ridge = Annotated[float, Field(ge=1e-6, description="weight of the mean of the vectors, a share of the mean diagonal")]
 
 
 @method("regmean_datafree", title="Data-free RegMean", source="https://arxiv.org/abs/2603.02945", of_matrices=True)
@@ -81,10 +85,22 @@ def _conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, start
     limit = TOLERANCE**2 * right.square().sum()
     for _ in range(MOST_STEPS):
         if square <= limit:
-            break
+            return found
         image = apply(direction)
         step = square / (direction * image).sum()
         found, residual = found + step * direction, residual - step * image
         before, square = square, residual.square().sum()
         direction = residual + (square / before) * direction
+    _warn_of_rest(float((square / right.square().sum()).sqrt()), tuple(start.shape))
     return found
+
+
+def _warn_of_rest(rest: float, shape: tuple[int, ...]) -> None:
+    """Say once that the steps were too few: the rest is in directions that the vectors hardly use."""
+    if not _warned:
+        LOG.warning(
+            "regmean_datafree: after %d steps %.0e of the equation of both sides is left (first: a weight %s); a "
+            "greater ridge needs fewer, and one side (side: row) none",
+            MOST_STEPS, rest, list(shape),
+        )  # fmt: skip
+    _warned.add(True)

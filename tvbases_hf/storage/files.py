@@ -38,6 +38,8 @@ HUB_COPIES = [
 HUB_PICKLES = ["pytorch_model*.bin", "diffusion_pytorch_model*.bin", "adapter_model.bin"]
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB = "hf://"
+# What transformers and huggingface_hub call the shards of a model; the second number is how many there are.
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 # After the @ of hf://owner/name@revision/folder.
 REVISION = re.compile(r"(refs/(?:pr|convert)/[^/]+|[^/]+)/?(.*)", re.DOTALL)
 SHOWN = 5
@@ -152,6 +154,12 @@ def weight_files(path: Path, label: str) -> tuple[list[Path], dict[str, str] | N
     if (path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f'"{label}": a PEFT adapter where a full checkpoint is needed; give the base model')
     loose = sorted(path.glob("*.safetensors"))
+    shards = [file.name for file in loose if (part := SHARD.search(file.name)) and int(part[1]) > 1]
+    if shards:  # what is missing would count as unchanged
+        raise CheckpointError(
+            f'"{label}": {len(shards)} of its shards, and no index that tells whether these are all '
+            f"(first: {shards[0]}); download or copy the checkpoint again"
+        )
     if len(loose) == 1:
         return loose, None
     raise _no_weights(path, label)

@@ -116,6 +116,15 @@ def test_an_adapter_is_compared_with_the_base_that_it_names(family: Family, adap
     assert (found["math"] - found["before"]).abs().max() > 0.01
 
 
+def test_an_adapter_is_named_together_with_its_base(family: Family, adapters: dict[str, Path]) -> None:
+    both = f"{family.base}+{adapters['math']}"
+    assert all(torch.equal(a, b) for a, b in zip(shown(both).values(), shown(adapters["math"]).values(), strict=True))
+    with pytest.raises(ParameterError, match=r"the adapter is on .*, and --base is .*; leave --base out"):
+        variants(both, str(family.tasks["math"]))
+    with pytest.raises(CheckpointError, match="not a PEFT adapter"):
+        list(variants(f"{family.base}+{family.tasks['math']}", None, None, HERE))
+
+
 def test_a_checkpoint_is_evaluated_alone_or_after_its_base(family: Family) -> None:
     assert list(shown(family.tasks["math"])) == ["math"]
     assert list(shown(family.tasks["math"], family.base)) == ["before", "math"]
