@@ -72,7 +72,7 @@ def logits_of(directory: Path) -> Tensor:
     return logits(load(directory, HERE)[0])
 
 
-def shown(source: Path, base: Path | None = None, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+def shown(source: Path | str, base: Path | None = None, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
     """What each variant answers, while it is the current one."""
     return {v.label: logits(v.model) for v in variants(str(source), base and str(base), tasks, HERE)}
 
