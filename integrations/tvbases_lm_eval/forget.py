@@ -131,6 +131,8 @@ def _check(vectors: Vectors, request: Forgetting, out: Path, plan: Plan | None) 
     check_component(request.component, len(vectors))
     if request.alpha is not None and (request.curve or plan):
         raise ParameterError("--alpha says how much; --target, --control, --curve and --plot are for choosing it")
+    if request.alpha is not None and not math.isfinite(request.alpha):
+        raise ParameterError(f"alpha is {request.alpha:g}; give a finite number")
     if request.alpha is None:
         check_plan(plan or Plan())
     if request.adapter and not vectors.are_adapters:

@@ -321,6 +321,7 @@ def test_a_target_without_a_score_is_no_success() -> None:
         (["--forget", "toxic"], "nothing to measure"),
         (["--forget", "toxic", "--target", "gsm8k"], "choosing alpha needs a control"),
         (["--forget", "toxic", "--control", "gsm8k"], "choosing alpha needs a target"),
+        (["--forget", "toxic", "--alpha", "nan"], "alpha is nan; give a finite number"),
         (["--forget", "toxic", "--alpha", 1, "--curve"], "--alpha says how much"),
         (["--forget", "toxic", "--control", "gsm8k", "--target", "mmlu", "--plot", "a.png"], "add --curve"),
         (["--forget", "toxic", "--curve", "--plot", "absent/a.png"], '--plot "absent/a.png": not a file in'),

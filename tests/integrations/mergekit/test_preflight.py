@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 
 from commands.command_line import refused, root, tvbases
 from oracles.merge_oracle import merge_config, write_config
+from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.merge import leave_marker
 from tvbases_hf.storage.checkpoint import Checkpoint
 from tvbases_mergekit import preflight
@@ -52,6 +53,10 @@ def test_a_model_named_twice_is_refused_however_it_is_spelt(place: Family) -> No
     assert "are the same model" in message
     message = merge_refused(place, lambda c: c["models"].append({"model": str(place.base) + "/"}))
     assert "are the same model" in message
+    file = place.tasks["math"] / "model.safetensors"  # which `tvbases merge` takes
+    ways = {ModelReference.model_validate(str(path)): (path, None) for path in (file.parent, file)}
+    with pytest.raises(ParameterError, match="are the same model"):
+        preflight.check_distinct(ways, place.base / "out")
 
 
 def test_a_directory_without_weights_is_not_a_checkpoint(place: Family) -> None:
