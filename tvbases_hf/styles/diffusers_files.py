@@ -61,8 +61,13 @@ def open_lora(
     _require_diffusers()
     label = label or ("state dict" if isinstance(source, Mapping) else str(source))
     stored, options = open_source(source, label)
-    for name in stored.tensors:
+    for name, info in stored.tensors.items():
         _refuse_unsupported(name, label)
+        if not (info.dtype.is_floating_point or name.endswith(ALPHA_SUFFIX)):
+            kind = str(info.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f'"{label}": {name} holds {kind}, which is no factor without its scale; save it as floats'
+            )
     families = (*((model,) if model is not None else ()), *installed())
     parts = _own_parts(stored, label)
     layers = {} if parts is None else _layers(stored, parts, options, bases, label)
