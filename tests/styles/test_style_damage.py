@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,21 @@ def test_a_kernel_is_said_where_shapes_are_alike(tmp_path: Path) -> None:
     files = pair(tmp_path, one, {key: tensor[:, :, None, None] for key, tensor in one.items()})
     with pytest.raises(MismatchError, match=r'\[32, 32\] in "a" and \[32, 32\] with a kernel of \[1, 1\] in "b"'):
         mix_style_files(files, tmp_path / "mixed.safetensors")
+
+
+def test_the_configuration_beside_makers_names_is_of_these_names(tmp_path: Path) -> None:
+    """PEFT beside Wan's or BFL's own code: a pattern of alphas that names qkv holds for the three parts of it."""
+    names = {"double_blocks.0.img_attn.qkv": (96, 32), "double_blocks.0.img_attn.proj": (32, 32)}
+    state = style(0, names, "base_model.model")
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {"img_attn.qkv": 12}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = open_lora(tmp_path)["transformer"]
+    changes = {module: delta.low.left @ delta.low.right for module, delta in found.items() if delta.low is not None}
+    plain = {name.removeprefix("base_model.model."): change for name, change in products(state).items()}
+    whole = torch.cat([changes[f"transformer_blocks.0.attn.to_{part}"] for part in "qkv"])
+    assert relative(whole, 3 * plain["double_blocks.0.img_attn.qkv"]) <= 1e-6
+    assert relative(changes["transformer_blocks.0.attn.to_out.0"], 2 * plain["double_blocks.0.img_attn.proj"]) <= 1e-6
 
 
 # What is written

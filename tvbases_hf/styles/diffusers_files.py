@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from ..algebra.delta import Delta
 from ..errors import CheckpointError, MissingExtraError
 from ..models.lora_config import LoraOptions
@@ -73,13 +75,16 @@ def open_lora(
     layers = {} if parts is None else _layers(stored, parts, options, bases, label)
     if parts is None or find_family(parts, families) is None:
         try:
-            translated = translate({name: read_checked(stored, name) for name in stored.tensors}, families, label)
+            # The ranks and alphas of a configuration go by the file's own names.
+            scaled = bool(options) and parts is not None
+            state = _scaled(layers) if scaled else {name: read_checked(stored, name) for name in stored.tensors}
+            translated = translate(state, families, label)
         except CheckpointError:
             if model is None or parts is None:
                 raise
         else:
             stored = Checkpoint.from_state_dict(translated.tensors, label)
-            layers = _layers(stored, translated.parts, options, bases, label)
+            layers = _layers(stored, translated.parts, {} if scaled else options, bases, label)
     return layers
 
 
@@ -105,6 +110,15 @@ def _layers(
             f'"{label}": {component}', stored, own, options.get(component), (bases or {}).get(component)
         )
         for component, own in parts.items()
+    }
+
+
+def _scaled(layers: Mapping[str, LoraLayers]) -> dict[str, Tensor]:
+    return {
+        f"{component}.{module}.{part}": tensor
+        for component, own in layers.items()
+        for module in own.modules
+        for part, tensor in own.tensors(module).items()
     }
 
 

@@ -103,6 +103,11 @@ class LoraLayers(Mapping[str, Delta]):
     def is_dora(self, module: str) -> bool:
         return MAGNITUDE in self._parts[module]
 
+    def tensors(self, module: str) -> dict[str, Tensor]:
+        """Its parts as they are stored, in float32, but alpha / rank is in the second factor and the bias."""
+        found = {part: self._read(module, part) for part in (A, B, BIAS, MAGNITUDE) if part in self._parts[module]}
+        return {part: self._scales[module] * own if part in (B, BIAS) else own for part, own in found.items()}
+
     def _info(self, module: str, part: str) -> Any:
         return self._stored.tensors[self._parts[module][part]]
 
