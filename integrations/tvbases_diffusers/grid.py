@@ -18,7 +18,7 @@ GAP, MARGIN = 8, 120
 
 
 def draw_grid(
-    source: str,
+    source: Any,
     styles: Mapping[str, Any],
     out: Path,
     *,
@@ -34,11 +34,13 @@ def draw_grid(
 
     ``recipe`` is what else mix_styles takes: scales, threshold, subspace, pool, side, rank.
 
+    ``source`` is a pipeline, or what load_pipeline takes.
+
     Raises ParameterError for no seeds or steps, CheckpointError for a pipeline that cannot be loaded.
     """
     if seeds < 1 or steps < 1:
         raise ParameterError(f"{seeds} seeds and {steps} steps; both must be at least 1")
-    pipe = load_pipeline(source, device)
+    pipe = load_pipeline(source, device) if isinstance(source, str) else source
     rows = {"no style": _pictures(pipe, prompt, seeds, steps)}
     for title, kind, shared in (("plain sum", "full", 0.0), (f"{component} mix", component, shared_weight)):
         mix = mix_styles(pipe, styles, kind, shared_weight=shared, **recipe)
@@ -50,7 +52,10 @@ def draw_grid(
 
 
 def load_pipeline(source: str, device: str) -> Any:
-    """A pipeline in bfloat16 where there is an accelerator, else in float32."""
+    """A pipeline in bfloat16 where there is an accelerator, else in float32.
+
+    Raises CheckpointError for one that cannot be loaded.
+    """
     from diffusers import DiffusionPipeline
 
     try:

@@ -13,7 +13,7 @@ from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.methods.devec import THRESHOLD, Options, Pool, Side, Subspace
 from tvbases_hf.storage.run import track
 from tvbases_hf.styles.lora_source import Source, name_styles
-from tvbases_hf.styles.mixed_file import bias, factors, write_mix
+from tvbases_hf.styles.mixed_file import bias, factors, rounded, write_mix
 from tvbases_hf.styles.mixing import Part, Recipe, Styles, combine, parse_scales, split
 from tvbases_hf.styles.report import Tally
 
@@ -116,6 +116,7 @@ class StyleMix:
         try:
             load(pipe, self._state(), adapter_name)
             self._check_loaded()
+            self._check_fits(scales)
             pipe.set_adapters(adapter_name)
         except Exception:
             remove(pipe, adapter_name, self._before)
@@ -137,7 +138,9 @@ class StyleMix:
     def set_style_scales(self, scales: Mapping[str, float]) -> None:
         """Change the scales of some styles; nothing is decomposed again. Ends a schedule."""
         self._require_loaded()
-        self._scales = parse_scales(self.names, {**self._scales, **scales})
+        wanted = parse_scales(self.names, {**self._scales, **scales})
+        self._check_fits(wanted)
+        self._scales = wanted
         self.schedule(None)
 
     def schedule(self, scales: Mapping[str, Any] | None) -> None:
@@ -194,6 +197,13 @@ class StyleMix:
             wanted = combine(part, self._scales, keep_zeros=True).left.reshape(weight.shape).to(weight)
             if layer.scaling[self.adapter_name] != 1 or not torch.equal(weight, wanted):
                 raise CheckpointError(f"diffusers changed {place.component}.{place.module} while loading it")
+
+    def _check_fits(self, scales: Mapping[str, float]) -> None:
+        """ParameterError for scales at which the layers' dtype cannot hold a factor; nothing is changed."""
+        for part in self._parts:
+            dtype = layer_of(self._pipe, part.place).lora_B[self.adapter_name].weight.dtype
+            for name, change in part.changes.items():
+                rounded(f"{part.place.component}.{part.place.module}", change.left * scales[name], dtype)
 
     def _write(self, scales: Mapping[str, float]) -> None:
         """Put scales into the second factors, of the styles whose scale is another than before."""

@@ -107,6 +107,8 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "a threshold": (lambda p: ["--threshold", "2"], "above 0 and at most 1; got 2"),
     "a rank": (lambda p: ["--rank", "some"], "not a rank rule"),
     "a grid without a pipeline": (lambda p: ["--grid", p / "grid.png"], "go together"),
+    "no pipeline": (lambda p: ["--grid", p / "g.png", "--pipeline", p / "nothing"], "diffusers cannot load it"),
+    "a report in the mix": (lambda p: ["--json", p / "mixed.safetensors"], "are both"),
     "a directory as output": (lambda p: ["--out", p / "a"], "is a directory"),
     "someone else's file": (lambda p: ["--out", p / "notes.txt"], "this command did not write it"),
     "another style's file": (lambda p: ["--out", p / "a" / "style.safetensors"], "this command did not write it"),

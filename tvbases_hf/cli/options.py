@@ -6,6 +6,7 @@ How a command works (threads, memory, bars, going on with a killed run) is said 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -71,11 +72,17 @@ def _going_on(context: typer.Context, resume: bool) -> bool:
 def _writable(context: typer.Context, parameter: typer.CallbackParam, file: Path | None) -> Path | None:
     if file is None:
         return None
-    option, given = f"--{parameter.name}", context.meta.setdefault("tvbases.files", {})
+    option = f"--{parameter.name}"
     check_file(file, option)
     if parameter.metavar == "PNG" and file.suffix.lower() not in ("", ".png"):
         raise ParameterError(f'{option} "{file}": a picture is written as PNG; call it {file.with_suffix(".png").name}')
-    other = given.setdefault(file.absolute(), option)
+    return apart(context, parameter, file)
+
+
+def apart(context: typer.Context, parameter: typer.CallbackParam, file: Path) -> Path:
+    """ParameterError for a file that another option names."""
+    option, given = f"--{parameter.name}", context.meta.setdefault("tvbases.files", {})
+    other = given.setdefault(os.path.realpath(os.path.expanduser(file)), option)
     if other != option:
         raise ParameterError(f'{other} and {option} are both "{file}"; give each a file of its own')
     return file

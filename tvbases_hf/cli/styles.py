@@ -21,6 +21,7 @@ from .options import (
     Side,
     Subspace,
     Threshold,
+    apart,
     file_option,
     parse_dtype,
     parse_numbers,
@@ -39,7 +40,7 @@ def mix_styles(
         list[str],
         typer.Option("--style", help="A style's LoRA, of any trainer; repeat.", metavar="NAME=PATH_OR_ID"),
     ],
-    out: Annotated[Path, typer.Option("--out", help="The LoRA file to write.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--out", help="The LoRA file to write.", metavar="FILE", callback=apart)],
     scale: Annotated[
         list[str] | None,
         typer.Option("--scale", help="A style's weight in the mix, default: 1; repeat.", metavar="NAME=NUMBER"),
@@ -75,8 +76,8 @@ def mix_styles(
         str | None, typer.Option(help="The pipeline that draws the picture.", metavar="PATH_OR_ID")
     ] = None,
     prompt: Annotated[str, typer.Option(help="What the picture shows.")] = "a castle on a hill",
-    seeds: Annotated[int, typer.Option(help="How many columns the picture has.")] = 4,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the picture.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="How many columns the picture has.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the picture.")] = 4,
     device: Device = "cpu",
     dry_run: DryRun = False,
     quiet: Quiet = False,
@@ -97,10 +98,13 @@ def mix_styles(
     recipe |= {"subspace": subspace, "pool": pool, "side": side, "rank": rank}
     how = {"dtype": parse_dtype(dtype), "pairs": report or json is not None, "dry_run": dry_run}
     how |= {"loader": loader, "family": family, "equal_rank": equal_rank}
-    found = mix_style_files(styles, out, scales=scales, **recipe, **how)
+    draw = None
     if grid is not None and pipeline is not None and not dry_run:
-        from tvbases_diffusers.grid import draw_grid
+        from tvbases_diffusers.grid import draw_grid, load_pipeline
 
-        picture = {"prompt": prompt, "seeds": seeds, "steps": steps, "device": device}
-        draw_grid(pipeline, styles, grid, scales=scales, **recipe, **picture)
+        picture = {"prompt": prompt, "seeds": seeds, "steps": steps}
+        draw = functools.partial(draw_grid, load_pipeline(pipeline, device), styles, grid, **picture)
+    found = mix_style_files(styles, out, scales=scales, **recipe, **how)
+    if draw is not None:
+        draw(scales=scales, **recipe)
     tell(found, functools.partial(print_styles, blocks=report), json)

@@ -20,7 +20,7 @@ from .files import locate, weight_files
 from .inputs import Input
 from .model_config import read_model_config
 from .quantised import QuantisedWeight, numbers_of, quantisation, written_dtype
-from .tensors import DTYPES, TensorInfo
+from .tensors import DTYPES, TensorInfo, check_tensor
 from .tied import copies, followers
 
 # Under which names training scripts put a model's weights beside other things.
@@ -88,6 +88,8 @@ class Checkpoint:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], label: str = "state dict") -> Checkpoint:
         """An in-memory model; the tensors are borrowed, not copied."""
+        for name, tensor in state.items():
+            check_tensor(name, tensor, label)
         infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
         return cls(label, infos, lambda name: state[name].detach().cpu())
 
@@ -276,6 +278,7 @@ def _open_pickle(file: Path, label: str) -> _FileReader:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue
+        check_tensor(name, tensor, label)
         storage = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if storage in seen and tensor.numel():
             tied.add(name)  # the first name stands for all, as in safetensors files

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
 
 # The safetensors format's names for dtypes.
 DTYPES: dict[str, torch.dtype] = {
@@ -40,3 +44,16 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+
+def check_tensor(name: Any, tensor: Any, label: str) -> None:
+    """Raise CheckpointError for what no safetensors file could hold: a state dict or a pickle may."""
+    if not isinstance(name, str):
+        raise CheckpointError(f'"{label}": a tensor is called {name!r}, which is no text; save it by name')
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(
+            f'"{label}": {name} is a {type(tensor).__name__} and no tensor; leave it out, or convert it'
+        )
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES.values():
+        kind = "has no numbers (device meta)" if tensor.is_meta else f"is {tensor.layout}, {tensor.dtype}"
+        raise CheckpointError(f'"{label}": tensor {name} {kind}, which is not supported')

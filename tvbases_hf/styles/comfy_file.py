@@ -7,7 +7,7 @@ pair: the second factor is block-diagonal, and the change exactly the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from .places import Place
 
 ONE_FILE = 1 << 60
 # Families whose names in ComfyUI are diffusers' own.
-SAME_NAMES = ("Stable Diffusion 1 and 2", "SDXL", "Qwen-Image", "Z-Image", "LTX-Video", "HiDream")
+SAME_NAMES = ("Stable Diffusion 1 and 2", "SDXL", "Qwen-Image", "Z-Image", "HiDream")
 # Families whose tools write underscores, as kohya does; the others' write dots.
 UNDERSCORES = ("Stable Diffusion 1 and 2", "SDXL", "Flux.1", "Chroma")
 
@@ -42,6 +42,8 @@ class Matrix:
     name: str
     members: tuple[tuple[str | None, int], ...]
     underscores: bool
+    least_rank: int = 0
+    """The rank that lower ones are padded to with zeros."""
 
     @property
     def first(self) -> str:
@@ -54,7 +56,7 @@ class Matrix:
     def infos(self, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         present = [name for name, _ in self.members if name is not None]
         a, b = stored[f"{present[0]}.{A}"], stored[f"{present[0]}.{B}"]
-        rank = sum(stored[f"{name}.{A}"].shape[0] for name in present)
+        rank = max(self.least_rank, sum(stored[f"{name}.{A}"].shape[0] for name in present))
         rows = sum(rows for _, rows in self.members)
         found = {self.first: TensorInfo((rank, *a.shape[1:]), a.dtype)}
         found[self.second] = TensorInfo((rows, rank, *b.shape[2:]), b.dtype)
@@ -63,9 +65,10 @@ class Matrix:
     def tensors(self, stored: Checkpoint) -> dict[str, Tensor]:
         """The factors side by side; an alpha of the rank scales by one."""
         firsts = [stored.read(f"{name}.{A}") for name, _ in self.members if name is not None]
-        found = {self.first: torch.cat(firsts).contiguous(), self.second: self._second(stored)}
-        rank = float(sum(len(first) for first in firsts))
-        return found | ({f"{self.name}.alpha": torch.tensor(rank)} if self.underscores else {})
+        firsts.append(firsts[0].new_zeros(max(0, self.least_rank - sum(map(len, firsts))), *firsts[0].shape[1:]))
+        first = torch.cat(firsts).contiguous()
+        found = {self.first: first, self.second: self._second(stored)}
+        return found | ({f"{self.name}.alpha": torch.tensor(float(len(first)))} if self.underscores else {})
 
     def _second(self, stored: Checkpoint) -> Tensor:
         info = self.infos(stored.tensors)[self.second]
@@ -131,6 +134,13 @@ def write_comfy(source: Path, target: Path, matrices: Iterable[Matrix], header: 
             files.write(name, tensor)
     source.unlink()
     return target
+
+
+def with_equal_ranks(matrices: Iterable[Matrix], stored: Mapping[str, TensorInfo]) -> tuple[Matrix, ...]:
+    """All of the highest rank among them."""
+    matrices = tuple(matrices)
+    highest = max(matrix.infos(stored)[matrix.first].shape[0] for matrix in matrices)
+    return tuple(replace(matrix, least_rank=highest) for matrix in matrices)
 
 
 def all_infos(matrices: Iterable[Matrix], stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from ..algebra.delta import Delta
 from ..errors import CheckpointError, MissingExtraError
 from ..models.lora_config import LoraOptions
@@ -61,20 +63,28 @@ def open_lora(
     _require_diffusers()
     label = label or ("state dict" if isinstance(source, Mapping) else str(source))
     stored, options = open_source(source, label)
-    for name in stored.tensors:
+    for name, info in stored.tensors.items():
         _refuse_unsupported(name, label)
+        if not (info.dtype.is_floating_point or name.endswith(ALPHA_SUFFIX)):
+            kind = str(info.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f'"{label}": {name} holds {kind}, which is no factor without its scale; save it as floats'
+            )
     families = (*((model,) if model is not None else ()), *installed())
     parts = _own_parts(stored, label)
     layers = {} if parts is None else _layers(stored, parts, options, bases, label)
     if parts is None or find_family(parts, families) is None:
         try:
-            translated = translate({name: read_checked(stored, name) for name in stored.tensors}, families, label)
+            # The ranks and alphas of a configuration go by the file's own names.
+            scaled = bool(options) and parts is not None
+            state = _scaled(layers) if scaled else {name: read_checked(stored, name) for name in stored.tensors}
+            translated = translate(state, families, label)
         except CheckpointError:
             if model is None or parts is None:
                 raise
         else:
             stored = Checkpoint.from_state_dict(translated.tensors, label)
-            layers = _layers(stored, translated.parts, options, bases, label)
+            layers = _layers(stored, translated.parts, {} if scaled else options, bases, label)
     return layers
 
 
@@ -100,6 +110,15 @@ def _layers(
             f'"{label}": {component}', stored, own, options.get(component), (bases or {}).get(component)
         )
         for component, own in parts.items()
+    }
+
+
+def _scaled(layers: Mapping[str, LoraLayers]) -> dict[str, Tensor]:
+    return {
+        f"{component}.{module}.{part}": tensor
+        for component, own in layers.items()
+        for module in own.modules
+        for part, tensor in own.tensors(module).items()
     }
 
 

@@ -22,7 +22,7 @@ LORA_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # How many blocks of one kind a model has differs within a family and changes no name but the block's number.
 DEPTHS = re.compile(r"^n(um)?_?(\w+_)?(layers|blocks)$|^depth$")
 FEW = 2
-BLOCK = re.compile(r"(?<=blocks|layers)([._])(\d+)(?=[._])|(?<=refiner)([._])(\d+)(?=[._])")
+BLOCK = re.compile(r"(?<=blocks|layers)([._])(\d+)(?=[._])|(?<=refiner)([._])(\d+)(?=[._])", re.ASCII)
 LOADERS = "diffusers.loaders.lora_pipeline"
 
 

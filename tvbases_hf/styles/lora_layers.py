@@ -14,6 +14,7 @@ from ..algebra.delta import Delta, Dense, Dora, LowRank
 from ..errors import CheckpointError, MismatchError
 from ..models.lora_config import LoraOptions
 from ..storage.checkpoint import Checkpoint
+from .lora_names import factors_fit
 
 A, B, BIAS, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "alpha"
 BIAS_SUFFIX = ".bias"
@@ -102,6 +103,11 @@ class LoraLayers(Mapping[str, Delta]):
     def is_dora(self, module: str) -> bool:
         return MAGNITUDE in self._parts[module]
 
+    def tensors(self, module: str) -> dict[str, Tensor]:
+        """Its parts as they are stored, in float32, but alpha / rank is in the second factor and the bias."""
+        found = {part: self._read(module, part) for part in (A, B, BIAS, MAGNITUDE) if part in self._parts[module]}
+        return {part: self._scales[module] * own if part in (B, BIAS) else own for part, own in found.items()}
+
     def _info(self, module: str, part: str) -> Any:
         return self._stored.tensors[self._parts[module][part]]
 
@@ -113,18 +119,29 @@ class LoraLayers(Mapping[str, Delta]):
         if missing:
             raise CheckpointError(f"{self.label}: {module} has no {missing[0]}; the file is incomplete")
         a, b = self._info(module, A).shape, self._info(module, B).shape
-        if len(a) < 2 or len(b) < 2 or a[0] == 0 or math.prod(b[1:]) != a[0]:
+        if not factors_fit(a, b):
             raise CheckpointError(f"{self.label}: the factors of {module} do not fit: {list(b)}, {list(a)}")
+        for part in {BIAS, MAGNITUDE} & parts.keys():
+            if self._info(module, part).numel != b[0]:
+                shape = list(self._info(module, part).shape)
+                raise CheckpointError(
+                    f"{self.label}: {module} has {b[0]} outputs and a {part} of {shape}; save it again"
+                )
         rank, alpha = a[0], parts.get(ALPHA)
         if self._options is None:
             return 1.0 if alpha is None else alpha / rank
         if alpha is not None:
             raise CheckpointError(f"{self.label}: gives an alpha twice, as a tensor and as metadata")
-        if self._options.rank_of(module) != rank:
+        if self._options.use_dora and MAGNITUDE not in parts:
             raise CheckpointError(
-                f"{self.label}: {module} has rank {rank} but its metadata says {self._options.rank_of(module)}"
+                f"{self.label}: its metadata says DoRA, but {module} has no magnitudes; save it again"
             )
-        return self._options.scaling(module, rank)
+        name = parts.get("name", module)  # which the patterns of ranks and alphas are for
+        if self._options.rank_of(name) != rank:
+            raise CheckpointError(
+                f"{self.label}: {module} has rank {rank} but its metadata says {self._options.rank_of(name)}"
+            )
+        return self._options.scaling(name, rank)
 
     def _dora(self, module: str, low: LowRank) -> Delta:
         name = f"{module}.weight"

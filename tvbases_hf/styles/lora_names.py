@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..algebra.delta import LowRank, square_norm
@@ -24,8 +24,11 @@ PART = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)(?:\.weight)?$"
 )
 
+# A layer of CLIP's text model as transformers 5 calls it, which every other writer calls text_model.encoder.layers.
+TEXT_LAYER = re.compile(r"^(?=encoder\.layers\.)")
+
 Alphas = dict[str, float]
-# By component and module, the stored names of PEFT's parts and, as "alpha", a number.
+# By component and module, the stored names of PEFT's parts and, as "alpha", a number; as "name" what the file calls it.
 Parts = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -64,7 +67,15 @@ def find_pairs(state: Mapping[str, Tensor], alphas: Mapping[str, float], label: 
     for module, own in halves.items():
         if len(own) < 2:
             raise CheckpointError(f'"{label}": {module} has one of two factors; the file is incomplete')
+        down, up = state[own[True]].shape, state[own[False]].shape
+        if not factors_fit(down, up):
+            raise CheckpointError(f'"{label}": the factors of {module} do not fit: {list(up)}, {list(down)}')
     return {module: Pair(own[True], own[False], alphas.get(own[True])) for module, own in halves.items()}
+
+
+def factors_fit(down: Sequence[int], up: Sequence[int]) -> bool:
+    """Whether the shapes are [rank, in, ...kernel] and [out, rank, ...ones]."""
+    return len(down) >= 2 and len(up) >= 2 and down[0] == up[1] > 0 and all(size == 1 for size in up[2:])
 
 
 def find_alphas(state: Mapping[str, Tensor], names: Iterable[str], label: str) -> Alphas:
@@ -80,8 +91,10 @@ def find_alphas(state: Mapping[str, Tensor], names: Iterable[str], label: str) -
         if not name.endswith(ALPHA_SUFFIX):
             continue
         first = firsts.get(name.removesuffix(ALPHA_SUFFIX))
-        if first is None or value.numel() != 1 or not torch.isfinite(value).all():
+        if first is None:
             raise CheckpointError(f'"{label}": {name} scales no factors; the file is incomplete')
+        if value.numel() != 1 or not math.isfinite(value):
+            raise CheckpointError(f'"{label}": {name} is no finite number; save the file again')
         alphas[first] = float(value)
     return alphas
 
@@ -105,7 +118,8 @@ def find_parts(names: Iterable[str], alphas: Mapping[str, float], label: str) ->
     found: Parts = {}
     for component in dict.fromkeys(name.partition(".")[0] for name in names):
         own = [name for name in names if name.startswith(f"{component}.")]
-        found[component] = _grouped(_peft_names(component, own, label), alphas, label)
+        text = component.startswith("text_encoder")
+        found[component] = _grouped(_peft_names(component, own, label), alphas, label, text=text)
     return found
 
 
@@ -129,15 +143,20 @@ def _peft_names(component: str, names: list[str], label: str) -> dict[str, str]:
     return {own: name for name, own in short.items()}
 
 
-def _grouped(names: Mapping[str, str], alphas: Mapping[str, float], label: str) -> dict[str, dict[str, Any]]:
+def _grouped(
+    names: Mapping[str, str], alphas: Mapping[str, float], label: str, *, text: bool
+) -> dict[str, dict[str, Any]]:
     parts: dict[str, dict[str, Any]] = {}
     for own, name in names.items():
         match = PART.match(name)
         if match is None:
             raise CheckpointError(f'"{label}": {own} is no part of a LoRA that is known here; not supported')
-        parts.setdefault(match["module"], {})[match["part"]] = own
+        module = TEXT_LAYER.sub("text_model.", match["module"]) if text else match["module"]
+        group = parts.setdefault(module, {"name": match["module"]})
+        if group.setdefault(match["part"], own) != own:
+            raise CheckpointError(f'"{label}": {own} and {group[match["part"]]} are one factor; save the file again')
         if own in alphas:
-            parts[match["module"]]["alpha"] = alphas[own]
+            group["alpha"] = alphas[own]
     given = sum("alpha" in group for group in parts.values())
     if 0 < given < len(parts):
         raise CheckpointError(

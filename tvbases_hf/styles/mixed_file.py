@@ -21,7 +21,7 @@ from ..storage.output import check_output_file, file_transaction, preview
 from ..storage.run import track
 from ..storage.tensor_files import ONE_FILE, TensorFiles, metadata_of
 from ..version import library_version
-from .comfy_file import Matrix, all_infos, comfy_matrices, write_comfy
+from .comfy_file import Matrix, all_infos, comfy_matrices, with_equal_ranks, write_comfy
 from .lora_layers import BIAS, A, B
 from .lora_source import METADATA, name_styles
 from .mixing import Part, Recipe, Styles, combine, parse_scales, split
@@ -29,6 +29,7 @@ from .places import Place
 from .report import Tally, recipe_words
 
 RECIPE = "tvbases_styles"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def mix_style_files(
@@ -64,13 +65,14 @@ def mix_style_files(
     Raises ParameterError, CheckpointError, MismatchError or OutputError; nothing is written then.
     """
     check_output_file(out, is_mix)
+    _check_suffix(Path(out))
     styles = {name: str(source) for name, source in name_styles(styles).items()}
     recipe = Recipe(component, Options(threshold, subspace, pool, side, factored_rank=rank), shared_weight)
     numbers = parse_scales(tuple(styles), scales)
     opened = Styles.open(styles)
     if dry_run:
-        infos = _all_infos(opened, _ranks(opened, numbers, equal_rank), dtype)
-        infos = all_infos(matrices, infos) if (matrices := _matrices(opened, loader, family)) else infos
+        _, infos, matrices = _plan(opened, numbers, dtype, loader, family, equal_rank)
+        infos = all_infos(matrices, infos) if matrices else infos
         return preview(out, len(infos), sum(info.nbytes for info in infos.values()))
     how: dict[str, Any] = {"dtype": dtype, "pairs": pairs, "loader": loader, "family": family}
     return write_mix(opened, recipe, numbers, Path(out), sources=styles, equal_rank=equal_rank, **how)
@@ -100,9 +102,9 @@ def write_mix(
     Raises OutputError for a file that is not ours, and ParameterError if nothing would be mixed or the model has no
     names in ComfyUI; nothing is written.
     """
-    stored, ranks, biased = _stored(styles, dtype), _ranks(styles, scales, equal_rank), _biased(styles)
-    infos = _all_infos(styles, ranks, dtype)
-    matrices = _matrices(styles, loader, family)
+    _check_suffix(out)
+    stored, biased = _stored(styles, dtype), _biased(styles)
+    ranks, infos, matrices = _plan(styles, scales, dtype, loader, family, equal_rank)
     counted = Tally(styles, recipe, pairs)
     header = {RECIPE: json.dumps(recipe_header(recipe, scales, sources)), METADATA: json.dumps(lora_metadata(ranks))}
     with file_transaction(out, is_mix, sum(info.nbytes for info in infos.values())) as file:
@@ -112,16 +114,37 @@ def write_mix(
             part = next(stream)
             counted.add(part)
             change = combine(part, scales)
-            for name, tensor in factors(place, change, stored, ranks[place] if equal_rank else 1).items():
-                files.write(name, tensor)
+            tensors = factors(place, change, torch.float32, ranks[place] if equal_rank else 1)
             if place.component in biased:
-                files.write(_name(place, BIAS), bias(part, scales).to(stored))
+                tensors[_name(place, BIAS)] = bias(part, scales)
+            for name, tensor in tensors.items():
+                files.write(name, rounded(name, tensor, stored))
         found = counted.report() | {"scales": dict(scales), "out": str(out), "dtype": str(stored).split(".")[-1]}
         written = file.parent / f"{file.stem}.safetensors"
         if matrices:
             written = write_comfy(written, file.with_name(f"{file.stem}-comfy.safetensors"), matrices, header)
         written.rename(file)
     return found | {"bytes": out.expanduser().stat().st_size}
+
+
+def _check_suffix(out: Path) -> None:
+    if out.suffix in PICKLES:
+        raise ParameterError(f'"{out}": the mix is a safetensors file, which {out.suffix} is not; name it .safetensors')
+
+
+def _plan(
+    styles: Styles,
+    scales: Mapping[str, float],
+    dtype: torch.dtype | None,
+    loader: str,
+    family: str | None,
+    equal_rank: bool,
+) -> tuple[dict[Place, int], dict[str, TensorInfo], tuple[Matrix, ...]]:
+    """The rank of each weight, the tensors in diffusers' names, and what they become in ComfyUI's, if in those."""
+    matrices = _matrices(styles, loader, family)
+    ranks = _ranks(styles, scales, equal_rank and not matrices)
+    infos = _all_infos(styles, ranks, dtype)
+    return ranks, infos, with_equal_ranks(matrices, infos) if equal_rank and matrices else matrices
 
 
 def _matrices(styles: Styles, loader: str, family: str | None) -> tuple[Matrix, ...]:
@@ -143,6 +166,21 @@ def factors(place: Place, change: LowRank, dtype: torch.dtype, rank: int = 1) ->
         left = left.reshape(*left.shape, *(1 for _ in place.kernel))
         right = right.reshape(len(right), -1, *place.kernel)
     return {_name(place, A): right.to(dtype).contiguous(), _name(place, B): left.to(dtype).contiguous()}
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the mix in another dtype. Raises ParameterError for numbers that it cannot hold."""
+    lost = int((~(tensor.abs() <= torch.finfo(dtype).max)).sum())  # eight-bit floats would become the largest
+    kind = str(dtype).removeprefix("torch.")
+    if lost:
+        raise ParameterError(
+            f"the mix: {lost} of {tensor.numel()} numbers of {name} are too large for {kind}; take bfloat16 or "
+            "float32, or smaller scales"
+        )
+    found = tensor.to(dtype)
+    if tensor.any() and not found.float().any():
+        raise ParameterError(f"the mix: all numbers of {name} are zero as {kind}; take float32, or larger scales")
+    return found
 
 
 def bias(part: Part, scales: Mapping[str, float]) -> Tensor:
@@ -205,6 +243,8 @@ def _name(place: Place, part: str) -> str:
 
 
 def _stored(styles: Styles, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ParameterError(f"a mix cannot be stored as {dtype}; take float32, bfloat16 or float16")
     return dtype or (torch.float32 if styles.dtype == torch.float64 else styles.dtype)
 
 

@@ -70,11 +70,23 @@ WAN = {
     **_plain({"time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out"}),
     **_block("img_emb.proj.", "condition_embedder.image_embedder.ff.net.", {"1": "0.proj", "3": "2"}),
 }
+LTX_BLOCK = (
+    *(f"attn{number}.to_{part}" for number in (1, 2) for part in ("q", "k", "v", "out.0")),
+    "ff.net.0.proj", "ff.net.2",
+)  # fmt: skip
+EMBEDDER = "emb.timestep_embedder.linear_"
+LTX = {
+    **_block("transformer_blocks.#.", "transformer_blocks.#.", {part: part for part in LTX_BLOCK}),
+    **_plain({"patchify_proj": "proj_in", "proj_out": "proj_out"}),
+    **_block("caption_projection.", "caption_projection.", {"linear_1": "linear_1", "linear_2": "linear_2"}),
+    **_block("adaln_single.", "time_embed.", {own: own for own in ("linear", f"{EMBEDDER}1", f"{EMBEDDER}2")}),
+}
 ORIGINAL: Mapping[str, Names] = {
     "Flux.1": FLUX_1,
     "Chroma": FLUX_1,
     "Flux.2": FLUX_2,
     "HunyuanVideo": HUNYUAN_VIDEO,
+    "LTX-Video": LTX,
     "Wan": WAN,
     "ChronoEdit": WAN,
     "SkyReels 2": WAN,

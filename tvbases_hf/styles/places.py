@@ -54,11 +54,16 @@ def _place(component: str, module: str, layers: Mapping[str, LoraLayers]) -> Pla
     for other in others:
         if (layers[other].shape(module), layers[other].kernel(module)) != (shape, kernel):
             raise MismatchError(
-                f'{component}.{module} is {list(shape)} in "{first}" and {list(layers[other].shape(module))} in '
-                f'"{other}": LoRAs of different models cannot be mixed'
+                f'{component}.{module} is {_shape(layers[first], module)} in "{first}" and '
+                f'{_shape(layers[other], module)} in "{other}": LoRAs of different models cannot be mixed'
             )
     ranks = {name: own.rank(module) for name, own in layers.items()}
     return Place(component, module, shape, kernel, ranks, any(own.has_bias(module) for own in layers.values()))
+
+
+def _shape(layers: LoraLayers, module: str) -> str:
+    kernel = layers.kernel(module)
+    return f"{list(layers.shape(module))}" + (f" with a kernel of {list(kernel)}" if kernel else "")
 
 
 def check_one_family(loras: Mapping[str, Lora]) -> None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .families import Family, Modules
-from .lora_names import Alphas, Pair, Parts, find_alphas, find_pairs, find_parts, square_of
+from .families import Family, Modules, split_numbers
+from .lora_names import ALPHA_SUFFIX, Alphas, Pair, Parts, find_alphas, find_pairs, find_parts, square_of
 from .lora_source import PREFIXES
 from .original_names import find_original, original_modules
 
@@ -82,6 +82,8 @@ def translate(state: State, families: Iterable[Family], label: str) -> Translati
     """
     alphas = find_alphas(state, state, label)
     pairs = find_pairs(state, alphas, label)
+    if any(pair.scale(state) < 0 for pair in pairs.values()):
+        return translate(_without_signs(state, pairs), families, label)
     tried = [family for family in families if (family.component == "unet") == _is_unet(pairs)]
     outline = _outline(state, pairs)
     best: tuple[int, Callable[[State], Translation | None]] | None = None
@@ -101,6 +103,12 @@ def translate(state: State, families: Iterable[Family], label: str) -> Translati
     if translated is None:
         raise _no_family(pairs, tried, label) or lost or _not_together(pairs, label)
     return translated
+
+
+def _without_signs(state: State, pairs: Mapping[str, Pair]) -> State:
+    """Negative alphas, on which diffusers' converter of kohya's files never ends, as negative second factors."""
+    turned = {pair.up: -state[pair.up] for pair in pairs.values() if pair.scale(state) < 0}
+    return {**state, **turned, **{name: alpha.abs() for name, alpha in state.items() if name.endswith(ALPHA_SUFFIX)}}
 
 
 def _is_unet(modules: Iterable[str]) -> bool:
@@ -242,7 +250,7 @@ def _check_conserved(before: float, after: float, label: str) -> None:
 
 def _no_family(pairs: Mapping[str, Pair], tried: list[Family], label: str) -> CheckpointError | None:
     """How many names are of no module, by the family that has most of them; None where it has all."""
-    missing = {family.name: [name for name in pairs if not _is_known(name, family)] for family in tried}
+    missing = {family.name: _unknown(pairs, family) for family in tried}
     nearest = min(missing, key=lambda name: len(missing[name]))
     names = missing[nearest]
     if not names:
@@ -253,6 +261,13 @@ def _no_family(pairs: Mapping[str, Pair], tried: list[Family], label: str) -> Ch
         f'"{label}": cannot translate its names to those of a model: {fit} (first: {names[0]}). Convert the file with '
         f"the program that made it, or update diffusers; tried {', '.join(missing)}"
     )
+
+
+def _unknown(names: Iterable[str], family: Family) -> list[str]:
+    """Blocks of one kind have one answer; those of a UNet are not alike."""
+    kinds = {name: name if family.component == "unet" else split_numbers(name)[0] for name in names}
+    known = {kind: _is_known(name, family) for kind, name in {kind: name for name, kind in kinds.items()}.items()}
+    return [name for name, kind in kinds.items() if not known[kind]]
 
 
 def _not_together(pairs: Mapping[str, Pair], label: str) -> CheckpointError:

@@ -147,6 +147,21 @@ def test_half_precision_pipelines_hold_the_rounded_mix() -> None:
     assert all(torch.equal(a, b) for a, b in zip(added(pipe).values(), found.values(), strict=True)), "no drift"
 
 
+def test_scales_that_a_half_precision_pipeline_cannot_hold_change_nothing() -> None:
+    pipe = flux_pipeline(torch.float16)
+    mix = mix_styles(pipe, {"a": style(0, FLUX_MODULES), "b": style(1, FLUX_MODULES)})
+    layers = dict(pipe.transformer.named_modules())
+    before = layers["transformer_blocks.0.attn.to_q"].lora_B["styles"].weight.clone()
+    with pytest.raises(ParameterError, match="too large for float16"):
+        mix.set_style_scales({"a": 1e7})
+    assert mix.scales == {"a": 1.0, "b": 1.0}
+    assert torch.equal(layers["transformer_blocks.0.attn.to_q"].lora_B["styles"].weight, before)
+    mix.unload()
+    with pytest.raises(ParameterError, match="too large for float16"):
+        mix_styles(pipe, {"a": style(0, FLUX_MODULES), "b": style(1, FLUX_MODULES)}, scales={"a": 1e7})
+    assert not any(hasattr(module, "lora_B") for module in pipe.transformer.modules())
+
+
 def test_a_unet_takes_styles_with_convolutions_and_its_text_encoder(tmp_path: Path) -> None:
     pipe = unet_pipeline()
     before, plain = state_of(pipe), unet_image(pipe)
