@@ -26,7 +26,8 @@ from tvbases_hf.algebra.sums import total
 from tvbases_hf.errors import TvbasesError
 from tvbases_hf.merging.fit import Limits
 from tvbases_hf.models.adapter import Adapter
-from tvbases_hf.models.lora_files import Template, adapter_tensors, write_adapter
+from tvbases_hf.models.lora_files import adapter_tensors, write_adapter
+from tvbases_hf.models.lora_template import Template
 from tvbases_hf.models.vectors import Vectors
 from tvbases_peft import add_weighted_adapter, task_vectors
 

@@ -15,8 +15,9 @@ from tvbases_hf.algebra.sums import total
 from tvbases_hf.errors import ParameterError, did_you_mean
 from tvbases_hf.merging.fit import Errors, Limits
 from tvbases_hf.models.adapter import Adapter
-from tvbases_hf.models.lora_files import Template, adapter_tensors
+from tvbases_hf.models.lora_files import adapter_tensors
 from tvbases_hf.models.lora_parts import PREFIX, TOKENS
+from tvbases_hf.models.lora_template import Template
 from tvbases_hf.models.positions import groups_of
 
 from .loaded import method_of, task_vectors, token_wrappers

@@ -17,7 +17,8 @@ from tvbases_hf.merging.fit import Limits
 from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.gram import gram_matrix
 from tvbases_hf.models.layouts import Layout
-from tvbases_hf.models.lora_files import Template, adapter_tensors, write_adapter
+from tvbases_hf.models.lora_files import adapter_tensors, write_adapter
+from tvbases_hf.models.lora_template import Template
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.peft_models import (

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import CheckpointError
 from tvbases_hf.models.adapter import Adapter
-from tvbases_hf.models.lora_files import Template, adapter_tensors, write_adapter
+from tvbases_hf.models.lora_files import adapter_tensors, write_adapter
+from tvbases_hf.models.lora_template import Template
 from tvbases_hf.storage.checkpoint import Checkpoint
 
 VOCABULARY = 40

@@ -16,7 +16,7 @@ from ..errors import ParameterError
 from ..models.adapter import Adapter
 from ..models.gram import gram_matrix
 from ..models.hosts import check_foreseen, host_notes
-from ..models.lora_files import Template
+from ..models.lora_template import Template
 from ..models.vectors import Vectors
 from ..storage.output import check_apart, check_output, preview
 from ..storage.run import current

@@ -11,8 +11,9 @@ import torch
 from ..algebra.delta import LowRank
 from ..errors import ParameterError
 from ..models.adapter import Layout
-from ..models.lora_files import Template, config_of, factors
+from ..models.lora_files import config_of, factors
 from ..models.lora_parts import BIAS, PREFIX, TIED_BY_PEFT
+from ..models.lora_template import Template
 from ..models.modules import Home, Modules
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import without_revision

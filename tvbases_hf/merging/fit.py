@@ -15,7 +15,8 @@ from ..algebra.rank import RankRule
 from ..algebra.svd import svd
 from ..models.adapter import Adapter
 from ..models.hosts import check_foreseen, fitted
-from ..models.lora_files import Template, nonzero
+from ..models.lora_files import nonzero
+from ..models.lora_template import Template
 from ..models.positions import in_order
 from ..storage.checkpoint import Checkpoint
 

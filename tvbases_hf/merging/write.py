@@ -14,7 +14,8 @@ from ..algebra.delta import Delta, low_parts
 from ..errors import ParameterError
 from ..models.adapter import Adapter
 from ..models.hosts import host_notes
-from ..models.lora_files import Template, adapter_tensors, is_adapter_directory, write_adapter
+from ..models.lora_files import adapter_tensors, is_adapter_directory, write_adapter
+from ..models.lora_template import Template
 from ..models.positions import groups_of
 from ..models.travel import beside
 from ..models.vectors import Vectors

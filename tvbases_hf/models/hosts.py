@@ -14,7 +14,7 @@ from ..algebra.rank import RankRule
 from ..errors import ParameterError
 from .adapter import Adapter
 from .equal_rank import equal_rank
-from .lora_files import Template
+from .lora_template import Template
 
 # vLLM's --max-lora-rank is one of these (vllm.config.lora.MaxLoRARanks).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

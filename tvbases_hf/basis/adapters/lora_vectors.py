@@ -19,8 +19,9 @@ from ...models.adapter import Adapter
 from ...models.finite import read_finite
 from ...models.hosts import fitted
 from ...models.lora_config import WEIGHT_FILES, read_config
-from ...models.lora_files import Template, adapter_tensors, nonzero, write_adapter
+from ...models.lora_files import adapter_tensors, nonzero, write_adapter
 from ...models.lora_parts import MAGNITUDE
+from ...models.lora_template import Template
 from ...storage.checkpoint import Checkpoint, TensorInfo
 from ..info import VECTORS_STEM, BasisInfo
 from .codec import MIX, REST, Spec, Stored, restored, stock_factors

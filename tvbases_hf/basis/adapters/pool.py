@@ -15,7 +15,8 @@ from ...errors import ParameterError
 from ...models.adapter import Adapter
 from ...models.gram import Gram
 from ...models.lora_config import is_lora
-from ...models.lora_files import Template, adapter_tensors
+from ...models.lora_files import adapter_tensors
+from ...models.lora_template import Template
 from ...models.vectors import Vectors
 from ...options import options_of
 from ...storage.checkpoint import TensorInfo

@@ -16,8 +16,9 @@ from ...algebra.sums import total
 from ...algebra.svd import svd
 from ...errors import ParameterError
 from ...models.hosts import fitted
-from ...models.lora_files import Layout, Template, adapter_tensors, is_adapter_directory, write_adapter
+from ...models.lora_files import Layout, adapter_tensors, is_adapter_directory, write_adapter
 from ...models.lora_parts import PREFIX
+from ...models.lora_template import Template
 from ...models.names import Naming
 from ...storage.checkpoint import Checkpoint
 from ...storage.output import transaction
