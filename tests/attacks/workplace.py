@@ -132,7 +132,8 @@ def _make_merges(place: Workplace) -> None:
 def held(place: Workplace, action: Action, changes: str = "out") -> Outcome:
     """What a command, or a function of the library, does; Broken where it does not keep the promise.
 
-    With exit code 0 only ``changes``, below the workplace, may be new or other than before.
+    With exit code 0 only ``changes``, below the workplace, may be new or other than before; else nothing but finished
+    merges of a file that holds several.
     """
     before = _listing(place.root)
     try:
@@ -146,7 +147,10 @@ def held(place: Workplace, action: Action, changes: str = "out") -> Outcome:
     _check_outcome(outcome, action)
     changed = {path for path, about in before.items() ^ _listing(place.root).items()}
     allowed = str(place.root / changes)
-    wrong = [path for path in changed if outcome.code or not (path == allowed or path.startswith(allowed + "/"))]
+    wrong = [path for path in changed if not (path == allowed or path.startswith(allowed + "/"))]
+    if outcome.code:  # of several merges those that were made before stay, each whole
+        parts = str(place.out / "parts")
+        wrong = [path for path in changed if not (path == str(place.out) or f"{path}/".startswith(f"{parts}/"))]
     if wrong:
         raise Broken(
             "changed files", f"{_shown(action)}: exit {outcome.code}, {len(wrong)} changed: {sorted(wrong)[:5]}"
