@@ -7,8 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tvbases_hf.errors import CheckpointError
+from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_hf.storage.model import side_files_of
 from tvbases_hf.storage.side_files import side_files
 
 TRAVELS = (
@@ -162,3 +166,13 @@ def test_a_link_to_nothing_is_as_if_there_were_none(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "vocab.txt"):
         (tmp_path / name).symlink_to("gone")
     assert not side_files(tmp_path)
+
+
+def test_a_file_of_weights_brings_what_lies_beside_it_where_that_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    file = tmp_path / "model.safetensors"
+    assert side_files_of(Checkpoint.open(file)) == {}  # a folder of anything
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert set(side_files_of(Checkpoint.open(file))) == {"config.json", "tokenizer.json"}
+    assert side_files_of(Checkpoint.open(file)) == side_files_of(Checkpoint.open(tmp_path))

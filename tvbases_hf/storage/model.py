@@ -117,8 +117,11 @@ def copy_side_files(files: Mapping[str, Path | bytes], target: Path) -> None:
 
 
 def side_files_of(base: Checkpoint) -> dict[str, Path | bytes]:
-    """Those of a base that is a directory."""
-    return dict(side_files(base.path)) if base.path is not None and base.path.is_dir() else {}
+    """Those of a base that is a directory, or a file of weights beside its configuration."""
+    if base.path is None:
+        return {}
+    directory = base.path if base.path.is_dir() else base.path.parent
+    return dict(side_files(directory)) if base.path.is_dir() or (directory / "config.json").is_file() else {}
 
 
 def _forget_quantisation(file: Path) -> None:
