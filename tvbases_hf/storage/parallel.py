@@ -170,8 +170,9 @@ class _ReadAhead:
             self._pool.submit(lambda: read_ahead(reads(following)))
 
     def close(self) -> None:
+        """No map is touched afterwards: its file may be cut off then, which ends a process that reads it."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _alone() -> None:
