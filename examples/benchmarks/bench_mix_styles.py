@@ -1,6 +1,6 @@
 """Style mixing at the size of FLUX.1: time and memory of `tvbases mix-styles`, which never builds the transformer.
 
-    python examples/benchmarks/bench_mix_styles.py [--quick] [--count 4] [--rank 32] [--dtype bfloat16] [--json FILE]
+    python examples/benchmarks/bench_mix_styles.py [--quick] [--count 4] [--rank 32] [--method tsv] [--dtype bfloat16]
 
 LoRA files are written with the module names and shapes of FLUX.1 (every linear layer of its 57 blocks, from diffusers'
 own class on the meta device) and random factors that have a few directions in common. A process of its own mixes them.
@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="a tiny transformer and a tiny weight")
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--method", help="a merging method in place of the sum of unique components")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
@@ -122,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             styles += ["--style", f"style{seed}={work / f'{seed}.safetensors'}"]
         size = sum(file.stat().st_size for file in work.iterdir())
         out = work / "mixed.safetensors"
-        found = run([sys.executable, "-m", "tvbases_hf", "mix-styles", *styles, "--out", str(out), "--quiet"])
+        how = ["--out", str(out), "--quiet", *(["--method", given.method] if given.method else [])]
+        found = run([sys.executable, "-m", "tvbases_hf", "mix-styles", *styles, *how])
         written = out.stat().st_size
     print(
         f"mixed in {found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of CPU), largest memory "

@@ -22,8 +22,10 @@ def draw_grid(
     styles: Mapping[str, Any],
     out: Path,
     *,
-    component: str = "unique",
+    component: str | None = None,
     shared_weight: float = 0.0,
+    method: str | None = None,
+    method_options: Mapping[str, Any] | None = None,
     prompt: str = "a castle on a hill",
     seeds: int = 4,
     steps: int = 4,
@@ -42,8 +44,10 @@ def draw_grid(
         raise ParameterError(f"{seeds} seeds and {steps} steps; both must be at least 1")
     pipe = load_pipeline(source, device) if isinstance(source, str) else source
     rows = {"no style": _pictures(pipe, prompt, seeds, steps)}
-    for title, kind, shared in (("plain sum", "full", 0.0), (f"{component} mix", component, shared_weight)):
-        mix = mix_styles(pipe, styles, kind, shared_weight=shared, **recipe)
+    mixed: dict[str, Any] = {"component": component, "shared_weight": shared_weight, "method": method}
+    mixed["method_options"] = method_options
+    for title, way in (("plain sum", {"component": "full"}), (f"{method or component or 'unique'} mix", mixed)):
+        mix = mix_styles(pipe, styles, **way, **recipe)
         rows[title] = _pictures(pipe, prompt, seeds, steps)
         mix.unload()
     drawn = io.BytesIO()

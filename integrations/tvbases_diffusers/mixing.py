@@ -12,9 +12,10 @@ from tvbases_hf.defaults import StyleLoader
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.methods.devec import THRESHOLD, Options, Pool, Side, Subspace
 from tvbases_hf.storage.run import track
+from tvbases_hf.styles.lora_layers import B
 from tvbases_hf.styles.lora_source import Source, name_styles
-from tvbases_hf.styles.mixed_file import bias, factors, rounded, write_mix
-from tvbases_hf.styles.mixing import Part, Recipe, Styles, combine, parse_scales, split
+from tvbases_hf.styles.mixed_file import factors, rounded, write_mix
+from tvbases_hf.styles.mixing import Part, Recipe, Styles, bias, combine, parse_scales, recipe_of, split
 from tvbases_hf.styles.report import Tally
 
 from .pipeline import AdapterState, adapters, check_fits, layer_of, load, open_style, remove, require_loader
@@ -27,8 +28,10 @@ HANDLES = "_tvbases_styles"
 def mix_styles(
     pipe: Any,
     styles: Mapping[str, Source] | Sequence[Source],
-    component: str = "unique",
+    component: str | None = None,
     *,
+    method: str | None = None,
+    method_options: Mapping[str, Any] | None = None,
     scales: Mapping[str, float] | None = None,
     threshold: float = THRESHOLD,
     subspace: Subspace = "chain",
@@ -44,7 +47,10 @@ def mix_styles(
         pipe: any diffusers pipeline with a LoRA loader, or a transformer or UNet without one.
         styles: by name, a LoRA file in any of diffusers' formats, a directory, a Hub id, a state dict, or the name of
             an adapter that is loaded (it stays loaded, and inactive). Those of a list are called like their files.
-        component: ``unique`` leaves out what the styles share, ``shared`` takes only that, ``full`` is the plain sum.
+        component: ``unique`` (the default without a method) leaves out what the styles share, ``shared`` takes only
+            that, ``full`` (the default with one) is the whole style.
+        method, method_options: the merging method that makes one change of the components, a name in METHODS with its
+            options; None adds them up.
         scales: of each style; 1 where none is given. ``StyleMix.set_style_scales`` changes them later.
         threshold, subspace, pool, side: see tvbases_hf.methods.devec.Options.
         rank: a rank rule for the directions of a style that count (``energy:0.9``, 4, ...); None for all.
@@ -56,7 +62,8 @@ def mix_styles(
     """
     require_loader(pipe)
     styles = name_styles(styles)
-    recipe = Recipe(component, Options(threshold, subspace, pool, side, factored_rank=rank), shared_weight)
+    options = Options(threshold, subspace, pool, side, factored_rank=rank)
+    recipe = recipe_of(component, options, shared_weight, method, method_options)
     # PEFT keeps adapters in a ModuleDict, whose own attributes and dots are no names.
     if not adapter_name or "." in adapter_name or hasattr(torch.nn.ModuleDict(), adapter_name):
         raise ParameterError(f'"{adapter_name}" is no name for an adapter: PEFT cannot have one; give another')
@@ -136,7 +143,7 @@ class StyleMix:
         return vars(self._pipe).get(HANDLES, {}).get(self.adapter_name) is self
 
     def set_style_scales(self, scales: Mapping[str, float]) -> None:
-        """Change the scales of some styles; nothing is decomposed again. Ends a schedule."""
+        """Change the scales of some styles; nothing is decomposed again, but by a method. Ends a schedule."""
         self._require_loaded()
         wanted = parse_scales(self.names, {**self._scales, **scales})
         self._check_fits(wanted)
@@ -181,20 +188,25 @@ class StyleMix:
         biased = {part.place.component for part in self._parts if part.place.has_bias}
         state = {}
         for part in self._parts:
-            state |= factors(part.place, combine(part, self._scales, keep_zeros=True), torch.float32)
+            state |= self._factors(part, self._scales)
             if part.place.component in biased:
                 state[f"{part.place.component}.{part.place.module}.lora_B.bias"] = bias(part, self._scales)
         return state
+
+    def _factors(self, part: Part, scales: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """Of one weight, at the rank that the adapter has whatever the scales are."""
+        change = combine(part, scales, keep_zeros=True)
+        return factors(part.place, change, torch.float32, self.recipe.rank(part.place))
 
     def _check_loaded(self) -> None:
         """diffusers leaves out, with a line in the log, what it finds no place for."""
         for part in self._parts:
             layer, place = layer_of(self._pipe, part.place), part.place
-            rank = sum(place.ranks.values())
+            rank = self.recipe.rank(place)
             if self.adapter_name not in getattr(layer, "lora_B", {}) or layer.r[self.adapter_name] != rank:
                 raise MismatchError(f"{type(self._pipe).__name__} did not load {place.component}.{place.module}")
             weight = layer.lora_B[self.adapter_name].weight
-            wanted = combine(part, self._scales, keep_zeros=True).left.reshape(weight.shape).to(weight)
+            wanted = self._factors(part, self._scales)[f"{place.component}.{place.module}.{B}"].to(weight)
             if layer.scaling[self.adapter_name] != 1 or not torch.equal(weight, wanted):
                 raise CheckpointError(f"diffusers changed {place.component}.{place.module} while loading it")
 
@@ -202,25 +214,29 @@ class StyleMix:
         """ParameterError for scales at which the layers' dtype cannot hold a factor; nothing is changed."""
         for part in self._parts:
             dtype = layer_of(self._pipe, part.place).lora_B[self.adapter_name].weight.dtype
-            for name, change in part.changes.items():
-                rounded(f"{part.place.component}.{part.place.module}", change.left * scales[name], dtype)
+            name = f"{part.place.component}.{part.place.module}"
+            if self.recipe.method is not None:
+                rounded(name, combine(part, scales).left, dtype)
+                continue
+            for style, change in part.changes.items():
+                rounded(name, change.left * scales[style], dtype)
 
     def _write(self, scales: Mapping[str, float]) -> None:
         """Put scales into the second factors, of the styles whose scale is another than before."""
         changed = {name for name in self.names if scales[name] != self._written[name]}
         for part in self._parts if changed else ():
-            second = layer_of(self._pipe, part.place).lora_B[self.adapter_name]
+            layer = layer_of(self._pipe, part.place)
+            first, second = layer.lora_A[self.adapter_name], layer.lora_B[self.adapter_name]
             if second.weight.is_meta:
                 raise ParameterError(
                     "the weights are offloaded to nowhere; set the scales before sequential offloading"
                 )
-            start = 0
-            for name, change in part.changes.items():
-                stop = start + change.rank
-                if name in changed:
-                    place = second.weight.data[:, start:stop]
-                    place.copy_((change.left * scales[name]).reshape(place.shape))
-                start = stop
+            if self.recipe.method is not None:  # no style has columns of its own
+                made = self._factors(part, scales).values()
+                for weight, tensor in zip((first.weight, second.weight), made, strict=True):
+                    weight.data.copy_(tensor)
+            else:
+                _write_columns(part, scales, changed, second.weight.data)
             if changed & part.biases.keys() and second.bias is not None:
                 second.bias.data.copy_(bias(part, scales))
         self._written = dict(scales)
@@ -228,3 +244,14 @@ class StyleMix:
     def _require_loaded(self) -> None:
         if not self.is_loaded:
             raise ParameterError(f'the mix "{self.adapter_name}" was unloaded; call mix_styles again')
+
+
+def _write_columns(part: Part, scales: Mapping[str, float], changed: set[str], second: torch.Tensor) -> None:
+    """The second factor's columns of the styles whose scale has changed."""
+    start = 0
+    for name, change in part.changes.items():
+        stop = start + change.rank
+        if name in changed:
+            place = second[:, start:stop]
+            place.copy_((change.left * scales[name]).reshape(place.shape))
+        start = stop

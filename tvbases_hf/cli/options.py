@@ -6,6 +6,7 @@ How a command works (threads, memory, bars, going on with a killed run) is said 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -224,6 +225,22 @@ def parse_numbers(option: str, items: Sequence[str]) -> dict[str, float]:
         if name in found:
             raise ParameterError(f'two {option[2:]}s for "{name}" ({found[name]:g} and {number}); give one')
         found[name] = value
+    return found
+
+
+def parse_values(option: str, items: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` arguments: numbers, true and false, or else words; ParameterError for a bad or repeated one."""
+    found: dict[str, Any] = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        if not name or not value:
+            raise ParameterError(f'{option} "{item}" is not NAME=VALUE, for example density=0.3')
+        if name in found:
+            raise ParameterError(f'two {option[2:]}s for "{name}" ({found[name]} and {value}); give one')
+        try:
+            found[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[name.replace("-", "_")] = value
     return found
 
 

@@ -25,6 +25,7 @@ from .options import (
     file_option,
     parse_dtype,
     parse_numbers,
+    parse_values,
     rank_option,
     tell,
 )
@@ -46,9 +47,20 @@ def mix_styles(
         typer.Option("--scale", help="A style's weight in the mix, default: 1; repeat.", metavar="NAME=NUMBER"),
     ] = None,
     component: Annotated[
-        defaults.StyleComponent,
-        typer.Option("--component", help="Of every style: what is unique to it, what is shared, or all (full)."),
-    ] = "unique",
+        defaults.StyleComponent | None,
+        typer.Option(
+            "--component",
+            help="Of every style: what is unique to it, what is shared, or all. Default: unique; with --method: full.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="Merge the components by a merging method, such as tsv; default: their sum."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="Of the method, such as density=0.3; repeat.", metavar="NAME=VALUE"),
+    ] = None,
     shared_weight: Annotated[
         float, typer.Option(help="unique: add this much of one copy of what the styles share.")
     ] = 0.0,
@@ -96,6 +108,7 @@ def mix_styles(
     styles, scales = parse_tasks(style), parse_numbers("--scale", scale or ())
     recipe = {"component": component, "shared_weight": shared_weight, "threshold": threshold}
     recipe |= {"subspace": subspace, "pool": pool, "side": side, "rank": rank}
+    recipe |= {"method": method, "method_options": parse_values("--option", option or ())}
     how = {"dtype": parse_dtype(dtype), "pairs": report or json is not None, "dry_run": dry_run}
     how |= {"loader": loader, "family": family, "equal_rank": equal_rank}
     draw = None

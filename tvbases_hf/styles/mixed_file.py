@@ -24,7 +24,7 @@ from ..version import library_version
 from .comfy_file import Matrix, all_infos, comfy_matrices, with_equal_ranks, write_comfy
 from .lora_layers import BIAS, A, B
 from .lora_source import METADATA, name_styles
-from .mixing import Part, Recipe, Styles, combine, parse_scales, split
+from .mixing import Part, Recipe, Styles, bias, combine, parse_scales, recipe_of, split
 from .places import Place
 from .report import Tally, recipe_words
 
@@ -37,7 +37,9 @@ def mix_style_files(
     out: str | Path,
     *,
     scales: Mapping[str, float] | None = None,
-    component: str = "unique",
+    component: str | None = None,
+    method: str | None = None,
+    method_options: Mapping[str, Any] | None = None,
     shared_weight: float = 0.0,
     threshold: float = defaults.THRESHOLD,
     subspace: defaults.Subspace = "chain",
@@ -57,8 +59,9 @@ def mix_style_files(
         styles: by name, a file in any of diffusers' formats, a directory or a Hub id each; those of a list are called
             like their files.
         scales: of each style; 1 where none is given.
-        component, shared_weight: see Recipe; threshold, subspace, pool, side, rank: see Options (rank is that of
-            low-rank changes; None for all directions of a style).
+        component, shared_weight, method, method_options: see Recipe and recipe_of.
+        threshold, subspace, pool, side, rank: see Options (rank is that of low-rank changes; None for all directions of
+            a style).
         dtype, pairs, loader, family, equal_rank: see write_mix.
         dry_run: check everything and report what would be written.
 
@@ -67,11 +70,12 @@ def mix_style_files(
     check_output_file(out, is_mix)
     _check_suffix(Path(out))
     styles = {name: str(source) for name, source in name_styles(styles).items()}
-    recipe = Recipe(component, Options(threshold, subspace, pool, side, factored_rank=rank), shared_weight)
+    options = Options(threshold, subspace, pool, side, factored_rank=rank)
+    recipe = recipe_of(component, options, shared_weight, method, method_options)
     numbers = parse_scales(tuple(styles), scales)
     opened = Styles.open(styles)
     if dry_run:
-        _, infos, matrices = _plan(opened, numbers, dtype, loader, family, equal_rank)
+        _, infos, matrices = _plan(opened, recipe, numbers, dtype, loader, family, equal_rank)
         infos = all_infos(matrices, infos) if matrices else infos
         return preview(out, len(infos), sum(info.nbytes for info in infos.values()))
     how: dict[str, Any] = {"dtype": dtype, "pairs": pairs, "loader": loader, "family": family}
@@ -104,7 +108,7 @@ def write_mix(
     """
     _check_suffix(out)
     stored, biased = _stored(styles, dtype), _biased(styles)
-    ranks, infos, matrices = _plan(styles, scales, dtype, loader, family, equal_rank)
+    ranks, infos, matrices = _plan(styles, recipe, scales, dtype, loader, family, equal_rank)
     counted = Tally(styles, recipe, pairs)
     header = {RECIPE: json.dumps(recipe_header(recipe, scales, sources)), METADATA: json.dumps(lora_metadata(ranks))}
     with file_transaction(out, is_mix, sum(info.nbytes for info in infos.values())) as file:
@@ -114,7 +118,7 @@ def write_mix(
             part = next(stream)
             counted.add(part)
             change = combine(part, scales)
-            tensors = factors(place, change, torch.float32, ranks[place] if equal_rank else 1)
+            tensors = factors(place, change, torch.float32, ranks[place])
             if place.component in biased:
                 tensors[_name(place, BIAS)] = bias(part, scales)
             for name, tensor in tensors.items():
@@ -134,6 +138,7 @@ def _check_suffix(out: Path) -> None:
 
 def _plan(
     styles: Styles,
+    recipe: Recipe,
     scales: Mapping[str, float],
     dtype: torch.dtype | None,
     loader: str,
@@ -142,7 +147,7 @@ def _plan(
 ) -> tuple[dict[Place, int], dict[str, TensorInfo], tuple[Matrix, ...]]:
     """The rank of each weight, the tensors in diffusers' names, and what they become in ComfyUI's, if in those."""
     matrices = _matrices(styles, loader, family)
-    ranks = _ranks(styles, scales, equal_rank and not matrices)
+    ranks = _ranks(styles, recipe, scales, equal_rank and not matrices)
     infos = _all_infos(styles, ranks, dtype)
     return ranks, infos, with_equal_ranks(matrices, infos) if equal_rank and matrices else matrices
 
@@ -181,14 +186,6 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.any() and not found.float().any():
         raise ParameterError(f"the mix: all numbers of {name} are zero as {kind}; take float32, or larger scales")
     return found
-
-
-def bias(part: Part, scales: Mapping[str, float]) -> Tensor:
-    """The sum of the styles' LoRA biases of one weight; they have no columns and are never shared."""
-    total = torch.zeros(part.place.shape[0])
-    for name, own in part.biases.items():
-        total += scales[name] * own
-    return total
 
 
 def lora_metadata(ranks: Mapping[Place, int]) -> dict[str, Any]:
@@ -248,8 +245,8 @@ def _stored(styles: Styles, dtype: torch.dtype | None) -> torch.dtype:
     return dtype or (torch.float32 if styles.dtype == torch.float64 else styles.dtype)
 
 
-def _ranks(styles: Styles, scales: Mapping[str, float], equal: bool = False) -> dict[Place, int]:
-    own = {place: max(1, sum(r for name, r in place.ranks.items() if scales[name] != 0)) for place in styles.places}
+def _ranks(styles: Styles, recipe: Recipe, scales: Mapping[str, float], equal: bool = False) -> dict[Place, int]:
+    own = {place: max(1, recipe.rank(place, scales)) for place in styles.places}
     return dict.fromkeys(own, max(own.values())) if equal else own
 
 

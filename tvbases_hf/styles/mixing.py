@@ -1,7 +1,8 @@
 """Style LoRAs side by side in one, each reduced to what is unique to it (DeVec, section 4.2); in factor space.
 
 A style's part of a weight B A keeps one of its factors: with column spaces the edited left factor is (I - Z Z^T) B, Z
-the directions that the styles share. The mix is the parts' factors put together, so that every style keeps a scale.
+the directions that the styles share. The mix is the parts' factors put together, so that every style keeps a scale; or
+what a merging method makes of the parts.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..methods.devec import MIN_SIDE, Decomposition, Options, WholeSpaceError, d
 from .diffusers_files import open_lora
 from .lora_layers import BIAS_SUFFIX
 from .lora_source import Source, name_styles
+from .method import StyleMethod
 from .places import Lora, Place, check_one_family, find_places
 
 KINDS = get_args(defaults.StyleComponent)
@@ -33,12 +35,14 @@ class Recipe:
     """Which component of each style goes into the mix, and how it is found.
 
     ``shared_weight`` adds that much of *one* shared change (equation 14, the norm-weighted mean) to the unique ones.
+    ``method`` merges the components; None adds them up, each times its style's scale.
     Raises ParameterError on values that mean nothing.
     """
 
     component: str = "unique"
     options: Options = field(default_factory=Options)
     shared_weight: float = 0.0
+    method: StyleMethod | None = None
 
     def __post_init__(self) -> None:
         if self.component not in KINDS:
@@ -49,6 +53,28 @@ class Recipe:
             raise ParameterError(f"shared_weight {self.shared_weight} is not a finite number")
         if self.shared_weight and self.component != "unique":
             raise ParameterError(f"shared_weight goes with the unique component, not with {self.component!r}")
+
+    def rank(self, place: Place, scales: Mapping[str, float] | None = None) -> int:
+        """Of the mix of one weight; with ``scales`` without the styles of scale 0."""
+        ranks = [rank for name, rank in place.ranks.items() if scales is None or scales[name] != 0]
+        return sum(ranks) if self.method is None else self.method.rank(place.shape, ranks)
+
+
+def recipe_of(
+    component: str | None,
+    options: Options,
+    shared_weight: float = 0.0,
+    method: str | None = None,
+    method_options: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The component None is that of the way: unique to be added up, the whole style (full) to be merged by a method.
+
+    Raises ParameterError as Recipe and METHODS do, and for options of no method.
+    """
+    if method is None and method_options:
+        raise ParameterError(f"{', '.join(method_options)}: an option of a merging method; name the method too")
+    chosen = None if method is None else StyleMethod.of(method, method_options)
+    return Recipe(component or ("unique" if chosen is None else "full"), options, shared_weight, chosen)
 
 
 @dataclass(frozen=True)
@@ -63,6 +89,7 @@ class Part:
     kept: Mapping[str, float]
     fills: bool = False
     """A style spans all directions of this weight, which was therefore left as it is."""
+    method: StyleMethod | None = None
 
 
 class Styles:
@@ -127,6 +154,10 @@ def split(styles: Styles, recipe: Recipe) -> Iterator[Part]:
     A style whose rank fills all directions of a weight (a last layer of 64 rows and rank 64) has no subspace to share;
     the styles then go into that weight whole, and the part says so.
     """
+    method = recipe.method
+    if method is not None:
+        plain = replace(recipe, method=None)
+        method = method.of_styles(styles.names, lambda: (part.changes for part in split(styles, plain)))
     _check_angles(styles, recipe.options)
     for place in styles.places:
         changes = styles.changes(place)
@@ -143,13 +174,22 @@ def split(styles: Styles, recipe: Recipe) -> Iterator[Part]:
             if kept[name] <= negligible(place.shape, torch.float32) ** 2 * part.rank * whole[name]:
                 parts[name], kept[name] = _zeroed(part), 0.0
         zeros = dict.fromkeys(changes, 0.0)
-        yield Part(place, parts, styles.biases(place), zeros | squares, whole, kept, fills)
+        yield Part(place, parts, styles.biases(place), zeros | squares, whole, kept, fills, method)
 
 
 def combine(part: Part, scales: Mapping[str, float], *, keep_zeros: bool = False) -> LowRank:
-    """The sum of the styles' parts of one weight, factors side by side; a style of scale 0 is left out, or kept."""
+    """The mix of the styles' parts of one weight; in a sum, factors side by side, scale 0 is left out, or kept."""
+    if part.method is not None:
+        return part.method.mixed(f"{part.place.component}.{part.place.module}", part.changes, scales)
     terms = [(part.changes[name], scales[name]) for name in part.changes if keep_zeros or scales[name] != 0]
     return side_by_side(terms) if terms else LowRank.zeros(part.place.shape)
+
+
+def bias(part: Part, scales: Mapping[str, float]) -> Tensor:
+    """The mix of the styles' LoRA biases of one weight; they have no columns and are never shared."""
+    if part.method is not None and part.biases:
+        return part.method.mixed_bias(f"{part.place.component}.{part.place.module}.bias", part.biases, scales)
+    return sum((scales[name] * own for name, own in part.biases.items()), torch.zeros(part.place.shape[0]))
 
 
 def parse_scales(names: tuple[str, ...], scales: Mapping[str, float] | None) -> dict[str, float]:

@@ -164,6 +164,7 @@ def recipe_words(recipe: Recipe) -> dict[str, Any]:
     return {
         "component": recipe.component,
         **({"shared_weight": recipe.shared_weight} if recipe.shared_weight else {}),
+        **({} if recipe.method is None else {"method": {"name": recipe.method.method.name, **recipe.method.options}}),
         **{key: value for key, value in asdict(recipe.options).items() if key != "rank"},
     }
 
@@ -174,6 +175,8 @@ def print_styles(found: dict[str, Any], console: Console, *, blocks: bool = Fals
     threshold = found["recipe"]["threshold"]
     table = Table("style", "modules", "rank", "scale", "shared", "in the mix", title_justify="left")
     table.title = f"{found['recipe']['component']} components, threshold {threshold:g}, pool {found['recipe']['pool']}"
+    if "method" in found["recipe"]:
+        table.title += f", merged by {found['recipe']['method']['name']}"
     for name in names:
         style, (least, most) = found["styles"][name], found["styles"][name]["rank"]
         rank = str(most) if least == most else f"{least}-{most}"

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from tvbases_diffusers import mix_styles, set_style_scales, unload_styles
+from tvbases_hf.algebra.delta import Dense, dense
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError, TvbasesError
+from tvbases_hf.methods.registry import METHODS
 from tvbases_hf.styles.mixed_file import read_recipe
 from zoo.lora_files import kohya, write
 from zoo.peft_models import relative
@@ -109,6 +111,40 @@ def test_full_is_what_set_adapters_adds_up_and_unique_is_not(flux: Any) -> None:
     mix_styles(flux, states, scales={"b": 0.5})
     assert torch.allclose(full, vanilla, atol=1e-4)
     assert not torch.allclose(flux_image(flux), vanilla, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["tsv", "ties"])
+def test_the_scales_of_a_merging_method_stay_live_and_its_mix_goes_without_a_trace(flux: Any, method: str) -> None:
+    """The merge is made again in the factors; it is not linear in the scales."""
+    states, before, picture = two(), state_of(flux), flux_image(flux)
+    mix = mix_styles(flux, states, method=method)
+
+    def merged(scales: Mapping[str, float]) -> dict[str, Tensor]:
+        return _merged(states, method, scales)
+
+    assert_adds(flux, merged({"a": 1.0, "b": 1.0}))
+    mix.set_style_scales({"a": 0.5, "b": -1.0})
+    assert_adds(flux, merged({"a": 0.5, "b": -1.0}))
+    mix.set_style_scales({"a": 0.0})
+    assert_adds(flux, merged({"a": 0.0, "b": -1.0}))
+    mix.unload()
+    assert_same_state(flux, before)
+    assert torch.equal(flux_image(flux), picture)
+
+
+def _merged(states: Mapping[str, Mapping[str, Tensor]], method: str, scales: Mapping[str, float]) -> dict[str, Tensor]:
+    """What the method makes of full matrices; TIES with the thresholds of the whole model."""
+    chosen, live = METHODS[method], [name for name in states if scales[name]]
+    changes = {name: products(states[name]) for name in live}
+    options = chosen.defaults
+    if (density := chosen.of_whole_model(options)) is not None:
+        entries = [torch.cat([m.flatten() for m in changes[name].values()]).abs().sort().values for name in live]
+        options["limits"] = [float(own[len(own) - int(density * len(own))]) for own in entries]
+    weights = [scales[name] for name in live]
+    return {
+        module: dense(chosen.change(module, m.shape, [Dense(changes[n][module]) for n in live], weights, options))
+        for module, m in changes[live[0]].items()
+    }
 
 
 def test_adapters_that_are_loaded_are_styles_at_their_own_strength(flux: Any) -> None:

@@ -1,0 +1,85 @@
+"""A merging method in place of the sum: what it makes of the styles' changes of a weight, as factors of a LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.delta import Delta, Dense, LowRank, dense
+from ..methods.registry import Method, find_method
+from ..methods.threshold import thresholds
+
+
+@dataclass(frozen=True)
+class StyleMethod:
+    """A method of METHODS with its options, and for thresholds of the whole model those of each style.
+
+    Methods of singular directions and sums keep the factors' space: their rank is at most the sum of the styles' ranks.
+    Those that choose entry by entry (TIES, ...) have no factors but the matrix itself and the identity.
+    """
+
+    method: Method
+    options: Mapping[str, Any]
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, options: Mapping[str, Any] | None = None) -> StyleMethod:
+        """Raises ParameterError for an unknown method or option, or a bad value."""
+        method = find_method(name)
+        return cls(method, method.checked(options or {}))
+
+    @property
+    def by_entry(self) -> bool:
+        return not (self.method.of_matrices or self.method.sum_only)
+
+    def of_styles(self, names: Sequence[str], passes: Callable[[], Iterable[Mapping[str, LowRank]]]) -> StyleMethod:
+        """The same with the thresholds that ``passes``, twice all weights' changes by style, need."""
+        density = self.method.of_whole_model(self.options)
+        if density is None:
+            return self
+        found = thresholds(lambda: (_all(names, changes) for changes in passes()), density)
+        return replace(self, limits=dict(zip(names, found, strict=True)))
+
+    def rank(self, shape: Sequence[int], ranks: Sequence[int]) -> int:
+        """Of the factors that the mix of changes of these ranks has at most."""
+        return min(shape) if self.by_entry and ranks else sum(ranks)
+
+    def mixed(self, name: str, changes: Mapping[str, LowRank], scales: Mapping[str, float]) -> LowRank:
+        """The merged change of one matrix; a style of scale 0 is not there."""
+        deltas: dict[str, Delta] = {style: change for style, change in changes.items() if scales[style] != 0}
+        shape = next(iter(changes.values())).shape
+        if not deltas:
+            return LowRank.zeros(shape)
+        merged = self._change(name, shape, deltas, scales)
+        most = self.rank(shape, [change.rank for style, change in changes.items() if style in deltas])
+        low = merged if isinstance(merged, LowRank) and merged.rank <= most else _trivial_factors(dense(merged))
+        return LowRank(low.left.to(torch.float32), low.right.to(torch.float32))
+
+    def mixed_bias(self, name: str, biases: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
+        """The merged change of a bias [n]."""
+        deltas: dict[str, Delta] = {style: Dense(own) for style, own in biases.items() if scales[style] != 0}
+        shape = next(iter(biases.values())).shape
+        return dense(self._change(name, shape, deltas, scales), torch.float32) if deltas else torch.zeros(shape)
+
+    def _change(
+        self, name: str, shape: Sequence[int], deltas: Mapping[str, Delta], scales: Mapping[str, float]
+    ) -> Delta:
+        limits = {"limits": [self.limits[style] for style in deltas]} if self.limits else {}
+        weights = [scales[style] for style in deltas]
+        return self.method.change(name, shape, list(deltas.values()), weights, {**self.options, **limits})
+
+
+def _all(names: Sequence[str], changes: Mapping[str, LowRank]) -> list[Delta]:
+    shape = next(iter(changes.values())).shape
+    return [changes.get(name) or LowRank.zeros(shape) for name in names]
+
+
+def _trivial_factors(matrix: Tensor) -> LowRank:
+    """The matrix [n, m] itself, float64, and the identity of its shorter side."""
+    rows, columns = matrix.shape
+    one = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
+    return LowRank(one, matrix) if rows < columns else LowRank(matrix, one)
