@@ -54,6 +54,12 @@ def inspect(
     base: Base,
     task: Task,
     layers: Annotated[bool, typer.Option("--layers", help="Also interference and sharing by layer (slower).")] = False,
+    merged: Annotated[
+        str | None,
+        typer.Option(
+            help="A merge of these models: its interference before and after; implies --layers.", metavar="DIR"
+        ),
+    ] = None,
     plot: Annotated[Path | None, file_option("Draw everything; implies --layers.", "PNG")] = None,
     html: Annotated[Path | None, file_option("All of it on one page, pictures too; implies --layers.")] = None,
     bounds: Annotated[bool, typer.Option("--bounds", help="Also the error bounds, both sides; needs --data.")] = False,
@@ -97,6 +103,7 @@ def inspect(
     found = examine(
         vectors,
         layers=bool(layers or plot or html),
+        merged=merged,
         data=sources,
         classes=parse_classes(classes or (), sources),
         templates=template,

@@ -7,10 +7,11 @@ from typing import Any
 
 from ..errors import MissingExtraError
 from ..text import in_picture
+from .interference import draw_interference, draw_overlaps, in_cluster_order
 
 
 def picture_of(found: dict[str, Any]) -> bytes:
-    """Cosine similarities, energy left by M bases, STI per layer group and decay of the singular values, as one PNG.
+    """Similarities, energy left by M bases, interference by layer, decay and overlap of singular spaces, as one PNG.
 
     Raises MissingExtraError without matplotlib.
     """
@@ -21,11 +22,12 @@ def picture_of(found: dict[str, Any]) -> bytes:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise MissingExtraError('a picture needs matplotlib; pip install "tvbases-hf[plot]"') from error
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
-    _similarity(axes[0, 0], found)
+    figure, axes = plt.subplots(3, 2, figsize=(12, 13), layout="constrained")
+    _similarity(axes[0, 0], in_cluster_order(found))
     _losses(axes[0, 1], found)
-    _interference(axes[1, 0], found["layers"])
+    draw_interference(axes[1, 0], found["layers"])
     _decay(axes[1, 1], found["layers"])
+    draw_overlaps(axes[2], found)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
     plt.close(figure)
@@ -54,13 +56,6 @@ def _losses(axis: Any, found: dict[str, Any]) -> None:
     axis.set(xlabel="bases M", ylabel="energy left unexplained", ylim=(0, 1), title="How many bases")
     axis.set_xticks(list(bases))
     axis.legend()
-
-
-def _interference(axis: Any, layers: dict[str, Any]) -> None:
-    groups = list(layers["interference"])
-    axis.bar(range(len(groups)), list(layers["interference"].values()), color="tab:purple")
-    axis.set_xticks(range(len(groups)), [in_picture(group) for group in groups], rotation=45, ha="right")
-    axis.set(ylabel="singular task interference", title="Interference between tasks, by layer")
 
 
 def _decay(axis: Any, layers: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..storage.system import readable_size
 from ..text import printable
+from .interference import in_cluster_order, print_interference
 
 if TYPE_CHECKING:
     from ..theory.bounds import Bounds, Side
@@ -32,6 +33,7 @@ def warn(lines: Iterable[str]) -> None:
 
 
 def print_inspection(found: dict[str, Any], console: Console) -> None:
+    found = in_cluster_order(found)
     tasks = found["tasks"]
     console.print(
         f"{len(tasks)} task vectors of {found['parameters']:,} parameters in {found['tensors']} tensors "
@@ -56,10 +58,7 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
 
 
 def print_layers(layers: dict[str, Any], console: Console) -> None:
-    table = Table("layers", "interference (STI)", title="singular task interference", title_justify="left")
-    for group, value in layers["interference"].items():
-        table.add_row(group, f"{value:.4g}")
-    console.print(table)
+    print_interference(layers, console)
     shared = Table("pair", "shared energy", "by chance", title="shared subspaces of pairs", title_justify="left")
     for pair, value in layers["shared"].items():
         shared.add_row(pair, f"{value:.1%}", f"{layers['chance'][pair]:.1%}")

@@ -1,4 +1,4 @@
-"""Task singular vectors: TSV-Merge, truncation and singular task interference of one weight matrix (TSV paper)."""
+"""Task singular vectors: TSV-Merge and truncation of one weight matrix (TSV paper)."""
 
 from __future__ import annotations
 
@@ -75,15 +75,6 @@ def assemble(parts: Sequence[SVD], weights: Sequence[float], *, orthogonalize: b
     if orthogonalize:
         left, right = polar_factor(left), polar_factor(right)
     return LowRank(left * values, right.T)
-
-
-def interference(parts: Sequence[SVD]) -> float:
-    """Singular task interference, the entrywise 1-norm of (U^T U - I) S (V^T V - I) (equation 7)."""
-    left = torch.cat([part.U for part in parts], dim=1).to(torch.float64)
-    right = torch.cat([part.V for part in parts], dim=1).to(torch.float64)
-    values = torch.cat([part.S for part in parts]).to(torch.float64)
-    identity = torch.eye(len(values), dtype=torch.float64, device=values.device)
-    return float((((left.T @ left - identity) * values) @ (right.T @ right - identity)).abs().sum())
 
 
 def truncate(delta: Delta, rank: str | float | RankRule) -> Delta:

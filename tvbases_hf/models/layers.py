@@ -11,9 +11,10 @@ from torch import Tensor
 from ..algebra.delta import square_norm
 from ..algebra.svd import singular_values, svd
 from ..methods.devec import MIN_SIDE, Options, chance_share, column_space, project, shared_subspace
-from ..methods.tsv import default_rank, interference
+from ..methods.tsv import default_rank
 from ..storage.run import track
-from .positions import groups_of, in_order
+from .interference import Interference, Measuring
+from .positions import groups_of
 from .vectors import Vectors
 
 DECAY_POINTS = 20
@@ -24,27 +25,31 @@ OPTIONS = Options()
 class LayerReport:
     """Per group: summed STI; per pair of tasks: share of energy in the shared subspace, and by chance; decay curves.
 
+    ``interference`` is the STI of the leading 1/T of the components; ``singular`` holds all other measures of it.
     ``decay`` holds, per task, the mean share of a matrix's energy in its leading 1/20, 2/20, ... of the components.
     """
 
     interference: dict[str, float] = field(default_factory=dict)
+    singular: Interference = field(default_factory=Interference)
     shared: dict[str, float] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
     decay: dict[str, list[float]] = field(default_factory=dict)
 
 
-def examine_layers(vectors: Vectors, options: Options = OPTIONS) -> LayerReport:
-    """One pass over the matrices (those with both sides of at least MIN_SIDE); several SVDs each."""
+def examine_layers(vectors: Vectors, options: Options = OPTIONS, merged: Vectors | None = None) -> LayerReport:
+    """One pass over the matrices (those with both sides of at least MIN_SIDE); several SVDs each.
+
+    ``merged``: the change of a merge over the same base, whose interference is measured too.
+    """
     names = [n for n in vectors.names if len(s := vectors.base.tensors[n].shape) == 2 and min(s) >= MIN_SIDE]
     pairs = list(itertools.combinations(range(len(vectors)), 2))
-    groups, report = groups_of(vectors.base.tensors), LayerReport()
+    groups, report, singular = groups_of(vectors.base.tensors), LayerReport(), Measuring(merged)
     curves = torch.zeros(len(vectors), DECAY_POINTS, dtype=torch.float64)
     energy, found = torch.zeros(len(pairs), 2, dtype=torch.float64), torch.zeros(len(pairs), 2, dtype=torch.float64)
     for name in track(names, "Layers", lambda n: vectors.base.tensors[n].nbytes):
         deltas = vectors.deltas(name)
         parts = [svd(delta, default_rank(len(deltas))) for delta in deltas]
-        group = groups[name]
-        report.interference[group] = report.interference.get(group, 0.0) + interference(parts)
+        singular.add(name, deltas, parts)
         curves += torch.stack([_decay(singular_values(delta).cpu()) for delta in deltas])
         spaces = [column_space(delta, options.rank) for delta in deltas]
         norms = [square_norm(delta) for delta in deltas]
@@ -55,7 +60,8 @@ def examine_layers(vectors: Vectors, options: Options = OPTIONS) -> LayerReport:
             weight = torch.tensor([norms[i], norms[j]], dtype=torch.float64)
             energy[index] += weight
             found[index] += torch.stack([parts_energy.sum(), by_chance * weight.sum()])
-    report.interference = in_order(report.interference)
+    report.singular = singular.report(groups)
+    report.interference = {group: found["leading"] for group, found in report.singular.groups.items()}
     for index, (i, j) in enumerate(pairs):
         pair, total = f"{vectors.tasks[i]} / {vectors.tasks[j]}", float(energy[index].sum()) or 1.0
         report.shared[pair], report.chance[pair] = (float(value) / total for value in found[index])

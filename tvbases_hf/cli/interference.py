@@ -1,0 +1,71 @@
+"""What an inspection says of interference: whose spaces overlap, and singular task interference by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..text import in_picture
+
+COLUMNS = {
+    "leading": "leading components",
+    "whole": "whole spectra (eq. 7)",
+    "sum": "sum, own directions",
+    "merged": "merged, own directions",
+}
+SIDES = {"left": "U^T U", "right": "V^T V"}
+
+
+def in_cluster_order(found: Mapping[str, Any]) -> dict[str, Any]:
+    """An inspection with its tasks in the order that puts similar ones side by side."""
+    order = found.get("order", list(range(len(found["tasks"]))))
+    moved = {key: [found[key][i] for i in order] for key in ("tasks", "norm", "norm_ratio") if found[key]}
+    return {**found, **moved, "cosine": _moved(found["cosine"], order)}
+
+
+def print_interference(layers: Mapping[str, Any], console: Console) -> None:
+    """STI of every group of layers; of a merge also what it does in the tasks' own leading directions."""
+    groups = layers["singular"]["groups"]
+    kinds = [kind for kind in COLUMNS if any(kind in group for group in groups.values())]
+    table = Table(
+        "layers", *(COLUMNS[k] for k in kinds), title="singular task interference (STI)", title_justify="left"
+    )
+    for group, values in groups.items():
+        table.add_row(group, *(f"{values[kind]:.4g}" for kind in kinds))
+    console.print(table)
+
+
+def draw_overlaps(axes: Sequence[Any], found: Mapping[str, Any]) -> None:
+    """U^T U and V^T V: how far the tasks' leading singular spaces overlap."""
+    tasks = [in_picture(found["tasks"][i]) for i in found["order"]]
+    singular = found["layers"]["singular"]
+    for axis, (side, title) in zip(axes, SIDES.items(), strict=True):
+        if side not in singular["overlap"]:  # no matrix is large enough
+            axis.set_axis_off()
+            continue
+        image = axis.imshow(_moved(singular["overlap"][side], found["order"]), vmin=0, vmax=1, cmap="viridis")
+        axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
+        axis.set_yticks(range(len(tasks)), tasks)
+        axis.figure.colorbar(image, ax=axis, shrink=0.8)
+        axis.set_title(f"{title}: overlap of leading spaces (chance {singular['chance'][side]:.2f})")
+
+
+def draw_interference(axis: Any, layers: Mapping[str, Any]) -> None:
+    """STI by layer: of the leading components; of a merge and the plain sum in each task's own directions."""
+    groups = layers["singular"]["groups"]
+    merged = any("merged" in group for group in groups.values())
+    kinds = ("sum", "merged") if merged else ("leading",)
+    width = 0.8 / len(kinds)
+    for place, kind in enumerate(kinds):
+        offsets = [index + (place - (len(kinds) - 1) / 2) * width for index in range(len(groups))]
+        axis.bar(offsets, [group[kind] for group in groups.values()], width, label=COLUMNS[kind])
+    axis.set_xticks(range(len(groups)), [in_picture(group) for group in groups], rotation=45, ha="right")
+    axis.set(ylabel="singular task interference", title="Interference between tasks, by layer")
+    axis.legend(fontsize="small")
+
+
+def _moved(matrix: Sequence[Sequence[float]], order: Sequence[int]) -> list[list[float]]:
+    return [[matrix[row][column] for column in order] for row in order]
