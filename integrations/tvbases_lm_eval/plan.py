@@ -26,6 +26,7 @@ class Plan:
 
     ``prompts`` are files by kind (prompts.KINDS) instead of the Hub's, ``scorer`` what scorer_of takes,
     ``continuations`` the samples of each prompt (None: the task's own), ``limit`` the documents of every task.
+    ``include`` are directories of tasks' YAML files beside lm-eval's own.
     """
 
     targets: tuple[str, ...] = ()
@@ -38,6 +39,7 @@ class Plan:
     batch_size: int = 16
     data: Mapping[str, str] = field(default_factory=dict)
     columns: Columns = COLUMNS
+    include: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = self.names
@@ -112,10 +114,11 @@ class Plan:
         """lm-eval's TaskManager with our tasks. Raises ParameterError for a task that it does not know."""
         from lm_eval.tasks import TaskManager
 
-        ours = TaskManager(include_path=str(include_path()), include_defaults=False, metadata=self.metadata)
+        paths: list[str | Path] = [str(include_path()), *self.include]
+        ours = TaskManager(include_path=paths, include_defaults=False, metadata=self.metadata)
         if all(name.startswith(TEXT) or name in ours.all_subtasks for name in self.benchmarks):
             return ours  # lm-eval's own thousands of task files take seconds to read
-        manager = TaskManager(include_path=str(include_path()), metadata=self.metadata)
+        manager = TaskManager(include_path=paths, metadata=self.metadata)
         for name in self.benchmarks:
             if not name.startswith(TEXT) and name not in manager.all_tasks:
                 raise ParameterError(f'lm-eval has no task "{name}"{did_you_mean(name, manager.all_tasks)}')
@@ -127,6 +130,9 @@ class Plan:
         missing = [file for file in (*files, *self.prompts.values()) if not Path(file).is_file()]
         if missing:
             raise ParameterError(f"{len(missing)} files are missing (first: {missing[0]})")
+        absent = [folder for folder in self.include if not Path(folder).is_dir()]
+        if absent:
+            raise ParameterError(f'"{absent[0]}" is no directory; --include-path takes one of lm-eval task files')
         kinds = [file for file in self.prompts.values() if Path(file).suffix.lower() not in READERS]
         if kinds:
             raise ParameterError(f'"{kinds[0]}": prompts are read from {", ".join(READERS)}')

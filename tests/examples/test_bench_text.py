@@ -18,10 +18,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
-from text import addition, command, finetune, kinds, models, negation, runner, sources, with_data
+from evidence import runner, sources
+from evidence.claims import Claim
+from text import addition, command, finetune, kinds, models, negation, with_data
 from text.report import results
 from text.report.addition import product
-from text.report.claims import Claim, claims
+from text.report.claims import claims
 from text.report.sections import sections
 from text.settings import EVERYTHING, FULL, QUICK, Recipe, Settings
 from text.workshop import Workshop

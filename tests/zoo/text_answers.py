@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evidence.runner import Answers
 from text.command import STUDIES
-from text.runner import Answers
 from text.settings import Settings
 
 # Accuracy by kind of vectors; a draw adds its number, a second seed half a point.

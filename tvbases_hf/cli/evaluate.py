@@ -48,6 +48,10 @@ ScorerName = Annotated[
 Continuations = Annotated[
     int | None, typer.Option("--continuations", "-k", help="Samples of each prompt; default: the task's own.")
 ]
+IncludePath = Annotated[
+    list[str] | None,
+    typer.Option("--include-path", help="A directory of lm-eval task files of one's own; repeat.", metavar="DIR"),
+]
 Limit = Annotated[int | None, typer.Option("--limit", help="Documents of every task; default: all of them.")]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Of whatever is drawn at random: samples.")]
 EvaluationDevice = Annotated[
@@ -78,6 +82,7 @@ def plan_of(
     sources = parse_tasks(data or ())
     read = Columns(**columns, classes=parse_classes(classes or (), sources))
     how |= {"prompts": parse_prompts(prompts or ()), "data": sources, "columns": read}
+    how["include"] = tuple(how.get("include") or ())
     return Plan(tuple(target or ()), tuple(control or ()), **how)
 
 
@@ -118,6 +123,7 @@ def evaluate(
     prompts: Prompts = None,
     scorer: ScorerName = "profanity",
     continuations: Continuations = None,
+    include_path: IncludePath = None,
     limit: Limit = None,
     seed: SamplingSeed = 0,
     batch_size: BatchSize = 16,
@@ -133,6 +139,7 @@ def evaluate(
     from tvbases_lm_eval.table import print_table
 
     how = {"scorer": scorer, "continuations": continuations, "limit": limit, "seed": seed, "batch_size": batch_size}
+    how["include"] = include_path
     columns = {"text": text_column, "label": label_column, "image": image_column, "templates": template}
     plan = plan_of(target, control, prompts, data, classes, columns, **how)
     found = evaluate_model(model, plan, base=base, tasks=task, device=device, dtype=parse_dtype(dtype))

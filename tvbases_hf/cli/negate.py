@@ -15,6 +15,7 @@ from .evaluate import (
     Continuations,
     Control,
     EvaluationDevice,
+    IncludePath,
     Limit,
     Prompts,
     SamplingSeed,
@@ -113,6 +114,7 @@ def negate(
     prompts: Prompts = None,
     scorer: ScorerName = "profanity",
     continuations: Continuations = None,
+    include_path: IncludePath = None,
     limit: Limit = None,
     seed: SamplingSeed = 0,
     batch_size: BatchSize = 16,
@@ -142,6 +144,7 @@ def negate(
     plan = None
     if alpha is None or target or control or data:
         measuring = {"scorer": scorer, "continuations": continuations, "limit": limit, "seed": seed}
+        measuring["include"] = include_path
         columns = {"text": text_column, "label": label_column, "image": image_column, "templates": template}
         plan = plan_of(target, control, prompts, data, classes, columns, batch_size=batch_size, **measuring)
     vectors = Vectors.open(base, parse_tasks(task), extra_rows=extra_rows, rows_of_base=True)

@@ -11,7 +11,7 @@ from .. import defaults
 from ..text import printable
 from .app import app
 from .data import TEMPLATES, BatchSize, Classes, Data, ImageColumn, LabelColumn, Templates, TextColumn
-from .evaluate import Continuations, Control, EvaluationDevice, Limit, Prompts, ScorerName, Target, plan_of
+from .evaluate import Continuations, Control, EvaluationDevice, IncludePath, Limit, Prompts, ScorerName, Target, plan_of
 from .negate import numbers
 from .options import (
     AdapterOut,
@@ -60,6 +60,7 @@ def tune(
     prompts: Prompts = None,
     scorer: ScorerName = "profanity",
     continuations: Continuations = None,
+    include_path: IncludePath = None,
     limit: Limit = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
@@ -81,6 +82,7 @@ def tune(
     from tvbases_mergekit import merge, open_merge
 
     measuring = {"scorer": scorer, "continuations": continuations, "limit": limit, "seed": seed}
+    measuring["include"] = include_path
     columns = {"text": text_column, "label": label_column, "image": image_column, "templates": template}
     plan = plan_of(target, control, prompts, data, classes, columns, batch_size=batch_size, **measuring)
     tried = defaults.SCALES if alphas is None else numbers(alphas)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from evidence.runner import Answer, Question, Study
+
 from tvbases_hf.algebra.sums import total
 from tvbases_hf.basis import Basis
 
-from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop, mean, start_of
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from evidence.runner import Answer, Question, Study
+
 from tvbases_hf.merging.apply import merged
 from tvbases_hf.models.vectors import Vectors
 
 from .kinds import ALL, KINDS, SIDES, bytes_of, kept, vectors_of, weights_of
-from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop, start_of
 

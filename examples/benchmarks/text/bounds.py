@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from evidence.runner import Answer, Question, Study
+
 from tvbases_demo.encoder import problem_data
 from tvbases_hf.theory.bounds import measure_bounds
 from tvbases_hf.theory.hessian import cross_entropy
 
-from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
 

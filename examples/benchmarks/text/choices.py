@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from evidence.runner import Answer, Question, Study
 
 from tvbases_demo import encoder
 from tvbases_hf.bases import ae_bases
@@ -15,7 +16,6 @@ from tvbases_hf.merging.apply import merged
 from . import addition
 from .kinds import KINDS, vectors_of, weights_of
 from .models import half_precision
-from .runner import Answer, Question, Study
 from .settings import ALPHAS, Settings
 from .workshop import Workshop, start_of
 

@@ -7,16 +7,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from evidence import sources
+from evidence.claims import Claim
+from evidence.runner import Answers, Study, run
 from rich.console import Console
 from rich.table import Table
 
 from tvbases_hf.errors import TvbasesError
 
-from . import adapters, addition, bounds, choices, devec, finetune, models, negation, online, ood, singular, sources
+from . import adapters, addition, bounds, choices, devec, finetune, models, negation, online, ood, singular
 from . import with_data as methods
 from .report import results
-from .report.claims import Claim, claims
-from .runner import Answers, Study, run
+from .report.claims import claims
 from .settings import EVERYTHING, FULL, QUICK, Settings
 from .workshop import Workshop
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from evidence.runner import Answer, Question, Study
+
 from tvbases_hf.algebra.delta import square_norm
 from tvbases_hf.learning.adamerging import adamerging, with_shared
 from tvbases_hf.merging.apply import merged
@@ -12,7 +14,6 @@ from tvbases_hf.methods.devec import Options, chance_share, column_space, projec
 from tvbases_hf.models.vectors import Vectors
 
 from .kinds import ALL, vectors_of
-from .runner import Answer, Question, Study
 from .settings import START, Settings
 from .workshop import Workshop, start_of
 

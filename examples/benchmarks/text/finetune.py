@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from evidence.runner import Answer, Question, Study
+
 from . import models
-from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
 

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from evidence.runner import Answer, Question, Study
 from torch import Tensor
 
 from tvbases_hf.algebra.delta import Dense
@@ -19,7 +20,6 @@ from tvbases_hf.learning.inplace import Change
 
 from .kinds import random_span
 from .projection import rand_proj
-from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
 

@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from evidence.runner import Answer, Question, Study
+
 from tvbases_hf.basis.online import OnlineBasis
 
 from . import models
-from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop, mean
 

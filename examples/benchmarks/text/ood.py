@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from evidence.runner import Answer, Question, Study
 
 from tvbases_hf.learning.atlas import atlas
 from tvbases_hf.learning.data import TaskData
 
 from . import models
 from .kinds import ALL, vectors_of
-from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from evidence.runner import Answer, Question, Study
+
 from tvbases_hf.algebra.rank import RankRule
 from tvbases_hf.basis.ranks import Spectra, ranks_by_budget, ranks_by_rule, spectra
 from tvbases_hf.learning.inplace import Change
@@ -11,7 +13,6 @@ from tvbases_hf.merging.apply import merged
 from tvbases_hf.methods.tsv import truncate
 
 from .kinds import ALL, vectors_of
-from .runner import Answer, Question, Study
 from .settings import Settings
 from .workshop import Workshop
 

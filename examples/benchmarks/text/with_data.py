@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from evidence.runner import Answer, Question, Study
+
 from tvbases_hf.learning.learned import held
 from tvbases_hf.learning.localize import Stitched
 from tvbases_hf.learning.with_data import DATA_METHODS
@@ -20,7 +22,6 @@ from tvbases_hf.methods.registry import METHODS
 from tvbases_hf.models.vectors import Vectors
 
 from .kinds import ALL, KINDS, bytes_of, kept, vectors_of
-from .runner import Answer, Question, Study
 from .settings import START, Settings
 from .workshop import Tuned, Workshop
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from evidence import sources
+from evidence.workshop import Workshop as AnyWorkshop
 from torch import Tensor, nn
 
 from tvbases_demo import encoder
@@ -17,7 +19,7 @@ from tvbases_hf.learning.coefficients import grid_search
 from tvbases_hf.learning.data import TaskData
 from tvbases_hf.learning.inplace import Change, InPlace
 
-from . import models, sources
+from . import models
 from .settings import ALPHAS, START, Settings
 
 Accuracies = dict[str, float]
@@ -36,11 +38,10 @@ class Tuned:
         return mean(self.test)
 
 
-class Workshop:
+class Workshop(AnyWorkshop):
     """One process's view of the work directory; what is read or computed once is kept."""
 
-    def __init__(self, workdir: Path, settings: Settings, source: str) -> None:
-        self.workdir, self.settings, self.source = workdir, settings, source
+    settings: Settings
 
     @functools.cached_property
     def tasks(self) -> dict[str, sources.Task]:

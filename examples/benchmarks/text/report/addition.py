@@ -6,13 +6,14 @@ import itertools
 import statistics
 from collections.abc import Mapping
 
+from evidence.markdown import megabytes, span, spread, standard_error, table
+from evidence.runner import Answers
+
 from .. import addition, with_data
 from ..kinds import ALL, KINDS, SIDES, TITLES
-from ..runner import Answers
 from ..settings import Settings
 from . import paper
 from .claims import average, merged_tasks
-from .markdown import megabytes, span, spread, standard_error, table
 
 Found = Mapping[str, Answers]
 MAIN = ("balanced", "ae_adam", "rand_select", "pca")

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from ..runner import Answers
+from evidence.claims import Claim
+from evidence.runner import Answers
+
 from ..settings import Settings
 
 FORGOTTEN, UNTOUCHED = 10.0, 2.0
 """Points of the target: what counts as forgotten clearly, and as not at all."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """``measured`` has to be at least (or ``at_most``) ``needed``, in points."""
-
-    text: str
-    measured: float
-    needed: float
-    at_most: bool = False
-
-    @property
-    def holds(self) -> bool:
-        return self.measured <= self.needed if self.at_most else self.measured >= self.needed
 
 
 def claims(found: Mapping[str, Answers], settings: Settings) -> list[Claim]:

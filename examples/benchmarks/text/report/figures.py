@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evidence.runner import Answers
 from matplotlib.figure import Figure
 
 from .. import addition, negation
 from ..kinds import ALL, TITLES
-from ..runner import Answers
 from ..settings import Settings
 from .addition import accuracy_by_size, rows_of
 

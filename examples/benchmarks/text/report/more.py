@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping
 
+from evidence.markdown import megabytes, span, spread, table
+from evidence.runner import Answers
+
 from .. import negation, online, singular
 from ..kinds import TITLES
-from ..runner import Answers
 from ..settings import Settings
 from . import paper
-from .markdown import megabytes, span, spread, table
 
 Found = Mapping[str, Answers]
 

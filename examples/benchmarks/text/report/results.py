@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from evidence.claims import verdicts
+from evidence.runner import Answers
 
 from tvbases_hf import __version__
 
 from ..addition import FEW
-from ..runner import Answers
 from ..settings import Settings
 from . import figures
-from .claims import Claim, claims
-from .markdown import table
+from .claims import claims
 from .sections import sections
 
 Found = Mapping[str, Answers]
@@ -56,14 +56,3 @@ runs. Evaluation in bfloat16.
 
 tvbases-hf {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} processor
 cores. {sum(spent.values()) / 60:.0f} minutes of one core in all, two processes share them: {costs}."""
-
-
-def verdicts(listed: list[Claim]) -> str:
-    rows = [
-        [c.text, f"{c.measured:.1f}", f"{'≤' if c.at_most else '≥'} {c.needed:.1f}", "yes" if c.holds else "**no**"]
-        for c in listed
-    ]
-    held = sum(claim.holds for claim in listed)
-    return f"## What holds\n\n{held} of {len(listed)}, in points of accuracy.\n\n" + table(
-        ["claim", "measured", "needed", "holds"], rows
-    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..runner import Answers
+from evidence.runner import Answers
+
 from ..settings import Settings
 from . import addition, more
 

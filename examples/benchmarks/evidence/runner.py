@@ -22,14 +22,13 @@ from tqdm import tqdm
 
 from tvbases_hf.storage.output import write_json
 
-from .settings import Settings
 from .workshop import Workshop
 
 Question = Mapping[str, Any]
 Answer = dict[str, Any]
 
 
-def _always(workshop: Workshop, question: Question) -> bool:
+def _always(workshop: Any, question: Question) -> bool:
     return True
 
 
@@ -38,10 +37,10 @@ class Study:
     """``version`` goes up when a question gets another answer; ``holds`` says if a stored answer still counts."""
 
     name: str
-    questions: Callable[[Settings], Iterable[Question]]
-    answer: Callable[[Workshop, Question], Answer]
+    questions: Callable[[Any], Iterable[Question]]
+    answer: Callable[[Any, Question], Answer]
     version: int = 1
-    holds: Callable[[Workshop, Question], bool] = _always
+    holds: Callable[[Any, Question], bool] = _always
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,12 @@ def run(studies: Sequence[Study], workshop: Workshop, processes: int, *, quiet: 
     }
 
 
+def known(workshop: Workshop, study: Study) -> Answers:
+    """What is answered of a study's questions so far."""
+    asked = [q for q in study.questions(workshop.settings) if _known(workshop, study, q)]
+    return Answers([(q, _read(answer_file(workshop, study, q))) for q in asked])
+
+
 def _known(workshop: Workshop, study: Study, question: Question) -> bool:
     return answer_file(workshop, study, question).is_file() and study.holds(workshop, question)
 
@@ -104,9 +109,8 @@ def _answered(
             yield study, question
         return
     start = multiprocessing.get_context("spawn")
-    given = (workshop.workdir, workshop.settings, workshop.source)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker's libraries read it when they start
-    with ProcessPoolExecutor(processes, mp_context=start, initializer=_open, initargs=given) as pool:
+    with ProcessPoolExecutor(processes, mp_context=start, initializer=_open, initargs=(workshop,)) as pool:
         pending = {pool.submit(_answer_in_worker, study, question): (study, question) for study, question in asked}
         try:
             for future in as_completed(pending):
@@ -120,11 +124,11 @@ def _answered(
 _workshop: Workshop | None = None
 
 
-def _open(workdir: Path, settings: Settings, source: str) -> None:
+def _open(workshop: Workshop) -> None:
     global _workshop
     torch.set_num_threads(1)  # one process per core: the matrices are small
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _workshop = Workshop(workdir, settings, source)
+    _workshop = workshop
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,1 @@
+"""What the benchmarks with real models have in common: questions and answers, the tasks, and tables."""

@@ -1,0 +1,1 @@
+"""RESULTS-LLM.md: tables and figures of what was answered, and nothing else."""

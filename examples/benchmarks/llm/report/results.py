@@ -1,0 +1,114 @@
+"""RESULTS-LLM.md: a first screen, what holds, then a section for every study that has answers."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from evidence.claims import verdicts
+
+from tvbases_hf import __version__
+
+from ..settings import Settings
+from . import figures, screen, tables
+from .claims import Found, claims
+
+SHOWN = "figures"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Shown if the study ``needs`` has answers; ``bodies`` are tables to make and names of figures."""
+
+    title: str
+    needs: str
+    text: str
+    bodies: tuple[str | Callable[[Found, Settings], str], ...]
+
+
+SECTIONS = (
+    Section(
+        "The fine-tunes",
+        "finetune",
+        "What every model answers rightly of its own task. All adapters of a seed begin with the same first weights.",
+        (tables.fine_tunes,),
+    ),
+    Section(
+        "One model for all tasks",
+        "addition",
+        "Every merge is a mergekit YAML. α is chosen on validation prompts of all tasks unless it is given; over M "
+        "bases it counts times T / M, so it means the same as over all. Accuracy is the mean over the tasks, ± its "
+        "standard error; *of own*: relative to the adapters' own. Instructions: per cent that are followed, by a rule; "
+        "bits per byte of the text domains: lower is better. Seconds to compute the merge.",
+        (tables.merges, "llm_merges"),
+    ),
+    Section(
+        "Never below the base",
+        "addition",
+        "In how many draws (seeds and tasks, kinds of instructions, text domains) a merge is worse than the base; of "
+        f"text by more than {tables.BITS} bits per byte.",
+        (tables.abilities,),
+    ),
+    Section(
+        "How many tasks",
+        "counts",
+        "Merges of the first tasks alone, asked those tasks; the first seed.",
+        (tables.by_count,),
+    ),
+    Section(
+        "Basis directories",
+        "budgets",
+        "Every task's own accuracy from one directory of fewer bytes; chosen: what loses least within them; tsv: every "
+        "adapter truncated alone.",
+        (tables.budgets, "llm_bytes"),
+    ),
+    Section(
+        "Serving a basis directory",
+        "served",
+        "The same prompts answered by a directory of half the bytes, against weights changed in place.",
+        (tables.served,),
+    ),
+)
+
+
+def write(found: Found, missing: Mapping[str, int], workshop, file: Path) -> None:
+    """Write ``file`` and, in the folder figures/ beside it, the pictures."""
+    settings = workshop.settings
+    names = figures.draw(found, settings, file.parent / SHOWN)
+    parts = [head(found, missing, workshop), screen.screen(found, settings)]
+    listed = claims(found, settings)
+    if listed:
+        parts.append(verdicts(listed))
+    for section in SECTIONS:
+        if section.needs in found:
+            pictures = {name: f"![{name}]({SHOWN}/{name}.png)" for name in names}
+            bodies = [pictures.get(b, "") if isinstance(b, str) else b(found, settings) for b in section.bodies]
+            parts.append("\n\n".join([f"## {section.title}", section.text, *filter(None, bodies)]))
+    file.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+
+
+def head(found: Found, missing: Mapping[str, int], workshop) -> str:
+    settings, recipe = workshop.settings, workshop.settings.recipe
+    spent = {name: sum(a["processor_seconds"] for _, a in answers) for name, answers in found.items()}
+    costs = ", ".join(f"{name} {seconds / 60:.0f}" for name, seconds in spent.items())
+    absent = {name: count for name, count in missing.items() if count}
+    left = ", ".join(f"{count} of {name}" for name, count in absent.items())
+    unasked = f"\n\nNot asked yet, and so not below: {left}. The command goes on with them." if absent else ""
+    origin = "from its package's four-bit file" if workshop.base.name == "base" else "from the Hub"
+    return f"""# Results on a language model
+
+Written by `make bench-llm{" ARGS=--quick" if settings.name == "quick" else ""}`; do not edit.
+
+{screen.name_of(workshop)} ({origin}), fine-tuned on {len(settings.tasks)} tasks of real text
+({", ".join(settings.tasks)}): LoRA of rank {recipe.rank} on every linear layer, {recipe.steps} steps of {recipe.batch}
+prompts, AdamW {recipe.lora_lr:g}, loss on the word that answers. Texts are cut to {settings.words} words. lm-eval
+measures every model: {settings.test} test prompts a task, answered by log-likelihood; every α is chosen on
+{settings.validation} validation prompts a task. {len(found["finetune"].of(kind="lora"))} LoRAs are in the tables.
+Everything is computed in float32.
+
+tvbases-hf {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} processor
+cores. {sum(spent.values()) / 60:.0f} minutes of one core in all: {costs}.{unasked}"""
