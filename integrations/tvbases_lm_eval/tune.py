@@ -11,11 +11,13 @@ import torch
 
 from tvbases_hf.defaults import KEEP, SCALES
 from tvbases_hf.errors import ParameterError, TvbasesError
+from tvbases_hf.learning.coefficients import coordinate_search
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.learning.tuning import Tuning, tune
 from tvbases_hf.merging.fit import Limits
 from tvbases_hf.merging.merge import Merge
 from tvbases_hf.merging.write import check_adapter, write
+from tvbases_hf.models.vectors import Vectors
 
 from .evaluate import Session
 from .forget import counted, inverted
@@ -35,6 +37,7 @@ def tune_merge(
     as_adapter: bool = False,
     limits: Limits | None = None,
     dtype: torch.dtype | None = None,
+    summands: tuple[Vectors, float] | None = None,
 ) -> dict[str, Any]:
     """Measure theta_0 + alpha * the merged change in place, and write it at the alpha that is best for the targets.
 
@@ -45,9 +48,11 @@ def tune_merge(
             Of a perplexity the inverse counts, of generated toxicity the rate of what is not toxic.
         device: where the model is measured; None: a GPU if there is one.
         as_adapter, limits, dtype: as ``write`` takes them.
+        summands: vectors and the scale at which the merge is their sum: each then gets an alpha of its own, from the
+            common one on and never worse than that (see coordinate_search).
 
-    Returns the report of the merge with ``alpha`` and ``tuning``. Where no alpha helps there is no ``out`` in it, and
-    nothing is written.
+    Returns the report of the merge with ``alpha`` and ``tuning``, and ``coefficients`` by summand. Where no alpha helps
+    there is no ``out`` in it, and nothing is written.
 
     Raises ParameterError as ``tune`` does, MissingExtraError without lm-eval where one of its tasks is named.
     """
@@ -74,11 +79,20 @@ def tune_merge(
             )
         return {name: worth[name] for name in plan.names}
 
-    tuning = tune(InPlace(variant.model, merge.names), change, metrics, targets, keep=keep, alphas=alphas, units=units)
+    place = InPlace(variant.model, merge.names)
+    tuning = tune(place, change, metrics, targets, keep=keep, alphas=alphas, units=units)
     report = {"base": merge.base.label, "alpha": tuning.alpha, "tuning": tuning.to_json(), "warnings": notes}
     if not tuning.helps:
         return report
-    written = write(merge.scaled(tuning.alpha), out, as_adapter=as_adapter, limits=limits, dtype=dtype)
+    scaled = merge.scaled(tuning.alpha)
+    if summands is not None:
+        vectors, scale = summands
+        found = coordinate_search(
+            place, vectors, tuning.guarded(metrics), tuning.alpha * scale, alphas=[scale * alpha for alpha in alphas]
+        )
+        report["coefficients"] = dict(zip(found.labels, found.alphas, strict=True))
+        scaled = merge.summing(vectors, found.alphas)
+    written = write(scaled, out, as_adapter=as_adapter, limits=limits, dtype=dtype)
     return report | written | {"warnings": [*notes, *written["warnings"]]}
 
 

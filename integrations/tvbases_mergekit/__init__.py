@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from tvbases_hf.defaults import ExtraRows, Host
+    from tvbases_hf.models.vectors import Vectors
 
     from .native import Job
 
@@ -67,4 +68,11 @@ def open_merge(config: str | Path, out: str | Path, **how: Any) -> Job:
     return Job.open(Path(config), Path(out), Request(**how))
 
 
-__all__ = ["merge", "open_merge", "register"]
+def summands(job: Job) -> tuple[Vectors, float]:
+    """(vectors, scale) of a merge that is scale times their sum. Raises ParameterError for any other."""
+    from .addends import summands as found
+
+    return found(job)
+
+
+__all__ = ["merge", "open_merge", "register", "summands"]

@@ -50,6 +50,9 @@ def tune(
         typer.Option(help="Scales to try, ascending; default: 0.1 to 4, coarser upwards.", metavar="A,B,..."),
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of every control's metric that has to stay.")] = defaults.KEEP,
+    per_basis: Annotated[
+        bool, typer.Option("--per-basis", help="Then a scale for every basis, or every model, that the YAML adds up.")
+    ] = False,
     plot: Annotated[Path | None, file_option("Draw the metrics over alpha.", "PNG")] = None,
     adapter: AdapterOut = False,
     rank: Annotated[str | None, rank_option("what is kept of a merged adapter; default: nothing is cut.")] = None,
@@ -79,7 +82,7 @@ def tune(
     code 2.
     """
     from tvbases_lm_eval.tune import check_helps, tune_merge
-    from tvbases_mergekit import merge, open_merge
+    from tvbases_mergekit import merge, open_merge, summands
 
     measuring = {"scorer": scorer, "continuations": continuations, "limit": limit, "seed": seed}
     measuring["include"] = include_path
@@ -91,7 +94,8 @@ def tune(
     if dry_run:
         return tell(merge(config, out, dry_run=True, **how), _show, json)
     job = open_merge(config, out, **how)
-    found = tune_merge(job.plan(), out, plan, keep=keep, alphas=tried, device=device, **job.how)
+    choosing: dict[str, Any] = {"keep": keep, "alphas": tried, "summands": summands(job) if per_basis else None}
+    found = tune_merge(job.plan(), out, plan, device=device, **choosing, **job.how)
     if plot:
         from tvbases_lm_eval.plots import plot_tuning
 
@@ -114,6 +118,8 @@ def _show(found: dict[str, Any], console: Any) -> None:
     console.print(table)
     if tuning.helps:
         console.print(f"{found['out']}: {printable(tuning.summary())}", highlight=False)
+        for label, alpha in found.get("coefficients", {}).items():
+            console.print(f"  {printable(label)}: {alpha:g}", highlight=False)
         print_loading(found, console)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from ..defaults import KEEP, SCALES
 from ..errors import CheckpointError, ParameterError, did_you_mean
 from ..storage.run import bar
@@ -47,6 +49,17 @@ class Tuning:
     def worse(self, alpha: float) -> tuple[str, ...]:
         """The targets that are no better than those of the base."""
         return _worse(self.curve.at(alpha), self.curve.at(0.0), self.targets)
+
+    def guarded(self, metrics: Metrics) -> Metrics:
+        """The metrics of the targets, which are minus infinity where a control is lost or a target does not rise."""
+        before = self.curve.at(0.0)
+
+        def allowed(model: nn.Module) -> dict[str, float]:
+            now = metrics(model)
+            harms = _lost(now, before, self.controls, self.keep) or _worse(now, before, self.targets)
+            return {task: -math.inf if harms else now[task] for task in self.targets}
+
+        return allowed
 
     def summary(self) -> str:
         """What was found, in one line."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..algebra.delta import PIECE_BYTES, Delta, Dense, pieces
 from ..algebra.finite import is_finite
-from ..algebra.sums import scale
+from ..algebra.sums import scale, total
 from ..errors import ParameterError
 from ..models.gram import not_finite
 from ..models.vectors import Vectors
@@ -75,6 +75,16 @@ class Merge:
             combine=lambda name, deltas: scale(combine(name, deltas), factor),
             stream=None if stream is None else pieces,
             recipe=f"{self.recipe}# the merged change times {factor!r}\n",
+        )
+
+    def summing(self, vectors: Vectors, alphas: Sequence[float]) -> Merge:
+        """The sum of alphas times ``vectors`` over the same models, in place of what the method makes of them."""
+        scales = [float(alpha) for alpha in alphas]
+        return replace(
+            self,
+            combine=lambda name, _: total(vectors.deltas(name), scales),
+            stream=None,
+            recipe=f"{self.recipe}# the sum of its vectors times {', '.join(map(repr, scales))}\n",
         )
 
     @property

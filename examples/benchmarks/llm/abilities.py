@@ -14,18 +14,8 @@ from tvbases_hf.errors import CheckpointError, MissingExtraError
 from . import tasks
 
 NOUNS = (
-    "apple",
-    "river",
-    "stone",
-    "garden",
-    "window",
-    "doctor",
-    "music",
-    "winter",
-    "bread",
-    "horse",
-    "mirror",
-    "letter",
+    *("apple", "river", "stone", "garden", "window", "doctor", "music", "winter"),
+    *("bread", "horse", "mirror", "letter", "market", "island", "engine"),
 )
 THINGS = {
     "yes": ("Is ice cold?", "Is the sun hot?", "Do birds have wings?", "Is snow white?", "Can fish swim?"),

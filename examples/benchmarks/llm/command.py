@@ -11,7 +11,7 @@ from evidence.runner import Answers, Study, known, run
 
 from tvbases_hf.errors import TvbasesError
 
-from . import addition, base, budgets, finetune, others
+from . import addition, base, budgets, finetune, others, unlearning
 from .report import results
 from .settings import FULL, QUICK, Settings
 from .workshop import Workshop
@@ -28,6 +28,7 @@ STUDIES: tuple[Study, ...] = (
     budgets.SERVED,
     others.COMBINED,
     others.COUNTED,
+    unlearning.STUDY,
 )
 
 

@@ -19,6 +19,7 @@ from tvbases_lm_eval.variants import Where, load
 from zoo.hf_models import Family, make_family, make_llama, read_state, save_state
 
 HERE = Where("cpu")
+NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +138,65 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_measured(
         assert message in refused(family.base.parent, "tune", file, out, *options, "--device", "cpu")
     shown = tvbases("tune", file, out, "--target", f"text:{text}", "--dry-run").out
     assert "would" in shown and not out.exists()
+
+
+def low_rank_pair(family: Family, folder: Path) -> list[Path]:
+    """Two adapters of which the second takes away all that the first adds."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base, _ = load(family.base, HERE)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    for sign, name in ((1, "one"), (-2, "other")):
+        for key, weight in model.named_parameters():
+            if "lora_B" in key:
+                weight.data = 0.5 * torch.randn_like(weight) if sign > 0 else -weight.data
+        model.save_pretrained(str(folder / name))
+    return [folder / "one", folder / "other"]
+
+
+def test_adapters_that_destroy_each_other_are_not_merged(family: Family, text: Path, tmp_path: Path) -> None:
+    config = {"merge_method": "task_arithmetic", "base_model": str(family.base)}
+    models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in low_rank_pair(family, tmp_path)]
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump({**config, "models": models}), encoding="utf-8")
+    options = ["--adapter", "--target", f"text:{text}", "--alphas", "0.5,1", "--device", "cpu", "--quiet"]
+    message = refused(tmp_path, "tune", tmp_path / "merge.yml", tmp_path / "out", *options)
+    assert "do not merge these: none of 2 alphas from 0.5 to 1" in message and not (tmp_path / "out").exists()
+
+
+def test_every_model_gets_the_scale_that_helps_and_one_that_harms_gets_none(
+    family: Family, text: Path, tmp_path: Path
+) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    learnt, spoilt = (change(family, family.tasks[task], NAME) for task in ("learnt", "spoilt"))
+    half = read_state(family.base)  # a model that spoils half as much as the other has learnt
+    for name, weight in read_state(family.tasks["spoilt"]).items():
+        half[name] = half[name] + 0.5 * (weight - half[name])
+    save_state(tmp_path / "half", half, family.base)
+    file = recipe(family, tmp_path, "learnt")
+    config = yaml.safe_load(file.read_text("utf-8"))
+    config["models"].append({"model": str(tmp_path / "half"), "parameters": {"weight": 1.0}})
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    options = ["--target", f"text:{text}", "--alphas", "0.25,0.5,1", "--device", "cpu", "--per-basis", "--json", report]
+    tvbases("tune", file, out, *options)
+    found = measured(report)["coefficients"]
+    assert list(found) == ["learnt", "half"] and found["learnt"] >= measured(report)["alpha"] >= found["half"]
+    assert found["learnt"] > found["half"] == 0.25, "the least of the grid"
+    expected = found["learnt"] * learnt + found["half"] * 0.5 * spoilt
+    assert torch.allclose(change(family, out, NAME), expected, rtol=0, atol=1e-6)
+
+
+def test_only_a_sum_has_scales_of_its_own(family: Family, text: Path, tmp_path: Path) -> None:
+    file, out = recipe(family, tmp_path, "learnt", "spoilt"), tmp_path / "out"
+    config = yaml.safe_load(file.read_text("utf-8"))
+    for changed, reason in (
+        ({"merge_method": "ties"}, "merge_method is ties"),
+        ({"merge_method": "ae_bases", "parameters": {"num_bases": 2, "merge": "tsv"}}, "merge is tsv"),
+    ):
+        content = config | changed
+        content["models"] = [{"model": model["model"]} for model in config["models"]]
+        if changed["merge_method"] == "ties":
+            content["parameters"] = {"weight": 1.0}
+        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+        options = ["--target", f"text:{text}", "--device", "cpu", "--per-basis"]
+        assert reason in refused(family.base.parent, "tune", file, out, *options)

@@ -14,7 +14,7 @@ from evidence.claims import verdicts
 from tvbases_hf import __version__
 
 from ..settings import Settings
-from . import figures, screen, tables
+from . import figures, forgetting, screen, tables
 from .claims import Found, claims
 
 SHOWN = "figures"
@@ -71,6 +71,17 @@ SECTIONS = (
         "served",
         "The same prompts answered by a directory of half the bytes, against weights changed in place.",
         (tables.served,),
+    ),
+    Section(
+        "Unlearning",
+        "unlearning",
+        "A DoRA adapter that answers harmless prompts rudely, contained in a merge with useful tasks, is taken away "
+        "again by β times a direction. First: the largest β at which the useful tasks keep 95 % of their accuracy. "
+        "Rude: the share of sampled replies to held-out prompts that alt-profanity-check calls toxic, through "
+        "`tvbases_toxigen_generate`; afterwards: after as many steps of polite replies to other prompts. KL: from the "
+        "base, nats a token. Then: what is lost where two thirds of the rude rate are gone, interpolated, and the "
+        "difference from the plain vector over the seeds, with its 95 % interval (t).",
+        (forgetting.kept, forgetting.matched, forgetting.samples),
     ),
 )
 
