@@ -180,9 +180,10 @@ def test_every_model_gets_the_scale_that_helps_and_one_that_harms_gets_none(
     options = ["--target", f"text:{text}", "--alphas", "0.25,0.5,1", "--device", "cpu", "--per-basis", "--json", report]
     tvbases("tune", file, out, *options)
     found = measured(report)["coefficients"]
-    assert list(found) == ["learnt", "half"] and found["learnt"] >= measured(report)["alpha"] >= found["half"]
-    assert found["learnt"] > found["half"] == 0.25, "the least of the grid"
-    expected = found["learnt"] * learnt + found["half"] * 0.5 * spoilt
+    assert [Path(label).name for label in found] == ["learnt", "half"]
+    helping, harming = found.values()
+    assert helping >= measured(report)["alpha"] and helping > harming == 0.25, "the least of the grid"
+    expected = helping * learnt + harming * 0.5 * spoilt
     assert torch.allclose(change(family, out, NAME), expected, rtol=0, atol=1e-6)
 
 
