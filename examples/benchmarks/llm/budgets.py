@@ -110,7 +110,7 @@ def _sum(basis: LoraBasis, name: str):
 
 
 def _last(workshop: Workshop, model: Any, prompts: list[str]) -> list[torch.Tensor]:
-    inputs = workshop.tokenizer(prompts, padding=True, return_tensors="pt")
+    inputs = workshop.tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
     return list(model(**inputs, logits_to_keep=1).logits[:, -1])
 
 

