@@ -47,7 +47,7 @@ def matched(found: Found, settings: Settings) -> str:
         at = {a["seed"]: losses_at(a["curve"]) for a in answers}
         reached = {seed: losses for seed, losses in at.items() if losses}
         cells = [spread([losses[key] for losses in reached.values()], 3) for key in ("beta", *LOSSES)]
-        pairs = [(reached[s]["kl"], plain[s]["kl"]) for s in reached if plain.get(s)]
+        pairs = [(losses["kl"], own["kl"]) for seed, losses in reached.items() if (own := plain.get(seed))]
         rows.append([TITLES[way], f"{len(reached)} of {len(at)}", *cells, "" if way == "plain" else _interval(pairs)])
     header = ["negated", "runs that get there", "β", *LOSSES.values(), "KL, difference from plain"]
     return table(header, rows)
