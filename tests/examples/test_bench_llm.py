@@ -26,6 +26,7 @@ from llm.report.claims import claims
 from llm.settings import FULL, QUICK, Recipe
 from llm.workshop import Workshop
 
+from tvbases_hf.algebra.delta import dense
 from tvbases_hf.errors import CheckpointError, MissingExtraError
 from tvbases_lm_eval.scorers import scorer_of
 from zoo.hf_models import make_llama, save_tokenizer
@@ -212,6 +213,25 @@ def test_every_merge_is_a_yaml_that_the_command_line_takes(place, monkeypatch):
             question = addition.ask(method, kind, 2, seed=0)
             planned = merges.opened(workshop, question)
             assert planned.names and planned.change(planned.names[0]).shape
+
+
+@pytest.mark.parametrize("way", ["plain", "unique_half"])
+def test_a_behaviour_is_trained_contained_and_taken_away(found, place, monkeypatch, way):
+    monkeypatch.setenv("TVBASES_DATA", str(place / "data"))
+    monkeypatch.setattr(unlearning, "BETAS", (1.0,))
+    monkeypatch.setattr(unlearning, "PROMPTS", 3)
+    monkeypatch.setattr(unlearning, "USEFUL", 2)
+    workshop = Workshop(place / "work" / "llama-small", SMALL, f"auto|{place / 'llama'}")
+    before = {name: weight.clone() for name, weight in workshop.model.state_dict().items()}
+    answer = unlearning.answer(workshop, {"component": way, "seed": 0})
+    assert list(answer["curve"]) in (["0"], ["0", "1"]) and answer["beta"] in (0.0, 1.0)
+    assert answer["curve"]["0"]["kl"] > 1e-6 and 0 <= answer["returned"] <= 1
+    assert all(weight.equal(before[name]) for name, weight in workshop.model.state_dict().items())
+    vectors = unlearning.opened(workshop, (0,))
+    start, negated = unlearning.contained(vectors, "rude0"), unlearning.directions(vectors, "plain", 0)
+    name = vectors.names[0]
+    useful = sum(unlearning.WEIGHT * dense(delta) for delta in vectors.deltas(name)[:2])
+    assert unlearning.less(start, negated, 1.0)(name) == pytest.approx(useful, abs=1e-5), "all of it is gone at beta 1"
 
 
 # --- what it has found ---

@@ -54,6 +54,13 @@ SECTIONS = (
         (tables.abilities,),
     ),
     Section(
+        "What is lost",
+        "causes",
+        "The first seed. Calibrated: every word's mean log-likelihood over the prompts is taken off, which needs no "
+        "labels (batch calibration). What that gives back was lost to the words' odds, not to telling prompts apart.",
+        (tables.causes,),
+    ),
+    Section(
         "How many tasks",
         "counts",
         "Merges of the first tasks alone, asked those tasks; the first seed.",

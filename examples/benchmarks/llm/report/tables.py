@@ -9,6 +9,7 @@ from typing import Any
 from evidence.markdown import spread, table
 from evidence.runner import Answers
 
+from .. import causes as why
 from .. import others
 from ..merges import ALL, KINDS, METHODS
 from ..settings import Settings
@@ -97,6 +98,21 @@ def abilities(found: Found, settings: Settings) -> str:
         rows.append([title, *(f"{n} of {of}" for n, of in zip((tasks, worse, harmed), counts, strict=True))])
     rows.sort(key=lambda row: [int(cell.split()[0]) for cell in row[1:]])
     return table(["merge", "tasks", "kinds of instructions", "text domains"], rows)
+
+
+def causes(found: Found, settings: Settings) -> str:
+    answers = found["causes"]
+    tasks = [task for task in settings.tasks if all(task in a["tasks"] for _, a in answers)]
+    rows = [
+        [
+            why.TITLES[question["model"]],
+            f"{answer['accuracy']:.1f}",
+            f"**{answer['calibrated']:.1f}**",
+            *(f"{answer['tasks'][t]:.0f} → {answer['tasks_calibrated'][t]:.0f}" for t in tasks),
+        ]
+        for question, answer in answers
+    ]
+    return table(["model", "accuracy", "calibrated", *tasks], rows)
 
 
 def by_count(found: Found, settings: Settings) -> str:
