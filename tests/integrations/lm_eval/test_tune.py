@@ -201,3 +201,23 @@ def test_only_a_sum_has_scales_of_its_own(family: Family, text: Path, tmp_path: 
         file.write_text(yaml.safe_dump(content), encoding="utf-8")
         options = ["--target", f"text:{text}", "--device", "cpu", "--per-basis"]
         assert reason in refused(family.base.parent, "tune", file, out, *options)
+
+
+def test_task_files_of_ones_own_are_measured_from_their_folder(family: Family, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"prompt": f"word{k}", "answer": k % 2} for k in range(6)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task: dict[str, Any] = {"task": "own_choice", "output_type": "multiple_choice", "test_split": "test"}
+    task |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "own.jsonl")}}}
+    task |= {"doc_to_text": "{{prompt}}", "doc_to_choice": ["word7", "word8"], "doc_to_target": "answer"}
+    task["metric_list"] = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    (folder / "own.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    report = tmp_path / "report.json"
+    options = ["--include-path", folder, "--target", "own_choice", "--device", "cpu", "--json", report]
+    tvbases("evaluate", family.base, *options)
+    (row,) = (row for row in measured(report)["rows"] if row["metric"] == "acc")
+    (value,) = row["values"].values()
+    assert 0 <= value["value"] <= 1 and value["stderr"] is not None
+    message = refused(tmp_path, "evaluate", family.base, "--include-path", tmp_path / "none", "--target", "own_choice")
+    assert "is no directory; --include-path takes one of lm-eval task files" in message
