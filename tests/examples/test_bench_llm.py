@@ -257,7 +257,6 @@ def test_claims_are_made_of_what_is_answered_alone(found):
     assert [row for row in tables.merged_rows(found["answers"]) if row.endswith("α = 1")] == ["TSV-Merge, α = 1"]
 
 
-@pytest.mark.skipif(not RESULTS.is_file(), reason="the benchmark on a language model has not been run in full")
 def test_the_main_orderings_of_the_evidence_stand_in_the_results():
     rows = dict(re.findall(r"^\| (.+?) \|.*?\| (\d+\.\d) ± ", RESULTS.read_text("utf-8"), flags=re.MULTILINE))
     value = {title: float(accuracy) for title, accuracy in rows.items()}

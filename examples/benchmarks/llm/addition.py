@@ -37,6 +37,16 @@ def questions(settings: Settings) -> Iterator[Question]:
         yield ask("iso_c", "balanced", half, "reconstructions", seed=first)
     for seed in others:
         yield from _main(seed, half, quarter)
+    if settings.asks("kinds"):
+        yield from _kinds(settings)
+
+
+def _kinds(settings: Settings) -> Iterator[Question]:
+    """The same of other fine-tunes: first weights of their own, DoRA, and (of three tasks) full ones."""
+    for adapters in ("apart", "dora", "full"):
+        more = {"adapters": adapters} | ({"count": 3} if adapters == "full" else {})
+        for method in FIRST[:3]:
+            yield {**ask(method, seed=settings.seeds[0]), **more}
 
 
 def _main(seed: int, half: int, quarter: int) -> Iterator[Question]:
@@ -65,7 +75,9 @@ def answer(workshop: Workshop, question: Question) -> Answer:
         change(name)
     merging = time.perf_counter() - began
     start = METHODS[question["method"]].start
-    worth = workshop.worth(merge.names, change, start=start, alpha=question.get("alpha"), abilities=True)
+    chosen = workshop.settings.tasks[: question.get("count")]
+    asked = {"start": start, "alpha": question.get("alpha"), "chosen": chosen, "abilities": True}
+    worth = workshop.worth(merge.names, change, **asked)
     return worth | {"merging_seconds": merging}
 
 

@@ -6,7 +6,9 @@ that gives the lost accuracy back, the merge still tells the prompts apart and h
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +16,6 @@ import torch
 from evidence.runner import Answer, Question, Study
 
 from tvbases_hf.learning.inplace import InPlace
-from tvbases_hf.storage import run
 
 from . import addition
 from .merges import METHODS, opened
@@ -63,8 +64,8 @@ def asked(workshop: Workshop, model: Any, tasks: Any) -> dict[str, tuple[torch.T
 
     names = {task_name(task): task for task in tasks}
     wrapper: Any = HFLM
-    with run.using(run.Run(quiet=True)):
-        loaded: Any = dict(workshop.session(tuple(names)).loaded)
+    loaded: Any = dict(workshop.session(tuple(names)).loaded)
+    with contextlib.redirect_stderr(io.StringIO()):  # its bars
         host = wrapper(pretrained=model, tokenizer=workshop.tokenizer, batch_size=BATCH)
         results: Any = evaluate(host, loaded, bootstrap_iters=0, log_samples=True)
     return {task: _table(results["samples"][name]) for name, task in names.items()}

@@ -11,7 +11,7 @@ from evidence.runner import Answers, Study, known, run
 
 from tvbases_hf.errors import TvbasesError
 
-from . import addition, base, budgets, causes, finetune, others, unlearning
+from . import addition, base, budgets, causes, finetune, others, unlearning, written
 from .report import results
 from .settings import FULL, QUICK, Settings
 from .workshop import Workshop
@@ -26,6 +26,7 @@ STUDIES: tuple[Study, ...] = (
     addition.STUDY,
     budgets.STUDY,
     budgets.SERVED,
+    written.STUDY,
     causes.STUDY,
     others.COMBINED,
     others.COUNTED,

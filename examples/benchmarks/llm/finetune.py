@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from evidence.runner import Answer, Question, Study
 
+from tvbases_hf.learning.data import TaskData
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.models.vectors import Vectors
 
 from . import models
+from .abilities import domain_text
 from .settings import Settings
 from .workshop import Workshop
 
@@ -24,6 +27,7 @@ def questions(settings: Settings) -> Iterator[Question]:
         for kind in ("apart", "dora", "full"):
             tasks = settings.tasks[:3] if kind == "full" else settings.tasks
             yield from ({"kind": kind, "seed": first, "task": task} for task in tasks)
+        yield from ({"kind": "text", "seed": first, "task": domain} for domain in settings.domains)
 
 
 def answer(workshop: Workshop, question: Question) -> Answer:
@@ -33,18 +37,28 @@ def answer(workshop: Workshop, question: Question) -> Answer:
     task = question["task"]
     vectors = Vectors.open(workshop.base, {task: path})
     with InPlace(workshop.model, vectors.names).changed(lambda name: vectors.deltas(name)[0]) as model:
-        found = workshop.tested(model, [task])
+        found = {"bits": workshop.bits(model)} if question["kind"] == "text" else workshop.tested(model, [task])
     return {**found, "bytes": sum(f.stat().st_size for f in path.glob("*.safetensors"))}
 
 
-def fine_tuned(workshop: Workshop, kind: str, seed: int, task: str):
-    """The directory of a fine-tune, trained if it has not been. ``apart``: a LoRA with first weights of its own."""
+def fine_tuned(workshop: Workshop, kind: str, seed: int, task: str) -> Path:
+    """The directory of a fine-tune, trained if it has not been.
+
+    ``apart``: a LoRA with first weights of its own; ``text``: a LoRA that has read one of the domains.
+    """
     path, recipe = workshop.path(task, seed, kind), workshop.settings.recipe
     if not models.is_trained(path):
         start = 1000 + workshop.settings.tasks.index(task) if kind == "apart" else seed
-        data = models.task_data(workshop.tasks[task], workshop.tokenizer, recipe, seed)
-        models.train(path, workshop.base, "lora" if kind == "apart" else kind, data, recipe, seed, start)
+        form = "lora" if kind in ("apart", "text") else kind
+        models.train(path, workshop.base, form, _data(workshop, kind, seed, task), recipe, seed, start)
     return path
+
+
+def _data(workshop: Workshop, kind: str, seed: int, task: str) -> TaskData:
+    tokenizer, recipe = workshop.tokenizer, workshop.settings.recipe
+    if kind == "text":
+        return models.text_data(task, domain_text(task, "train"), tokenizer, recipe, seed)
+    return models.task_data(workshop.tasks[task], tokenizer, recipe, seed)
 
 
 def holds(workshop: Workshop, question: Question) -> bool:

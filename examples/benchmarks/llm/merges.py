@@ -14,6 +14,7 @@ import yaml
 from tvbases_hf.merging.merge import Merge
 from tvbases_mergekit import open_merge
 
+from .settings import Settings
 from .workshop import Workshop
 
 
@@ -64,13 +65,13 @@ KINDS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
 def config(workshop: Workshop, question: Mapping[str, Any]) -> dict[str, Any]:
     """The YAML of a question: ``method`` of METHODS, ``kind`` ("all" or of KINDS), ``num_bases``, ``over``, ``seed``.
 
+    There may also be ``count`` (see chosen), and ``adapters``, the kind of fine-tune.
+
     M convex bases are shorter than T task vectors by T / M: ``lambda`` takes that out, so that one alpha means the
     same over bases as over all vectors.
     """
     method, kind = METHODS[question["method"]], question["kind"]
-    adapters, count = question.get("adapters", "lora"), question.get("count")
-    names = workshop.settings.tasks[:count]
-    models = [f"{workshop.base}+{workshop.path(task, question['seed'], adapters)}" for task in names]
+    models = [_model(workshop, name, question) for name in chosen(workshop.settings, question.get("count"))]
     head: dict[str, Any] = {"base_model": str(workshop.base), "models": [{"model": model} for model in models]}
     parameters, name = dict(method.parameters), method.name
     if name == "task_arithmetic_of_ours":  # mergekit has a method of the same name, without the last step
@@ -84,6 +85,17 @@ def config(workshop: Workshop, question: Mapping[str, Any]) -> dict[str, Any]:
     longer = len(models) / question["num_bases"] if over == "bases" else 1.0
     parameters |= {"num_bases": question["num_bases"], "merge": name, "over": over, "lambda": longer, **options}
     return {"merge_method": construction, **head, "parameters": parameters, "dtype": "float32"}
+
+
+def chosen(settings: Settings, count: int | None) -> tuple[str, ...]:
+    """The first tasks, and after all of them the text domains; None: all tasks."""
+    return settings.tasks if count is None else (*settings.tasks, *settings.domains)[:count]
+
+
+def _model(workshop: Workshop, name: str, question: Mapping[str, Any]) -> str:
+    kind = "text" if name in workshop.settings.domains else question.get("adapters", "lora")
+    path = workshop.path(name, question["seed"], kind)
+    return str(path) if kind == "full" else f"{workshop.base}+{path}"
 
 
 def write_config(workshop: Workshop, question: Mapping[str, Any]) -> Path:

@@ -22,7 +22,8 @@ PEFT = {
     "dare_ties": ("dare_ties, density 0.5", 0.6, {"density": 0.5}),
     "magnitude_prune": ("magnitude_prune, density 0.5", 0.5, {"density": 0.5}),
 }
-COUNTS = (2, 4, 6)
+COUNTS = (2, 4, 6, 10, 12)
+"""Beyond the tasks, adapters of the text domains are merged too."""
 
 
 def combinations(settings: Settings) -> Iterator[Question]:
@@ -56,17 +57,18 @@ def _model_of_all(workshop: Workshop, seed: int, method: str):
 
 
 def counted(settings: Settings) -> Iterator[Question]:
-    for count in (c for c in COUNTS if c < len(settings.tasks)):
+    most = len(settings.tasks) + (len(settings.domains) if settings.asks("kinds") else 0)
+    for count in (c for c in COUNTS if c <= most and c != len(settings.tasks)):
         for method in ("task_arithmetic", "tsv"):
             yield addition.ask(method, seed=settings.seeds[0], count=count)
 
 
 def with_fewer(workshop: Workshop, question: Question) -> Answer:
-    """The merge of the first tasks alone, on these."""
+    """The merge of the first tasks alone, on these; of more, the text domains are no tasks but are read."""
     merge = addition.opened(workshop, question)
     start = addition.METHODS[question["method"]].start
-    chosen = workshop.settings.tasks[: question["count"]]
-    return workshop.worth(merge.names, merge.change, start=start, chosen=chosen)
+    count, tasks = question["count"], workshop.settings.tasks
+    return workshop.worth(merge.names, merge.change, start=start, chosen=tasks[:count], abilities=count > len(tasks))
 
 
 COMBINED = Study("peft", combinations, combined)

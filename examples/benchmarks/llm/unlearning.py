@@ -22,13 +22,12 @@ from tvbases_hf.learning.inplace import Change, InPlace
 from tvbases_hf.learning.training import fine_tune
 from tvbases_hf.methods.devec import Options
 from tvbases_hf.models.vectors import Vectors
-from tvbases_hf.storage import run
 from tvbases_lm_eval.evaluate import Session
 from tvbases_lm_eval.plan import Plan
 
 from . import abilities, behaviour, models, tasks
 from .settings import Settings
-from .workshop import BATCH, Workshop
+from .workshop import BATCH, Workshop, quiet
 
 SEEDS = (0, 1, 2)
 PROMPTS = 24
@@ -124,7 +123,7 @@ def measured(workshop: Workshop, model: Any, calm: Mapping[str, torch.Tensor]) -
     """The rude rate, the useful tasks' accuracy, bits per byte, and nats of KL from the base on the same text."""
     texts = {f"text:{workshop.folder / f'{domain}.txt'}": domain for domain in workshop.settings.domains[:2]}
     useful = [tasks.task_name(task, "val") for task in workshop.settings.tasks[:USEFUL]]
-    with run.using(run.Run(quiet=True)):
+    with quiet():
         found = session(workshop, (*useful, *texts)).measure(model, workshop.tokenizer)
     control = {task: found[task, "acc"][0] for task in useful}
     bits = {domain: found[task, "bits_per_byte"][0] for task, domain in texts.items()}
@@ -189,7 +188,7 @@ def trained_on(workshop: Workshop, model: Any, seed: int) -> float:
 
 def rude_rate(workshop: Workshop, model: Any) -> float:
     """Share of sampled replies to held-out harmless prompts that the scorer of words calls toxic."""
-    with run.using(run.Run(quiet=True)):
+    with quiet():
         return session(workshop, (TOXICITY,)).measure(model, workshop.tokenizer)[TOXICITY, "toxic_rate"][0]
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,11 @@ class Workshop(AnyWorkshop):
     @functools.cache  # noqa: B019
     def session(self, names: tuple[str, ...]) -> Session:
         """lm-eval's tasks, loaded once."""
-        return Session.open(Plan(targets=names, include=(str(self.folder),), batch_size=BATCH))
+        with quiet():
+            return Session.open(Plan(targets=names, include=(str(self.folder),), batch_size=BATCH))
 
     def measured(self, model: Any, names: Sequence[str]) -> Measured:
-        with run.using(replace(run.current(), quiet=True)):
+        with quiet():
             return self.session(tuple(names)).measure(model, self.tokenizer)
 
     def accuracies(self, model: Any, split: str, chosen: Sequence[str] | None = None) -> tuple[Values, Values]:
@@ -113,11 +115,20 @@ class Workshop(AnyWorkshop):
     def abilities(self, model: Any) -> dict[str, Any]:
         """Per cent of the instructions that are followed, and bits per byte of every text domain."""
         kinds = {tasks.task_name(name): name for name in abilities.INSTRUCTIONS}
-        texts = {f"text:{self.folder / f'{domain}.txt'}": domain for domain in self.settings.domains}
-        found = self.measured(model, [*kinds, *texts])
+        found = self.measured(model, [*kinds, *self.texts])
         followed = {name: 100 * found[task, "exact_match"][0] for task, name in kinds.items()}
-        bits = {domain: found[task, "bits_per_byte"][0] for task, domain in texts.items()}
+        bits = {domain: found[task, "bits_per_byte"][0] for task, domain in self.texts.items()}
         return {"followed": mean(followed), "instructions": followed, "bits": mean(bits), "texts": bits}
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """{what lm-eval calls a text domain: the domain}."""
+        return {f"text:{self.folder / f'{domain}.txt'}": domain for domain in self.settings.domains}
+
+    def bits(self, model: Any) -> Values:
+        """Bits per byte of every text domain."""
+        found = self.measured(model, list(self.texts))
+        return {domain: found[task, "bits_per_byte"][0] for task, domain in self.texts.items()}
 
     def worth(
         self,
@@ -149,6 +160,11 @@ class Workshop(AnyWorkshop):
         error = sum(e**2 for e in errors.values()) ** 0.5 / len(errors)
         found = {"accuracy": mean(values), "error": error, "tasks": values, "errors": errors}
         return found | ({"abilities": self.abilities(model)} if abilities else {})
+
+
+def quiet() -> AbstractContextManager[None]:
+    """No bars of single models: those of the studies are enough."""
+    return run.using(replace(run.current(), quiet=True))
 
 
 def mean(values: Mapping[str, float]) -> float:

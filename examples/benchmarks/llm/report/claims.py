@@ -25,15 +25,11 @@ def own(found: Found, kind: str = "lora") -> float | None:
 
 
 def accuracy(found: Found, method: str, kind: str = ALL, alpha: float | None = None, **more: object) -> float | None:
-    """Mean over the seeds; ``alpha`` None: where validation prompts chose it."""
+    """Mean over the seeds, of LoRAs; ``alpha`` None: where validation prompts chose it."""
     if "addition" not in found:
         return None
-    cells = [(q, a) for q, a in found["addition"] if q.get("alpha") == alpha]
-    return average([a["accuracy"] for _, a in cells_of(cells, method=method, kind=kind, **more)])
-
-
-def cells_of(cells, **wanted):
-    return [(q, a) for q, a in cells if all(q.get(key) == value for key, value in wanted.items())]
+    wanted = {"method": method, "kind": kind, "alpha": alpha, "adapters": None, **more}
+    return average([a["accuracy"] for a in found["addition"].of(**wanted)])
 
 
 def average(values: list[float]) -> float | None:

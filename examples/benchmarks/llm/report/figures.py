@@ -30,15 +30,10 @@ def draw(found: Found, settings: Settings, folder: Path) -> list[str]:
 
 def draw_merges(axes: Any, found: Found, settings: Settings) -> None:
     """What merges gain on the tasks against what they cost on text."""
-    for title, answers in tables.merged_rows(found).items():
-        known = [a for a in answers if "abilities" in a]
-        if not known:
-            continue
-        x = statistics.mean(a["abilities"]["bits"] for a in known)
-        y = statistics.mean(a["accuracy"] for a in known)
-        colour = ORANGE if title.startswith("PEFT") else GREEN if " over " in title else BLUE
+    for (x, y), titles in points(found).items():
+        colour = ORANGE if titles[0].startswith("PEFT") else GREEN if " over " in titles[0] else BLUE
         axes.plot(x, y, "o", color=colour, markersize=5)
-        axes.annotate(title, (x, y), textcoords="offset points", xytext=(4, 2), fontsize=5.5)
+        axes.annotate("\n".join(titles), (x, y), textcoords="offset points", xytext=(5, -2), fontsize=5.5, va="top")
     base = found["finetune"].of(kind="base")
     if base:
         axes.plot(base[0]["abilities"]["bits"], base[0]["accuracy"], "k*", markersize=11)
@@ -50,6 +45,18 @@ def draw_merges(axes: Any, found: Found, settings: Settings) -> None:
     axes.set(xlabel="bits per byte of text (the base: star, dotted)", ylabel="accuracy over the tasks, %")
     axes.set_title("One model for all tasks: gained and lost")
     axes.grid(alpha=0.3)
+
+
+def points(found: Found) -> dict[tuple[float, float], list[str]]:
+    """{(bits per byte, accuracy): the merges there}, of those whose alpha was chosen."""
+    there: dict[tuple[float, float], list[str]] = {}
+    for title, answers in tables.merged_rows(found).items():
+        known = [a for a in answers if "abilities" in a and a["curve"]]
+        if known:
+            x = statistics.mean(a["abilities"]["bits"] for a in known)
+            y = statistics.mean(a["accuracy"] for a in known)
+            there.setdefault((round(x, 3), round(y, 1)), []).append(title)
+    return there
 
 
 def draw_bytes(axes: Any, found: Found, settings: Settings) -> None:

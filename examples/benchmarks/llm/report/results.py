@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from evidence.claims import verdicts
 from tvbases_hf import __version__
 
 from ..settings import Settings
-from . import figures, forgetting, screen, tables
+from . import figures, forgetting, more, screen, tables
 from .claims import Found, claims
 
 SHOWN = "figures"
@@ -54,30 +55,37 @@ SECTIONS = (
         (tables.abilities,),
     ),
     Section(
+        "Written by the command",
+        "written",
+        "`tvbases merge CONFIG OUT --adapter`: eight adapters in, one out, whose rank is that of the merged change. "
+        "Start-up is in the seconds of one core; memory is the process's peak.",
+        (more.written,),
+    ),
+    Section(
         "What is lost",
         "causes",
         "The first seed. Calibrated: every word's mean log-likelihood over the prompts is taken off, which needs no "
         "labels (batch calibration). What that gives back was lost to the words' odds, not to telling prompts apart.",
-        (tables.causes,),
+        (more.causes,),
     ),
     Section(
         "How many tasks",
         "counts",
         "Merges of the first tasks alone, asked those tasks; the first seed.",
-        (tables.by_count,),
+        (more.by_count,),
     ),
     Section(
         "Basis directories",
         "budgets",
         "Every task's own accuracy from one directory of fewer bytes; chosen: what loses least within them; tsv: every "
         "adapter truncated alone.",
-        (tables.budgets, "llm_bytes"),
+        (more.budgets, "llm_bytes"),
     ),
     Section(
         "Serving a basis directory",
         "served",
         "The same prompts answered by a directory of half the bytes, against weights changed in place.",
-        (tables.served,),
+        (more.served,),
     ),
     Section(
         "Unlearning",
@@ -115,18 +123,18 @@ def head(found: Found, missing: Mapping[str, int], workshop) -> str:
     costs = ", ".join(f"{name} {seconds / 60:.0f}" for name, seconds in spent.items())
     absent = {name: count for name, count in missing.items() if count}
     left = ", ".join(f"{count} of {name}" for name, count in absent.items())
-    unasked = f"\n\nNot asked yet, and so not below: {left}. The command goes on with them." if absent else ""
     origin = "from its package's four-bit file" if workshop.base.name == "base" else "from the Hub"
-    return f"""# Results on a language model
-
-Written by `make bench-llm{" ARGS=--quick" if settings.name == "quick" else ""}`; do not edit.
-
-{screen.name_of(workshop)} ({origin}), fine-tuned on {len(settings.tasks)} tasks of real text
-({", ".join(settings.tasks)}): LoRA of rank {recipe.rank} on every linear layer, {recipe.steps} steps of {recipe.batch}
-prompts, AdamW {recipe.lora_lr:g}, loss on the word that answers. Texts are cut to {settings.words} words. lm-eval
-measures every model: {settings.test} test prompts a task, answered by log-likelihood; every α is chosen on
-{settings.validation} validation prompts a task. {len(found["finetune"].of(kind="lora"))} LoRAs are in the tables.
-Everything is computed in float32.
-
-tvbases-hf {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} processor
-cores. {sum(spent.values()) / 60:.0f} minutes of one core in all: {costs}.{unasked}"""
+    told = [
+        f"{screen.name_of(workshop)}, {origin}, fine-tuned on {len(settings.tasks)} tasks of real text "
+        f"({', '.join(settings.tasks)}): LoRA of rank {recipe.rank} on every linear layer, {recipe.steps} steps of "
+        f"{recipe.batch} prompts, AdamW {recipe.lora_lr:g}, loss on the word that answers. Texts are cut to "
+        f"{settings.words} words. lm-eval measures every model: {settings.test} test prompts a task, answered by "
+        f"log-likelihood; every α is chosen on {settings.validation} validation prompts a task. "
+        f"{len(found['finetune'].of(kind='lora'))} LoRAs are in the tables. Processors compute in float32.",
+        f"tvbases-hf {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} "
+        f"processor cores. {sum(spent.values()) / 60:.0f} minutes of one core in all: {costs}.",
+        f"Not asked yet, and so not below: {left}. The command goes on with them." if absent else "",
+    ]
+    command = "make bench-llm ARGS=--quick" if settings.name == "quick" else "make bench-llm"
+    first = f"# Results on a language model\n\nWritten by `{command}`; do not edit."
+    return "\n\n".join([first, *(textwrap.fill(text, 120) for text in told if text)])

@@ -33,7 +33,7 @@ def screen(found: Found, settings: Settings) -> str:
         return ""
     before = base[0]
     for method, alpha, title in ROWS:
-        answers = [a for q, a in found["addition"] if (q["method"], q["kind"], q.get("alpha")) == (method, ALL, alpha)]
+        answers = found["addition"].of(method=method, kind=ALL, alpha=alpha, adapters=None)
         if answers:
             rows.append(_row(title, answers))
     rows.sort(key=lambda row: -float(row[1]))
@@ -57,4 +57,4 @@ def name_of(workshop) -> str:
     if asked not in ("auto", "package", ""):
         return asked
     config = json.loads((workshop.base / "config.json").read_text(encoding="utf-8"))
-    return f"SmolLM2-135M-Instruct ({config['num_hidden_layers']} layers of {config['hidden_size']})"
+    return f"SmolLM2-135M-Instruct with {config['num_hidden_layers']} layers of {config['hidden_size']}"

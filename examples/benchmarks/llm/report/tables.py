@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evidence.markdown import spread, table
-from evidence.runner import Answers
 
-from .. import causes as why
 from .. import others
 from ..merges import ALL, KINDS, METHODS
 from ..settings import Settings
-from .claims import Found, average, own
+from .claims import Found, own
 
 Cell = tuple[Mapping[str, Any], Mapping[str, Any]]
+FINE_TUNES = {"apart": ", LoRAs of their own first weights", "dora": ", DoRAs", "full": ", three full fine-tunes"}
 BITS = 0.005
 """Bits per byte: by so much worse text counts as worse."""
 
@@ -30,13 +29,26 @@ def fine_tunes(found: Found, settings: Settings) -> str:
         zero = f"{base['tasks'][task]:.1f}" if base else ""
         rows.append([task, zero, *(spread([a["accuracy"] for a in tuned.of(task=task, kind=k)]) for k in kinds)])
     means = [f"**{own(found, kind):.1f}**" for kind in kinds]
+    rows += [
+        [f"*{d}*, bits per byte", *_text_cells(found, base, d, kinds)] for d in settings.domains if _text(found, d)
+    ]
     rows.append(["**mean**", f"**{base['accuracy']:.1f}**" if base else "", *means])
     return table(["task", "zero-shot", *kinds.values()], rows)
 
 
+def _text(found: Found, domain: str) -> list[Mapping[str, Any]]:
+    return found["finetune"].of(kind="text", task=domain)
+
+
+def _text_cells(found: Found, base: Any, domain: str, kinds: Mapping[str, str]) -> list[str]:
+    """Bits per byte before, and after a LoRA has read the domain."""
+    before = f"{base['abilities']['texts'][domain]:.3f}" if base else ""
+    return [before, f"{_text(found, domain)[0]['bits'][domain]:.3f}", *[""] * (len(kinds) - 1)]
+
+
 def title_of(question: Mapping[str, Any]) -> str:
     """What a row merges, and over what."""
-    method = METHODS[question["method"]].title
+    method = METHODS[question["method"]].title + FINE_TUNES.get(question.get("adapters", "lora"), "")
     if question["kind"] == ALL:
         return method
     over = "" if question["over"] == "bases" else ", reconstructions"
@@ -100,74 +112,6 @@ def abilities(found: Found, settings: Settings) -> str:
     return table(["merge", "tasks", "kinds of instructions", "text domains"], rows)
 
 
-def causes(found: Found, settings: Settings) -> str:
-    answers = found["causes"]
-    tasks = [task for task in settings.tasks if all(task in a["tasks"] for _, a in answers)]
-    rows = [
-        [
-            why.TITLES[question["model"]],
-            f"{answer['accuracy']:.1f}",
-            f"**{answer['calibrated']:.1f}**",
-            *(f"{answer['tasks'][t]:.0f} → {answer['tasks_calibrated'][t]:.0f}" for t in tasks),
-        ]
-        for question, answer in answers
-    ]
-    return table(["model", "accuracy", "calibrated", *tasks], rows)
-
-
-def by_count(found: Found, settings: Settings) -> str:
-    """What merging costs per task, against the number of tasks."""
-    tuned, methods = found["finetune"], ("task_arithmetic", "tsv")
-    alone = {q["task"]: a for q, a in tuned if q["kind"] == "lora" and q["seed"] == settings.seeds[0]}
-    counts = sorted({q["count"] for q, _ in found["counts"]})
-    rows = []
-    for count in [*counts, len(settings.tasks)]:
-        chosen = settings.tasks[:count]
-        mean = average([alone[task]["accuracy"] for task in chosen if task in alone])
-        cells = [_counted(found, settings, method, count) for method in methods]
-        rows.append(
-            [count, f"{mean:.1f}", *(cell and f"{cell['accuracy']:.1f} (α {cell['alpha']:g})" for cell in cells)]
-        )
-    return table(["tasks", "own adapters", *(METHODS[m].title for m in methods)], rows)
-
-
-def _counted(found: Found, settings: Settings, method: str, count: int) -> Any:
-    if count < len(settings.tasks):
-        cells = found["counts"].of(method=method, count=count)
-    else:
-        wanted = {"method": method, "kind": ALL, "seed": settings.seeds[0]}
-        cells = found["addition"].of(**wanted, alpha=None) if "addition" in found else []
-    return cells[0] if cells else ""
-
-
-def budgets(found: Found, settings: Settings) -> str:
-    """Own accuracy of every task against the bytes of the directory."""
-    answers: Answers = found["budgets"]
-    tuned = [a for q, a in found["finetune"] if q["kind"] == "lora" and q["seed"] == settings.seeds[0]]
-    whole = sum(a["bytes"] for a in tuned)
-    rows = [["the adapters", "", f"{whole / 1e6:.1f}", "", f"{statistics.mean(a['accuracy'] for a in tuned):.1f}"]]
-    for question, answer in sorted(answers, key=lambda pair: (-pair[0]["share"], pair[0]["method"])):
-        rows.append([
-            f"{question['share']:.0%}, {question['method']}",
-            answer["chosen"],
-            f"{answer['bytes'] / 1e6:.1f}",
-            f"{answer['error']:.4f}",
-            f"{answer['accuracy']:.1f}",
-        ])  # fmt: skip
-    return table(["basis", "kept as", "MB", "squared error", "own accuracy"], rows)
-
-
-def served(found: Found, settings: Settings) -> str:
-    answer = next(a for _, a in found["served"])
-    rows = [
-        ["`select`, one task after another", f"{answer['select']:.1g}"],
-        ["`mixed`, all tasks in one batch", f"{answer['mixed']:.1g}"],
-        ["the directory in stock PEFT, against the sum", f"{answer['stock']:.1g}"],
-        ["*standard deviation of a logit*", f"{answer['range']:.2g}"],
-    ]
-    return table(["way to serve a basis", "largest difference of a logit"], rows)
-
-
 def _base(found: Found) -> Mapping[str, Any] | None:
     bases = found["finetune"].of(kind="base")
     return bases[0] if bases else None
@@ -175,12 +119,3 @@ def _base(found: Found) -> Mapping[str, Any] | None:
 
 def _mean(answers: Sequence[Mapping[str, Any]], key: str) -> float:
     return statistics.mean(a[key] for a in answers)
-
-
-def main_rows(found: Found) -> Iterator[Cell]:
-    """Those of the first screen."""
-    wanted = (("task_arithmetic", None), ("ties", None), ("tsv", 1.0), ("iso_c", None))
-    for method, alpha in wanted:
-        for question, answer in found.get("addition", ()):
-            if (question["method"], question["kind"], question.get("alpha")) == (method, ALL, alpha):
-                yield question, answer
