@@ -20,7 +20,21 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
 from evidence import runner
-from llm import abilities, addition, base, behaviour, budgets, command, finetune, merges, models, prompts, unlearning
+from llm import (
+    abilities,
+    addition,
+    base,
+    behaviour,
+    budgets,
+    causes,
+    command,
+    finetune,
+    merges,
+    models,
+    others,
+    prompts,
+    unlearning,
+)
 from llm.report import forgetting, tables
 from llm.report.claims import claims
 from llm.settings import FULL, QUICK, Recipe
@@ -173,7 +187,9 @@ def found(place) -> dict[str, Any]:
         count = len(asked)
         command.main(arguments)
         report = (place / "work" / "llama-small" / "RESULTS-LLM.md").read_text("utf-8")
-        return {"answers": first, "first": count, "again": len(asked) - count, "report": report}
+        tuned = [answer["accuracy"] for question, answer in first["finetune"] if question["kind"] == "lora"]
+        again = len(asked) - count
+        return {"answers": first, "first": count, "again": again, "report": report, "own": sum(tuned) / len(tuned)}
     finally:
         patch.undo()
 
@@ -194,8 +210,7 @@ def test_iso_c_over_balanced_bases_is_iso_c_over_all(found):
 
 def test_the_report_holds_what_was_answered_and_says_what_was_not(found, place, monkeypatch, capsys):
     report = found["report"]
-    own = [a["accuracy"] for q, a in found["answers"]["finetune"] if q["kind"] == "lora"]
-    assert f"**{sum(own) / len(own):.1f}**" in report and "llm_merges.png" in report
+    assert f"**{found['own']:.1f}**" in report and "llm_merges.png" in report
     assert "Iso-C over 2 balanced bases" in report and "Not asked yet" not in report and "PEFT" not in report
     monkeypatch.setenv("TVBASES_DATA", str(place / "data"))
     monkeypatch.setattr(command, "QUICK", SMALL)
@@ -208,11 +223,29 @@ def test_the_report_holds_what_was_answered_and_says_what_was_not(found, place, 
 def test_every_merge_is_a_yaml_that_the_command_line_takes(place, monkeypatch):
     monkeypatch.setenv("TVBASES_DATA", str(place / "data"))
     workshop = Workshop(place / "work" / "llama-small", SMALL, f"auto|{place / 'llama'}")
-    for method in merges.METHODS:
-        for kind in (merges.ALL, "balanced"):
-            question = addition.ask(method, kind, 2, seed=0)
-            planned = merges.opened(workshop, question)
-            assert planned.names and planned.change(planned.names[0]).shape
+    over_bases = [("balanced", "tsv"), ("paper", "ties"), ("pca", "task_arithmetic"), ("rand_select", "iso_c")]
+    for kind, method in [*((merges.ALL, method) for method in merges.METHODS), *over_bases]:
+        planned = merges.opened(workshop, addition.ask(method, kind, 2, seed=0))
+        assert planned.names and planned.change(planned.names[0]).shape
+
+
+@pytest.mark.parametrize(
+    "study",
+    [causes.STUDY, budgets.SERVED, others.COMBINED, others.COUNTED],
+    ids=lambda study: study.name,
+)
+def test_every_study_answers_its_first_question(found, place, monkeypatch, study):
+    monkeypatch.setenv("TVBASES_DATA", str(place / "data"))
+    workshop = Workshop(place / "work" / "llama-small", SMALL, f"auto|{place / 'llama'}")
+    answer = study.answer(workshop, next(iter(study.questions(SMALL))))
+    match study.name:
+        case "causes":
+            assert answer["accuracy"] == pytest.approx(found["own"])
+        case "served":
+            worst = max(answer["select"], answer["mixed"], answer["stock"])
+            assert worst <= 1e-4 * max(1.0, answer["range"])
+        case _:
+            assert answer["accuracy"] == sum(answer["tasks"].values()) / len(answer["tasks"])
 
 
 @pytest.mark.parametrize("way", ["plain", "unique_half"])

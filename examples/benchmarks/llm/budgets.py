@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from evidence.runner import Answer, Question, Study
 
+from tvbases_hf.algebra.delta import Delta
+from tvbases_hf.algebra.sums import total
 from tvbases_hf.basis import Basis, LoraBasis
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.storage.output import transaction
 
+from . import models
 from .settings import Settings
 from .workshop import Workshop, mean
 
@@ -94,17 +98,13 @@ def served(workshop: Workshop, question: Question) -> Answer:
     }
 
 
-def _stock(workshop: Workshop, folder: Any) -> Any:
+def _stock(workshop: Workshop, folder: Path) -> Any:
     from peft import PeftModel
-
-    from . import models
 
     return PeftModel.from_pretrained(models.load(workshop.base)[0], str(folder)).eval()
 
 
-def _sum(basis: LoraBasis, name: str):
-    from tvbases_hf.algebra.sums import total
-
+def _sum(basis: LoraBasis, name: str) -> Delta:
     deltas = basis.deltas(name)
     return total(deltas, [1.0] * len(deltas))
 

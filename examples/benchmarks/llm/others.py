@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from evidence.runner import Answer, Question, Study
 
@@ -42,7 +43,7 @@ def combined(workshop: Workshop, question: Question) -> Answer:
     return found | {"merging_seconds": merging}
 
 
-def _model_of_all(workshop: Workshop, seed: int, method: str):
+def _model_of_all(workshop: Workshop, seed: int, method: str) -> Any:
     from peft import PeftModel
 
     paths = {task: str(workshop.path(task, seed)) for task in workshop.settings.tasks}

@@ -15,6 +15,7 @@ from evidence.claims import verdicts
 from tvbases_hf import __version__
 
 from ..settings import Settings
+from ..workshop import Workshop
 from . import figures, forgetting, more, screen, tables
 from .claims import Found, claims
 
@@ -101,7 +102,7 @@ SECTIONS = (
 )
 
 
-def write(found: Found, missing: Mapping[str, int], workshop, file: Path) -> None:
+def write(found: Found, missing: Mapping[str, int], workshop: Workshop, file: Path) -> None:
     """Write ``file`` and, in the folder figures/ beside it, the pictures."""
     settings = workshop.settings
     names = figures.draw(found, settings, file.parent / SHOWN)
@@ -117,7 +118,7 @@ def write(found: Found, missing: Mapping[str, int], workshop, file: Path) -> Non
     file.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
 
-def head(found: Found, missing: Mapping[str, int], workshop) -> str:
+def head(found: Found, missing: Mapping[str, int], workshop: Workshop) -> str:
     settings, recipe = workshop.settings, workshop.settings.recipe
     spent = {name: sum(a["processor_seconds"] for _, a in answers) for name, answers in found.items()}
     costs = ", ".join(f"{name} {seconds / 60:.0f}" for name, seconds in spent.items())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from evidence.markdown import table
 
 from ..merges import ALL
 from ..settings import Settings
+from ..workshop import Workshop
 from .claims import Found, own
 
 YAML = """```yaml
@@ -44,14 +47,14 @@ def screen(found: Found, settings: Settings) -> str:
     return f"## In short\n\n{YAML.replace('{models}', shown)}\n\n{table(header, rows)}"
 
 
-def _row(title: str, answers) -> list[str]:
+def _row(title: str, answers: Sequence[Mapping[str, Any]]) -> list[str]:
     mean = statistics.mean(a["accuracy"] for a in answers)
     followed = statistics.mean(a["abilities"]["followed"] for a in answers)
     bits = statistics.mean(a["abilities"]["bits"] for a in answers)
     return [title, f"{mean:.1f}", f"{followed:.0f}", f"{bits:.2f}"]
 
 
-def name_of(workshop) -> str:
+def name_of(workshop: Workshop) -> str:
     """The model, by the name that it was asked for, or its configuration's size."""
     asked = workshop.source.partition("|")[2]
     if asked not in ("auto", "package", ""):

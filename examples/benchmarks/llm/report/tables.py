@@ -36,7 +36,7 @@ def fine_tunes(found: Found, settings: Settings) -> str:
     return table(["task", "zero-shot", *kinds.values()], rows)
 
 
-def _text(found: Found, domain: str) -> list[Mapping[str, Any]]:
+def _text(found: Found, domain: str) -> list[dict[str, Any]]:
     return found["finetune"].of(kind="text", task=domain)
 
 
