@@ -42,11 +42,13 @@ def rows(codes: np.ndarray, scales: np.ndarray, size: int, bits: int) -> np.ndar
 def stacks(file: Path, sizes: list[list[int]]) -> list[list[np.ndarray]]:
     """By weight the stacks of rows of a library's file; ``sizes`` are the lengths of their rows, 0 for none."""
     tensors, found, at, scale_at = read(file), [], 0, 0
-    for counts, lengths in zip(tensors["counts"], sizes):
+    for counts, lengths in zip(tensors["counts"], sizes, strict=True):
         own = []
         for place, size in enumerate(lengths):
             parts = [np.empty((0, size), np.float32)]
-            for count, bits in zip(counts[place * 2 // len(lengths)] if size else (), (16, 8, 4)):
+            for count, bits in zip(counts[place * 2 // len(lengths)], (16, 8, 4), strict=True):
+                if not (size and count):
+                    continue
                 wide, groups = -(-size * bits // 8), -(-size // 64)
                 code = tensors["codes"][at : at + count * wide].reshape(count, wide).copy()
                 scale = tensors["scales"][scale_at : scale_at + count * groups].reshape(count, groups)
@@ -65,10 +67,11 @@ def of_library(directory: Path, config: dict, place: int) -> dict[str, np.ndarra
         shared = stacks(directory / library["clusters"][member["cluster"]]["file"], shapes)
     sizes = [
         [0 if len(left) and len(right) else len(left) or n, len(right) or m, n, m]
-        for (n, m), (left, right) in zip(shapes, shared)
+        for (n, m), (left, right) in zip(shapes, shared, strict=True)
     ]
     found = {}
-    for name, (left, right), (p, q, own, beside) in zip(modules, shared, stacks(directory / member["file"], sizes)):
+    own_stacks = stacks(directory / member["file"], sizes)
+    for name, (left, right), (p, q, own, beside) in zip(modules, shared, own_stacks, strict=True):
         outer = left[: len(q)].T if len(left) and len(right) else left.T @ p.T if len(left) else p.T
         found[name] = outer @ (q @ right if len(right) else q) + own.T @ beside
     return found

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from read_basis import changes as read_changes
 from torch import Tensor
 
 from commands.command_line import snapshot
-from read_basis import changes as read_changes
 from tvbases_hf import Basis, LoraBasis
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.basis import libraries
@@ -145,7 +145,7 @@ def test_the_budget_is_kept_and_more_bytes_lose_less(planted: Adapters, tmp_path
     assert found["bytes"] <= budget * found["bytes_of_task_vectors"]
     curve = Basis.from_pretrained(tmp_path / "out").info.library.curve
     assert all(b[0] >= a[0] and b[1] <= a[1] for a, b in zip(curve, curve[1:], strict=False))
-    least = {0.25: 0.4, 0.5: 0.1, 0.9: 0.02}[budget]
+    least = {0.25: 0.3, 0.5: 0.1, 0.9: 0.03}[budget]
     assert found["mean_square_error"] < least**2
 
 
@@ -159,7 +159,7 @@ def test_a_library_loses_less_than_truncation_at_the_same_bytes(planted: Adapter
 
 @pytest.mark.parametrize("bits", ["16", "8", "4"])
 def test_only_the_bits_that_were_asked_for_are_used(planted: Adapters, tmp_path: Path, bits: str) -> None:
-    compress(planted.base, first(planted), tmp_path / "out", method="library", budget=0.3, bits=bits)
+    compress(planted.base, first(planted), tmp_path / "out", method="library", budget=0.3, bits=bits, clusters=4)
     basis = LoraBasis.from_pretrained(tmp_path / "out")
     source = basis._source
     used = torch.stack([source.task(place).counts.sum((0, 1)) for place in range(len(basis.tasks))]).sum(0)
@@ -296,7 +296,10 @@ def test_what_has_no_place_in_a_library_is_refused_in_one_line(
         (lambda: libraries.listed(tmp_path / "absent"), "no such directory"),
         (lambda: LoraBasis.from_pretrained(library).source, r"goes onto a model in parts: basis.only\(\['t0'"),
         (lambda: Basis.build(planted.vectors(), method="library"), "never in memory as a whole"),
-        (lambda: compress(planted.base, first(planted), tmp_path / "x", method="library", budget=0.001), "takes before"),
+        (
+            lambda: compress(planted.base, first(planted), tmp_path / "x", method="library", budget=0.001),
+            "takes before",
+        ),
         (lambda: compress(planted.base, first(planted), tmp_path / "x", method="library", device="cuda"), "device"),
         (lambda: compress(planted.base, first(planted), tmp_path / "x", method="library", num_bases=2), "keeps every"),
         (lambda: compress(planted.base, first(planted), tmp_path / "x", method="library", clusters=99), "more than"),

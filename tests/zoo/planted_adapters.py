@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-
 from benchmarks import planted
+
 from zoo.adapter_families import Adapters
 from zoo.peft_models import Case
 
-SHAPES = {"self_attn.q_proj": (48, 40), "self_attn.v_proj": (24, 40), "mlp.up_proj": (72, 40)}
-FAMILIES, LONERS, RANK, WIDTH = 2, 5, 4, 6
+SHAPES = {"self_attn.q_proj": (96, 80), "self_attn.v_proj": (48, 80), "mlp.up_proj": (144, 80)}
+FAMILIES, LONERS, RANK, WIDTH = 2, 5, 8, 12
 
 
 def planted_adapters(root: Path, count: int, *, noise: float = 1e-3, dtype: torch.dtype = torch.float32) -> Adapters:

@@ -24,8 +24,8 @@ Bits = Literal["auto", "16", "8", "4"]
 MOST_MEMBERS = 512
 # Weights by which numbers of clusters are compared.
 COMPARED_WEIGHTS = 4
-# What basis_config.json takes per task and weight, about; and a file's header.
-TASK_BYTES, MODULE_BYTES, HEADER_BYTES = 480, 400, 400
+# What counts takes per weight, in the file of a task or of a cluster.
+COUNTS_BYTES = 12
 # Of the bytes, at most this share goes to the merged adapter that PEFT loads.
 STOCK_SHARE = 0.1
 
@@ -105,14 +105,15 @@ LIBRARY_OPTIONS = options_of(make_plan)
 def _available(opened: Opened, budget: float) -> tuple[float, int]:
     """Bytes for rows, and the rank of the stock adapter: what remains of the budget after what every library takes."""
     total, count = budget * opened.nbytes, len(opened.tasks)
-    fixed = count * (TASK_BYTES + HEADER_BYTES + 12 * len(opened.names)) + MODULE_BYTES * len(opened.names)
+    # At most half as many clusters as tasks share something.
+    fixed = (count + count // 2) * COUNTS_BYTES * len(opened.names)
     per_rank = opened.dtype.itemsize * sum(sum(opened.shape(name)) for name in opened.names)
     rank = max(1, min(opened.rank, int(STOCK_SHARE * total / per_rank)))
     left = total - fixed - rank * per_rank
     if left <= 0:
         raise ParameterError(
             f"budget {budget:g} is {total:.0f} bytes, less than what a library of {count} tasks takes before any of "
-            f"their numbers ({fixed + rank * per_rank:.0f} bytes: lists, and the merged adapter); give a larger one"
+            f"their numbers ({fixed + rank * per_rank:.0f} bytes, of the merged adapter mostly); give a larger one"
         )
     return left, rank
 
