@@ -1,15 +1,6 @@
-"""Restore a task of a basis directory of adapters with the standard library, numpy and safetensors alone.
-
-    python examples/read_basis.py DIRECTORY TASK     # the weights that it changes, and by how much
-    changes(directory, task) -> {weight: [n, m] float32}
-
-The format is examples/guides/basis_format.md. DoRA and weights that are kept whole are left to tvbases_hf.
-"""
-
-from __future__ import annotations
+"""Restore a task of a basis directory of adapters, DoRA apart, without this package: see guides/basis_format.md."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +75,8 @@ def of_vectors(directory: Path, config: dict, place: int) -> dict[str, np.ndarra
     for name, spec in config["adapters"]["modules"].items():
         total, prefix = sum(spec["ranks"]), f"base_model.model.{spec['module']}"
         width = len(spec["pivots"]) if spec["shared"] else total
+        found[name] = np.zeros(spec["shape"], np.float32)
         if not width:
-            found[name] = np.zeros(spec["shape"], np.float32)
             continue
         left, right = stock[f"{prefix}.lora_B.weight"][:, :width], stock[f"{prefix}.lora_A.weight"][:width]
         if spec["shared"]:
@@ -106,8 +97,3 @@ def changes(directory: str | Path, task: str) -> dict[str, np.ndarray]:
     config = json.loads((directory / "basis_config.json").read_text(encoding="utf-8"))
     place = config["tasks"].index(task)
     return (of_library if config.get("library") else of_vectors)(directory, config, place)
-
-
-if __name__ == "__main__":
-    for weight, change in changes(sys.argv[1], sys.argv[2]).items():
-        print(f"{np.linalg.norm(change):10.4g}  {weight}")

@@ -1,4 +1,4 @@
-"""vLLM: a LoRA resolver that gives a server the tasks of a basis directory by name, each written when it is asked for."""
+"""vLLM: a LoRA resolver that gives a server the tasks of a basis by name, each written when it is asked for."""
 
 from __future__ import annotations
 

@@ -112,7 +112,8 @@ def of_libraries(root: Path) -> Iterator[Command]:
     for name in ("library add", "library remove"):
         place = _place(root, name)
         library = str(place / "out")
-        every = [word for task in (*both, last) for word in task] if name == "library remove" else sum(both, [])
+        first = (*both, last) if name == "library remove" else both
+        every = [word for task in first for word in task]
         begin = ["library", "add", library, *base, *every, "--budget", "0.9"]
         change = ["library", "add", library, *base, *last]
         if name == "library remove":

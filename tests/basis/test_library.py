@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -139,13 +140,13 @@ def test_every_task_is_as_far_from_its_adapter_as_the_library_says(planted: Adap
         assert relative_error(kept(basis, task), exact(planted, task)) == pytest.approx(said, abs=2e-3)
 
 
-@pytest.mark.parametrize("budget", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("budget", [0.25, 0.9])
 def test_the_budget_is_kept_and_more_bytes_lose_less(planted: Adapters, tmp_path: Path, budget: float) -> None:
     found = compress(planted.base, planted.tasks, tmp_path / "out", method="library", budget=budget)
     assert found["bytes"] <= budget * found["bytes_of_task_vectors"]
     curve = Basis.from_pretrained(tmp_path / "out").info.library.curve
-    assert all(b[0] >= a[0] and b[1] <= a[1] for a, b in zip(curve, curve[1:], strict=False))
-    least = {0.25: 0.3, 0.5: 0.1, 0.9: 0.03}[budget]
+    assert all(b[0] >= a[0] and b[1] <= a[1] for a, b in itertools.pairwise(curve))
+    least = {0.25: 0.3, 0.9: 0.03}[budget]
     assert found["mean_square_error"] < least**2
 
 
@@ -193,13 +194,13 @@ def test_an_adapter_of_a_family_is_kept_in_the_familys_directions(planted: Adapt
     clusters = dict(zip(found["tasks"], found["task_cluster"], strict=True))
     sizes = dict(zip(found["tasks"], found["task_bytes"], strict=True))
     assert clusters["new"] == clusters["t0"] >= 0
-    assert sizes["new"] < 2 * sizes["t0"]
     foreign = libraries.add(library, planted.base, {"other": planted.tasks["t14"]})  # of no family
     assert dict(zip(foreign["tasks"], foreign["task_cluster"], strict=True))["other"] == -1
+    assert sizes["new"] < 0.5 * foreign["task_bytes"][-1]
 
 
 def test_one_adapter_takes_the_place_of_another(planted: Adapters, library: Path) -> None:
-    with pytest.raises(ParameterError, match="1 of the tasks are in .* already .*first: t0.*--replace"):
+    with pytest.raises(ParameterError, match=r"1 of the tasks are in .* already .*first: t0.*--replace"):
         libraries.add(library, planted.base, {"t0": planted.tasks["t12"]})
     libraries.add(library, planted.base, {"t0": planted.tasks["t12"]}, replace=True)
     basis = LoraBasis.from_pretrained(library)
@@ -241,7 +242,7 @@ def test_the_smallest_reader_restores_every_task_to_the_same_numbers(
 
 def test_a_flipped_bit_an_absent_file_and_another_adapter_are_named(planted: Adapters, library: Path) -> None:
     assert libraries.verify(library)["files"] == len(list(library.glob("basis-*.safetensors")))
-    with pytest.raises(CheckpointError, match='"t1" in the library is .* from that adapter'):
+    with pytest.raises(CheckpointError, match=r'"t1" in the library is .* from that adapter'):
         libraries.verify(library, planted.base, {"t1": planted.tasks["t2"]})
     file = library / "basis-task-00003.safetensors"
     data = bytearray(file.read_bytes())
@@ -253,7 +254,7 @@ def test_a_flipped_bit_an_absent_file_and_another_adapter_are_named(planted: Ada
     with pytest.raises(CheckpointError, match=r"basis-task-00003.safetensors"):
         LoraBasis.from_pretrained(library).adapter("t3")
     file.unlink()
-    with pytest.raises(CheckpointError, match="1 of the .* files of the library are absent"):
+    with pytest.raises(CheckpointError, match=r"1 of the .* files of the library are absent"):
         LoraBasis.from_pretrained(library)
 
 
@@ -331,7 +332,8 @@ def test_many_adapters_become_a_library_without_being_asked(
 
     monkeypatch.setattr(request, "MANY", 10)
     monkeypatch.setattr(module, "MANY", 10)
-    assert compress(planted.base, first(planted), tmp_path / "out", budget=0.3)["method"] == "library"
+    found = compress(planted.base, first(planted), tmp_path / "out", budget=0.3, clusters=3)
+    assert found["method"] == "library"
 
 
 def test_stock_peft_loads_the_merge_and_some_tasks_can_be_switched(tmp_path: Path) -> None:
@@ -372,5 +374,6 @@ def test_near_copies_and_what_clusters_share_are_told(planted: Adapters, library
     libraries.add(library, planted.base, {"again": planted.tasks["t3"]})
     found = libraries.inspect(library)
     assert [pair["tasks"] for pair in found["near_copies"]] == [["t3", "again"]]
-    assert all(shared["outputs"] <= WIDTH + 2 for shared in found["shared_directions"])
+    assert all(shared["outputs"] + shared["inputs"] >= WIDTH for shared in found["shared_directions"])
+    assert all(4 <= shared["bits"] <= 16 for shared in found["shared_directions"])
     assert sum(map(len, found["cluster_members"])) == sum(cluster >= 0 for cluster in found["task_cluster"])

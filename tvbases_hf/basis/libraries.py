@@ -8,15 +8,21 @@ from typing import Any
 
 from .. import defaults
 from ..algebra.rank import RankRule
-from ..errors import ParameterError
+from ..errors import MismatchError, ParameterError
+from ..merging.changes import Edit
+from ..merging.write import is_checkpoint_of_ours, write
 from ..models.hosts import host_notes
 from ..models.lora_files import is_adapter_directory
+from ..storage.checkpoint import Checkpoint
+from ..storage.file_names import check_names
 from ..storage.output import check_apart, check_output, preview
+from .adapters.task import TaskAdapter
 from .basis import Basis
 from .compress import compress
 from .library.change import add_to_library, remove_from_library
 from .library.check import verify_library
 from .library.create import METHOD
+from .library.foreign import VLORA, ForeignAdapters, ForeignVectors, open_foreign
 from .library.inspect import inspect_library
 from .library.report import library_report
 from .lora import LoraBasis
@@ -110,6 +116,48 @@ def verify(
 def inspect(directory: str | Path) -> dict[str, Any]:
     """What a library holds: near copies, clusters and what they share, and what a byte buys."""
     return inspect_library(directory, open_library(directory).info)
+
+
+def convert(
+    source: str | Path, out: str | Path, base: str | Path | None = None, *, dry_run: bool = False
+) -> dict[str, Any]:
+    """Every task of a directory of vlora-dev, lorashare or TaskVectorBasis as a LoRA (or a checkpoint) in OUT/TASK.
+
+    Args:
+        base: needed for TaskVectorBasis, whose tasks are changes of full checkpoints.
+
+    vlora-dev keeps no alpha: its LoRAs come out with a scaling of 1, which is said.
+    """
+    found = open_foreign(Path(source))
+    check_names(found.tasks, "task")
+    ours = is_adapter_directory if isinstance(found, ForeignAdapters) else is_checkpoint_of_ours
+    for task in found.tasks:
+        check_output(Path(out) / task, ours)
+    check_apart(out, [str(source)])
+    if dry_run:
+        return preview(out, None, None)
+    if isinstance(found, ForeignAdapters):
+        for task in found.tasks:
+            TaskAdapter(*found.read(task)).save_pretrained(Path(out) / task)
+    else:
+        _write_checkpoints(found, source, out, base)
+    known = [] if not (Path(source) / VLORA).is_file() else ["vlora-dev keeps no alpha: the LoRAs have a scaling of 1"]
+    return {"out": str(out), "tasks": list(found.tasks), "warnings": known}
+
+
+def _write_checkpoints(found: ForeignVectors, source: str | Path, out: str | Path, base: str | Path | None) -> None:
+    if base is None:
+        raise ParameterError(f'"{source}": of TaskVectorBasis, whose tasks are changes of a checkpoint: give its base')
+    model = Checkpoint.open(base)
+    absent = [name for name in found.names if name not in model.tensors]
+    if absent:
+        raise MismatchError(
+            f'"{source}": {len(absent)} of {len(found.names)} weights are not in "{model.label}" (first: {absent[0]}); '
+            "give the base by the names that the vectors have"
+        )
+    for place, task in enumerate(found.tasks):
+        edit = Edit(model, found.names, lambda name, place=place: found.read(name)[place], f"{task} of {source}")
+        write(edit, Path(out) / task)
 
 
 def open_library(directory: str | Path) -> LoraBasis:

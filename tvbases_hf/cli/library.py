@@ -137,6 +137,28 @@ def inspect(
     tell(found, _print_inspection, json)
 
 
+@library_app.command("import", epilog="Example: tvbases library import shared/ --out loras/")
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A directory of vlora-dev, lorashare or TaskVectorBasis.", metavar="DIR")
+    ],
+    out: Out,
+    base: OptionalBase = None,
+    dry_run: DryRun = False,
+    revision: Revision = None,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Write every task of another program's directory as a LoRA. Of full task vectors: as a checkpoint, with --base."""
+    from ..basis.libraries import convert as run
+
+    tell(run(source, out, base, dry_run=dry_run), _print_converted, json)
+
+
+def _print_converted(found: Mapping[str, Any], where: Any) -> None:
+    where.print(f"{found['out']}: {len(found['tasks'])} tasks, the first {found['tasks'][0]}")
+
+
 def _print_change(found: Mapping[str, Any], where: Any) -> None:
     from ..storage.system import readable_size
 

@@ -1,8 +1,8 @@
-"""vLLM's published interface of LoRA resolvers, made again here (it needs a GPU to be installed), and our resolver in it.
+"""vLLM's published interface of LoRA resolvers, made again here (vLLM itself needs a GPU), and our resolver in it.
 
 The interface: ``LoRAResolver.resolve_lora(base_model_name, lora_name) -> LoRARequest | None`` (async, abstract),
-``LoRAResolverRegistry.register_resolver(name, resolver)``, ``LoRARequest(lora_name, lora_int_id, lora_path)``, and plugins
-that are functions without arguments, named in the entry-point group ``vllm.general_plugins``.
+``LoRAResolverRegistry.register_resolver(name, resolver)``, ``LoRARequest(lora_name, lora_int_id, lora_path)``, and
+plugins that are functions without arguments, named in the entry-point group ``vllm.general_plugins``.
 """
 
 from __future__ import annotations

@@ -94,6 +94,14 @@ def encode_cores(
 ) -> Coded:
     """The tasks' rows between shared directions ``left`` [R, n] and ``right`` [R', m] that are rounded already."""
     b, a = part.change.left, part.change.right
+    none = torch.zeros(2, len(BITS), dtype=torch.int64)
+    common = none if shared is None else shared
+    transposed = None if left is None else left.T
+    if not counts.any():
+        empty, nothing = [b""] * len(part), (b[:, :, :0], a[:, :0, :] if right is None else a[:, :0, : len(right)])
+        return Coded(
+            transposed, right, shared_codes, shared_scales, common, empty, empty, counts, *nothing, part.squares
+        )
     inside = a if right is None else (a @ right.T) @ _inverse(right @ right.T)  # [T, r, d], the changes' right sides
     stacks = []
     if form.kind == BOTH:
@@ -112,10 +120,8 @@ def encode_cores(
     codes = [b"".join(parts) for parts in zip(*(stack.codes for stack in stacks), strict=True)]
     scales = [b"".join(parts) for parts in zip(*(stack.scales for stack in stacks), strict=True)]
     lost = _lost(part, outer, last.values, right)
-    none = torch.zeros(2, len(BITS), dtype=torch.int64)
-    common = none if shared is None else shared
     return Coded(
-        None if left is None else left.T, right, shared_codes, shared_scales, common, codes, scales, counts, outer,
+        transposed, right, shared_codes, shared_scales, common, codes, scales, counts, outer,
         last.values, lost,
     )  # fmt: skip
 
