@@ -89,11 +89,14 @@ class LoraBasis(Basis):
         """alpha * tau_hat of one task as a LoRA of its own. ``base`` is read for DoRA and for saved modules only.
 
         Args:
-            rank: a rank rule for every module; None for the rank that the reconstruction has.
+            rank: a rank rule for every module; None for the rank that the reconstruction has, and in a library for that
+                of the adapter which it was made of.
             equal_rank: one rank in all modules, padded with zeros.
             host: what will load it (vllm, llama.cpp, diffusers, peft). ParameterError for what that cannot read.
         """
-        self.info.index(task)
+        place = self.info.index(task)
+        if rank is None and self.info.library:
+            rank = self.info.library.members[place].rank or None
         model = self._base(base)
         terms = lambda name: self.terms(task, name, model)  # noqa: E731
         return task_adapter(self.info, self._source, task, terms, alpha, model, rank, equal_rank, host)

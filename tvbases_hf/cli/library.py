@@ -28,7 +28,7 @@ from .options import (
 )
 
 library_app = typer.Typer(
-    help="A basis directory of many adapters: each a small core between factors that its cluster shares.",
+    help="Keep many adapters in one directory, one by one in and out of it.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -76,7 +76,7 @@ def remove(
 
 @library_app.command("list", epilog="Example: tvbases library list skills/")
 def show(directory: Directory, quiet: Quiet = False, json: Json = None) -> None:
-    """The tasks of a library: what each takes, and how far it is from its adapter."""
+    """List the tasks of a library. Of each, what it takes and how far it is from its adapter."""
     from ..basis.libraries import listed
 
     tell(listed(directory), _print_list, json)
@@ -111,7 +111,7 @@ def verify(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Read all of a library and compare it with its checksums; with --task, tasks with their adapters."""
+    """Compare a library with its checksums. With --task, tasks with their adapters, too."""
     from ..basis.libraries import verify as run
     from ..models.vectors import parse_tasks
 
@@ -125,7 +125,7 @@ def inspect(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """What is in a library: near copies, what clusters share, and what a byte buys."""
+    """Tell what is in a library. Near copies, what clusters share, and what a byte buys."""
     from ..basis.libraries import inspect as run
 
     found = run(directory)
@@ -149,7 +149,7 @@ def convert(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Write every task of another program's directory as a LoRA. Of full task vectors: as a checkpoint, with --base."""
+    """Write another program's tasks as LoRAs. Full task vectors become checkpoints, with --base."""
     from ..basis.libraries import convert as run
 
     tell(run(source, out, base, dry_run=dry_run), _print_converted, json)
