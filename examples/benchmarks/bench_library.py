@@ -26,7 +26,7 @@ from typing import Any
 
 import planted
 
-from tvbases_hf.basis import Basis, libraries
+from tvbases_hf.basis import LoraBasis, libraries
 from tvbases_hf.basis.compress import compress
 
 
@@ -65,7 +65,7 @@ def one_more(base: Path, out: Path, name: str, adapter: Path) -> dict[str, Any]:
     added = time.perf_counter() - start
     after = _digests(out)
     start = time.perf_counter()
-    Basis.from_pretrained(out).adapter(name)
+    LoraBasis.from_pretrained(out).adapter(name)
     return {
         "add_seconds": added,
         "others_unchanged": all(after.get(file) == digest for file, digest in before.items()),

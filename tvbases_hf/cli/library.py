@@ -28,7 +28,7 @@ from .options import (
 )
 
 library_app = typer.Typer(
-    help="Keep many adapters in one directory, one by one in and out of it.",
+    help="Keep many adapters in one directory.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -71,7 +71,9 @@ class Factors:
 
     def check_finite(self, name: str) -> None:
         """CheckpointError if a factor of the weight holds NaN or infinity, which is counted."""
-        for stored in self.modules[name].pair if self.slices and self.input else ():
+        if self.slices is None:
+            return
+        for stored in self.modules[name].pair:
             tensor = self.slices.read(stored)
             if bad := count_not_finite(tensor):
                 raise CheckpointError(
