@@ -101,6 +101,24 @@ def of_adapters(root: Path) -> Iterator[Command]:
     yield _two(root, "compress adapters", ["compress", *models], "--budget", 0.5, 0.9)
     yield _two(root, "negate adapter", ["negate", *models, "--forget", "math", "--adapter"], "--alpha", 0.5, 0.7)
     yield _merge(root, "merge adapter", "merge", adapters.base, adapters.tasks, "--adapter")
+    yield from of_libraries(root)
+
+
+def of_libraries(root: Path) -> Iterator[Command]:
+    """An adapter that comes into a library, and one that goes; neither is there again after a second run."""
+    adapters = random_adapters(root / "inputs" / "library", tasks=("math", "code", "chat"))
+    *both, last = (["--task", f"{name}={path}"] for name, path in adapters.tasks.items())
+    base = ["--base", str(adapters.base), "--quiet"]
+    for name in ("library add", "library remove"):
+        place = _place(root, name)
+        library = str(place / "out")
+        first = (*both, last) if name == "library remove" else both
+        every = [word for task in first for word in task]
+        begin = ["library", "add", library, *base, *every, "--budget", "0.9"]
+        change = ["library", "add", library, *base, *last]
+        if name == "library remove":
+            change = ["library", "remove", library, "chat", "--quiet"]
+        yield Command(name, place, begin, change, continues=True)
 
 
 def of_styles(root: Path) -> Iterator[Command]:
@@ -200,6 +218,11 @@ class Trials:
             return f"{what}: exit code {done['code']} without a kill; {self.log.read_text()[-500:]}"
         return self._again(command, known, state, what)
 
+    def _verified(self, command: Command) -> str | None:
+        """What a library's own check says of one that was killed when it was whole."""
+        done = self.ask(arguments=["library", "verify", str(command.place / "out"), "--quiet"], root=str(command.place))
+        return None if (done["signal"], done["code"]) == (None, 0) else f"verify ended with {done}"
+
     def _prepare(self, command: Command, known: Known, over: bool) -> None:
         shutil.rmtree(command.place)
         if over:
@@ -227,6 +250,8 @@ class Trials:
                 return f"{what}: the next run ended with {done}; {self.log.read_text()[-500:]}"
             if snapshot(command.place) != known.new:
                 return f"{what}: after the next run there is {sorted(snapshot(command.place))}"
+        elif command.name.startswith("library") and (said := self._verified(command)):
+            return f"{what}: {said}"
         if snapshot(self.root / "inputs") != self.inputs:
             return f"{what}: the inputs have changed"
         if {path.name for path in (self.root / "outputs").iterdir()} != {c.place.name for c in self.commands}:
@@ -238,12 +263,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("number", type=int, nargs="?", default=1000, help="of kills")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="commands whose name begins so")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tvbases-kills-") as place:
         log = Path(place) / "stderr"
         with serving(log) as ask:
             root = Path(place) / "root"
-            trials = Trials(ask, root, log, random.Random(given.seed), commands(root))
+            trials = Trials(ask, root, log, random.Random(given.seed), _chosen(root, given.only))
             failures = [f"trial {number}: {said}" for number, said in enumerate(_until(trials, given.number)) if said]
         tracebacks = log.read_text(errors="replace").count("Traceback")
     for name in (*trials.known, "with fsync", "without fsync"):
@@ -251,6 +277,12 @@ def main() -> int:
         print(f"{name:20} {counts}")
     print(f"{trials.killed} kills: {len(failures)} failures, {tracebacks} tracebacks")
     return 1 if failures or tracebacks else 0
+
+
+def _chosen(root: Path, only: str) -> Iterator[Command]:
+    if only == "library":
+        return of_libraries(root)
+    return (command for command in commands(root) if command.name.startswith(only))
 
 
 def _until(trials: Trials, kills: int) -> Iterator[str | None]:

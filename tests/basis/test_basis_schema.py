@@ -9,7 +9,7 @@ from typing import Any
 
 from tvbases_hf.basis.info import basis_schema
 
-PAGE = Path(__file__).parents[2] / "examples" / "basis_directory.md"
+PAGE = Path(__file__).parents[2] / "examples" / "guides" / "basis_format.md"
 START, END = "<!-- schema: written by make tables -->\n", "<!-- end of schema -->\n"
 BOUNDS = {"minimum": "at least {}", "exclusiveMinimum": "above {}", "minItems": "{} or more", "minLength": "not empty"}
 

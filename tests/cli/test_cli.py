@@ -49,7 +49,7 @@ def test_help_of_the_program_names_every_command() -> None:
     assert all(command[0] in outcome.out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("group", [[], ["hook"]], ids=["tvbases", "hook"])
+@pytest.mark.parametrize("group", [[], ["hook"], ["library"]], ids=["tvbases", "hook", "library"])
 def test_lists_of_commands_tell_each_in_whole_sentences(group: list[str]) -> None:
     listed = tvbases(*group, "--help").out.split("Commands:")[1]
     assert "..." not in listed and all(line.endswith(".") for line in listed.strip().splitlines())

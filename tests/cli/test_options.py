@@ -51,6 +51,7 @@ MEANINGS = {
     "--component": "Of ",
     "--pool": "Shared is what ",
     "--plot": "Draw ",
+    "--budget": "",
     "--even-errors": "",
     "--dtype": "",
 }

@@ -216,3 +216,19 @@ def test_bench_of_extraction_compares_the_errors_of_both_programs(
     assert [row["program"] for row in rows] == ["mergekit-extract-lora", "tvbases extract"]
     assert all(row["least"] <= row["error"] < 1.05 * row["least"] for row in rows)
     assert json.loads((tmp_path / "x.json").read_text()) == rows and "ours over theirs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bench", ["library"], indirect=True)
+def test_bench_of_libraries_adds_one_adapter_beside_the_others(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "alone", bench.run)  # a process of its own is for the memory
+    size = ["--count", "4", "--layers", "1", "--families", "1", "--budget", "0.5"]
+    bench.main([*size, "--workdir", str(tmp_path / "work"), "--json", str(tmp_path / "a.json")])
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["ours"][0]["share"] <= 0.5 and found["one more"]["others_unchanged"]
+    folder = ["--adapters", str(tmp_path / "work"), "--base", str(tmp_path / "work" / "base"), "--budgets", "0.5"]
+    (tmp_path / "work" / "library").rename(tmp_path / "library")
+    bench.main([*folder, "--json", str(tmp_path / "b.json")])
+    assert json.loads((tmp_path / "b.json").read_text())["ours"][0]["tasks"] == 5
+    assert "the others unchanged: True" in capsys.readouterr().out

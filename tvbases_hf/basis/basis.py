@@ -93,12 +93,12 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
     @property
     def encoder(self) -> Tensor:
         """[T, M] float64; columns are the tasks' shares in each basis."""
-        return torch.tensor(self.info.encoder, dtype=torch.float64)
+        return _matrix(self.info, self.info.encoder)
 
     @property
     def decoder(self) -> Tensor:
         """[rows, T] float64: tau_hat = vectors @ decoder. rows is M, or M + 1 when a mean vector is stored last."""
-        return torch.tensor(self.info.decoder, dtype=torch.float64)
+        return _matrix(self.info, self.info.decoder)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -274,3 +274,9 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
                 f'"{model.label}" is not the model this basis was built on ({self.info.base_id}): '
                 "its fingerprint differs; give the same base, in the same dtype"
             )
+
+
+def _matrix(info: BasisInfo, rows: list[list[float]]) -> Tensor:
+    """A stored matrix, float64; a library leaves out those that say that every vector is a task."""
+    one = torch.eye(len(info.tasks), dtype=torch.float64)
+    return one if info.library else torch.tensor(rows, dtype=torch.float64)

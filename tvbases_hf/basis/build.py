@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from ..bases import CONSTRUCTIONS
+from ..errors import ParameterError
 from ..models.gram import Gram, gram_matrix
 from ..models.vectors import Vectors
 from ..storage.run import once
 from .adapters.compress import compress_adapters
 from .clusters import cluster_vectors
 from .info import BasisInfo, describe
+from .library.create import METHOD as LIBRARY
 from .ranks import truncate
 from .request import Request
 from .sources import EncodedVectors, VectorSource, stored_encoder
@@ -24,6 +26,11 @@ def build(
     Raises ParameterError for a request that cannot be met, before anything long is read.
     """
     request = request.resolved(vectors.are_adapters, len(vectors))
+    if request.method == LIBRARY:
+        raise ParameterError(
+            f"a library (of {len(vectors)} adapters) is written as it is made, and never in memory as a whole: use "
+            "compress(..., out), or method joint"
+        )
     gram = gram or gram_matrix(vectors)
     if vectors.are_adapters:
         return compress_adapters(vectors, gram, request, dtype)

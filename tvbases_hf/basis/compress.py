@@ -17,15 +17,17 @@ from ..models.adapter import Adapter
 from ..models.gram import gram_matrix
 from ..models.hosts import check_foreseen, host_notes
 from ..models.lora_template import Template
-from ..models.vectors import Vectors
+from ..models.vectors import Vectors, are_adapters
 from ..storage.output import check_apart, check_output, preview
 from ..storage.run import current
 from .adapters.pool import check_kinds
 from .basis import Basis
 from .info import is_basis_directory
+from .library.compress import compress_library
+from .library.create import METHOD as LIBRARY
 from .lora import LoraBasis
 from .report import compression
-from .request import Request
+from .request import MANY, Request
 
 
 def compress(
@@ -57,10 +59,15 @@ def compress(
 
     The others are those of ``Basis.build``. Raises TvbasesError for whatever cannot be, where possible before reading.
     """
+    asked = Request(method, num_bases, budget, rank, alpha, options, equal_rank, host)
+    if method == LIBRARY or (method is None and len(tasks) > MANY and are_adapters(tasks)):
+        request = asked.resolved(True, len(tasks))
+        if request.method == LIBRARY:
+            _check_library(device, dtype, extra_rows)
+            return compress_library(base, tasks, out, request, dry_run)
     check_output(out, is_basis_directory)
     check_apart(out, map(str, (base, *tasks.values())))
     vectors = Vectors.open(base, tasks, device=device, extra_rows=extra_rows, rows_of_base=True)
-    asked = Request(method, num_bases, budget, rank, alpha, options, equal_rank, host)
     request = asked.resolved(vectors.are_adapters, len(vectors))
     _check_run(vectors, request)
     if dry_run:
@@ -74,6 +81,22 @@ def compress(
     if isinstance(basis, LoraBasis):
         found["loading"] = host_notes(host, basis.source.config)
     return {**found, "warnings": list(dict.fromkeys([*vectors.coverage.notes(), *gram.warnings()]))}
+
+
+def _check_library(device: str, dtype: torch.dtype | None, extra_rows: ExtraRows | None) -> None:
+    """What the other bases of adapters can be asked, and a library cannot."""
+    for word, given, why in (
+        ("device", device != "cpu", "factors of adapters are small"),
+        ("dtype", dtype is not None, "a library is kept in 16, 8 or 4 bits, see --bits"),
+        ("extra_rows", extra_rows is not None, "a library holds no embeddings that are saved whole"),
+    ):
+        if given:
+            raise ParameterError(f"{word} is not for a library: {why}; leave it out")
+    if current().memory is not None or current().team.size > 1:
+        raise ParameterError(
+            "a library is made by one process, weight by weight, within its own bounds of memory; leave --memory and "
+            "the other processes out"
+        )
 
 
 def _check_run(vectors: Vectors, request: Request) -> None:

@@ -23,11 +23,13 @@ from ..storage.json_files import wrong_values
 from ..storage.output import contains_only
 from ..text import code_span, in_markdown, in_yaml, quoted
 from ..version import library_version
-from .parts import STRICT, AdapterInfo, Matrix, OnlineState, Size, check_ranks, check_sizes
+from .parts import STRICT, AdapterInfo, LibraryInfo, Matrix, OnlineState, Size, check_ranks, check_sizes
 
 CONFIG_FILE = "basis_config.json"
 VECTORS_STEM = "basis"
 FORMAT_VERSION = 1
+# Of a library, which other versions of this program than those that know it must not take for another basis.
+LIBRARY_VERSION = 2
 # Of an online basis, where its state is among the options.
 ONLINE = "online"
 OUR_FILES = (
@@ -54,8 +56,8 @@ class BasisInfo:
     method: str
     options: dict[str, Any]
     tasks: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
-    encoder: Annotated[Matrix, Field(min_length=1)]
-    decoder: Annotated[Matrix, Field(min_length=1)]
+    encoder: Matrix
+    decoder: Matrix
     mean: list[float] | None
     loss: float
     bound: float
@@ -69,17 +71,19 @@ class BasisInfo:
     """Per weight stored in factors, the rank of each vector's part."""
     adapters: AdapterInfo | None = None
     """Of a basis of adapters."""
+    library: LibraryInfo | None = None
+    """Of a library of adapters: its vectors are the tasks, and encoder, decoder and gram, which say so, are empty."""
     format_version: int = FORMAT_VERSION
     library_version: str = ""
 
     @property
     def num_bases(self) -> int:
-        return len(self.encoder[0])
+        return len(self.tasks) if self.library else len(self.encoder[0])
 
     @property
     def effective_weights(self) -> list[float]:
         """What each task weighs in the sum of the bases."""
-        return [sum(row) for row in self.encoder]
+        return [1.0 for _ in self.tasks] if self.library else [sum(row) for row in self.encoder]
 
     def index(self, task: str) -> int:
         """Column of a task; ParameterError names the tasks there are."""
@@ -98,13 +102,18 @@ class BasisInfo:
         return replace(self, task_error=_relative_error(lost, norms))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "library" or value is not None}
 
     def check(self) -> None:
         """ValueError unless all parts fit each other: tasks with a name each, and as many numbers as they need."""
         count, rows = len(self.tasks), len(self.decoder)
         if twice := [name for name, number in Counter(self.tasks).items() if number > 1]:
             raise ValueError(f"{len(twice)} tasks are named twice (first: {twice[0]})")
+        if self.library is not None:
+            self._check_library(self.library)
+            return
+        if not self.encoder or not self.decoder:
+            raise ValueError("encoder and decoder are empty, which only those of a library are")
         check_sizes("encoder", self.encoder, count, self.num_bases)
         check_sizes("decoder", self.decoder, self.num_bases + (self.mean is not None), count)
         check_sizes("task_error", self.task_error, count)
@@ -117,6 +126,15 @@ class BasisInfo:
             state.check(count, rows)
         if self.gram or state is None:
             check_sizes("gram", self.gram, count, count)
+
+    def _check_library(self, library: LibraryInfo) -> None:
+        library.check(len(self.tasks))
+        check_sizes("task_error", self.task_error, len(self.tasks))
+        if self.encoder or self.decoder or self.gram or self.mean or self.ranks or self.online is not None:
+            raise ValueError("encoder, decoder, gram, mean, ranks and online of a library are not empty")
+        if self.adapters is None:
+            raise ValueError("a library without adapters")
+        self.adapters.check(len(self.tasks), None)
 
     @cached_property
     def online(self) -> OnlineState | None:
@@ -156,9 +174,9 @@ _VERSION = TypeAdapter(_Version)
 
 
 def _check_version(found: _Version, label: str) -> None:
-    if found.format_version > FORMAT_VERSION:
+    if found.format_version > LIBRARY_VERSION:
         raise CheckpointError(
-            f'"{label}": basis format {found.format_version} is newer than this library knows ({FORMAT_VERSION}); '
+            f'"{label}": basis format {found.format_version} is newer than this library knows ({LIBRARY_VERSION}); '
             "pip install -U tvbases-hf"
         )
     if found.format_version < FORMAT_VERSION:

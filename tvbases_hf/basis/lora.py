@@ -11,29 +11,54 @@ from typing import Any
 import torch
 
 from .. import defaults
+from ..algebra.delta import Delta
+from ..algebra.rank import RankRule
+from ..errors import ParameterError
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from .adapters.lora_vectors import LoraVectors
+from .adapters.some import some_tasks
 from .adapters.task import TaskAdapter, task_adapter
 from .adapters.verdict import adapter_card
 from .basis import Basis
 from .info import BasisInfo
+from .library.card import library_card
+from .library.vectors import LibraryVectors
 
 
 class LoraBasis(Basis):
-    """A Basis of adapters. Its directory is itself a stock PEFT LoRA: the sum of its vectors."""
+    """A Basis of adapters. Its directory is itself a stock PEFT LoRA: the sum of its vectors.
 
-    _source: LoraVectors
+    Of many adapters it is a library (``info.library``): every task by itself, read from files of its own.
+    """
+
+    _source: LoraVectors | LibraryVectors
 
     @classmethod
     def holds(cls, info: BasisInfo) -> bool:
         return info.adapters is not None
 
     @classmethod
-    def _opened(cls, path: Path, info: BasisInfo, label: str) -> LoraVectors:
-        return LoraVectors.open(path, info, label)
+    def _opened(cls, path: Path, info: BasisInfo, label: str) -> LoraVectors | LibraryVectors:
+        return (LibraryVectors if info.library else LoraVectors).open(path, info, label)
 
     def _card(self, info: BasisInfo) -> str:
-        return adapter_card(info)
+        return library_card(info) if info.library else adapter_card(info)
+
+    def terms(self, task: str, name: str, base: Checkpoint | None = None) -> list[tuple[float, Delta]]:
+        if isinstance(self._source, LibraryVectors):
+            return [(1.0, self._source.change(name, self.info.index(task)))]
+        return super().terms(task, name, base)
+
+    def reconstructions(self, name: str, base: Checkpoint | None = None) -> list[Delta]:
+        return self.deltas(name) if self.info.library else super().reconstructions(name, base)
+
+    def only(self, tasks: Sequence[str], *, base: str | Path | None = None) -> LoraBasis:
+        """Some of the tasks as a basis in memory, every task by itself: what ``attach`` puts on a model.
+
+        Its stock LoRA is their sum, times the alpha of this basis. ``base`` is read for DoRA only.
+        """
+        model = self._base(base)
+        return LoraBasis(*some_tasks(self.info, self._source, tasks, lambda task, name: self.terms(task, name, model)))
 
     def _with_outputs(self, model: Checkpoint) -> Checkpoint:
         own = super()._with_outputs(model)
@@ -43,7 +68,12 @@ class LoraBasis(Basis):
 
     @property
     def source(self) -> LoraVectors:
-        """The stored factors, for what puts them on a model."""
+        """The stored factors, for what puts them on a model. ParameterError for a library, which has too many."""
+        if isinstance(self._source, LibraryVectors):
+            raise ParameterError(
+                f"a library of {len(self.tasks)} tasks goes onto a model in parts: "
+                f"basis.only([{self.tasks[0]!r}, ...]).attach(model), which can switch between these"
+            )
         return self._source
 
     def adapter(
@@ -52,19 +82,24 @@ class LoraBasis(Basis):
         *,
         alpha: float = 1.0,
         base: str | Path | None = None,
+        rank: str | float | RankRule | None = None,
         equal_rank: bool = False,
         host: defaults.Host | None = None,
     ) -> TaskAdapter:
         """alpha * tau_hat of one task as a LoRA of its own. ``base`` is read for DoRA and for saved modules only.
 
         Args:
+            rank: a rank rule for every module; None for the rank that the reconstruction has, and in a library for that
+                of the adapter which it was made of.
             equal_rank: one rank in all modules, padded with zeros.
             host: what will load it (vllm, llama.cpp, diffusers, peft). ParameterError for what that cannot read.
         """
-        self.info.index(task)
+        place = self.info.index(task)
+        if rank is None and self.info.library:
+            rank = self.info.library.members[place].rank or None
         model = self._base(base)
         terms = lambda name: self.terms(task, name, model)  # noqa: E731
-        return task_adapter(self.info, self._source, task, terms, alpha, model, equal_rank, host)
+        return task_adapter(self.info, self._source, task, terms, alpha, model, rank, equal_rank, host)
 
     def negate(self, task: str, alpha: float, **how: Any) -> TaskAdapter:
         """The LoRA that forgets a task: theta_0 - alpha * tau_hat; ``how`` as in ``adapter``."""

@@ -55,17 +55,82 @@ class AdapterInfo:
     base_sample: dict[str, list[float]] = field(default_factory=dict)
     """The first numbers of a few weights of the base, to tell another model when the basis is attached."""
 
-    def check(self, num_tasks: int, num_vectors: int) -> None:
-        if set(self.overlap) != OVERLAP:
-            raise ValueError(f"adapters.overlap does not hold {', '.join(sorted(OVERLAP))}, and these alone")
+    def check(self, num_tasks: int, num_vectors: int | None) -> None:
+        """``num_vectors``: None for a library, which says of every task what it is and no more."""
         if not self.alpha:
             raise ValueError("adapters.alpha is 0")
+        if num_vectors is None:
+            if any(spec.ranks or spec.shared or spec.pivots for spec in self.modules.values()):
+                raise ValueError("adapters.modules of a library have ranks, which are in its files")
+            return
+        if set(self.overlap) != OVERLAP:
+            raise ValueError(f"adapters.overlap does not hold {', '.join(sorted(OVERLAP))}, and these alone")
         if odd := [word for word, value in self.naming.items() if isinstance(value, dict) != (word == "memory")]:
             raise ValueError(f"adapters.naming.{odd[0]} is of another kind")
         for name in ("error_before_rounding", "truncation_error"):
             check_sizes(f"adapters.{name}", getattr(self, name), num_tasks)
         for name, spec in self.modules.items():
             spec.check(f"adapters.modules.{name}", num_vectors)
+
+
+FileName = Annotated[str, Field(pattern=r"^basis-(cluster|task)-[0-9]{5,}\.safetensors$")]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Adapters with directions in common: the file that holds these, and its CRC-32."""
+
+    __pydantic_config__ = STRICT
+
+    file: FileName
+    checksum: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A task of a library: its file and CRC-32, its cluster (-1: none), squared norm and rank of its adapter."""
+
+    __pydantic_config__ = STRICT
+
+    file: FileName
+    checksum: Annotated[int, Field(ge=0)]
+    cluster: Annotated[int, Field(ge=-1)]
+    square_norm: Size
+    rank: Annotated[int, Field(ge=0)]
+    nbytes: Annotated[int, Field(ge=0)]
+    """Bytes of the adapter that it was made of."""
+
+
+@dataclass(frozen=True)
+class LibraryInfo:
+    """The part of basis_config.json that only a library of adapters has.
+
+    The weights in its files are those of ``adapters.modules``, in that order, each a matrix of ``shape``.
+    """
+
+    __pydantic_config__ = STRICT
+
+    clusters: list[Cluster]
+    members: list[Member]
+    price: Size
+    """What a byte had to save, in relative squared error of one adapter: adapters that are added pay the same."""
+    bits: Annotated[list[Annotated[int, Field(ge=4, le=16)]], Field(min_length=1)]
+    """What rows may be kept in."""
+    normalize: bool
+    """Whether errors count relative to each adapter's own norm."""
+    curve: list[list[float]]
+    """[bytes, root mean square error] that were planned at other prices, the cheapest first."""
+
+    def check(self, num_tasks: int) -> None:
+        check_sizes("library.members", self.members, num_tasks)
+        if any(member.cluster >= len(self.clusters) for member in self.members):
+            raise ValueError("library.members name a cluster that there is not")
+        files = [one.file for one in (*self.clusters, *self.members)]
+        if len(set(files)) < len(files):
+            raise ValueError("library names a file twice")
+        if any(bits not in (4, 8, 16) for bits in self.bits):
+            raise ValueError("library.bits are not of 4, 8 and 16")
+        check_sizes("library.curve", self.curve, len(self.curve), 2)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,16 @@ from ..errors import ParameterError, did_you_mean
 from ..methods.registry import METHODS, find_method
 from ..options import Option, checked
 from .adapters.pool import POOL_OPTIONS
+from .library.plan import LIBRARY_OPTIONS
 
 # What keeps every task by itself: cut to a rank, or (adapters) over shared factors.
-PER_TASK = {"tsv": "every task truncated by itself", "joint": "every task by itself, over shared factors"}
+PER_TASK = {
+    "tsv": "every task truncated by itself",
+    "joint": "every task by itself, over shared factors",
+    "library": "every task a small core between factors that its cluster shares",
+}
+# Without a method, more adapters than this become a library: the others take work that grows with their number squared.
+MANY = 64
 # Compared where adapters get a budget and no method.
 COMPARED = ("tsv", "joint", "ae")
 DEFAULT_BUDGET = 0.5
@@ -32,12 +39,13 @@ def methods_of(adapters: bool) -> dict[str, Mapping[str, Option]]:
     if not adapters:
         return {**{name: found.options for name, found in CONSTRUCTIONS.items()}, "tsv": {}}
     sums = {name: found.options | POOL_OPTIONS for name, found in CONSTRUCTIONS.items() if not found.has_mean}
-    return {**sums, **dict.fromkeys(PER_TASK, POOL_OPTIONS)}
+    return {**sums, **dict.fromkeys(PER_TASK, POOL_OPTIONS), "library": LIBRARY_OPTIONS}
 
 
 def all_options() -> dict[str, dict[str, Option]]:
     """Those of every method, whatever the models are, but for POOL_OPTIONS; ``inner`` may be any merging method."""
     found = {**{name: dict(made.options) for name, made in CONSTRUCTIONS.items()}, **{name: {} for name in PER_TASK}}
+    found["library"] = {name: option for name, option in LIBRARY_OPTIONS.items() if name not in POOL_OPTIONS}
     inner = found["cluster"]["inner"]
     words = (*inner.choices, *(name for name in METHODS if name not in inner.choices))
     described = Field(description=f"{inner.help}; of checkpoints by any merging method")
@@ -76,7 +84,7 @@ class Request:
 
     def resolved(self, adapters: bool, num_tasks: int) -> Request:
         """With the defaults filled in. Raises ParameterError for what is unknown or does not go together."""
-        asked = replace(self, method=self._method(adapters))
+        asked = replace(self, method=self._method(adapters, num_tasks))
         asked._check_sizes(adapters)
         asked = replace(asked, options=asked._options(adapters))
         budget, num_bases = asked.budget, asked.num_bases
@@ -89,10 +97,12 @@ class Request:
             resolve_num_bases(num_bases, num_tasks)
         return replace(asked, budget=budget, num_bases=num_bases)
 
-    def _method(self, adapters: bool) -> str | None:
+    def _method(self, adapters: bool, num_tasks: int) -> str | None:
         method, known = self.method, methods_of(adapters)
         if method is None:
             sized = self.budget is None and (self.num_bases is not None or self.rank is not None)
+            if adapters and not sized and num_tasks > MANY:
+                return "library"
             return None if adapters and not sized else "ae"
         if adapters and method in CONSTRUCTIONS and method not in known:
             raise ParameterError(
@@ -118,8 +128,10 @@ class Request:
             )
         if self.rank is not None:
             RankRule.parse(self.rank)
-            if self.budget is not None or self.method == "joint":
-                raise ParameterError("rank and budget both decide the ranks; give one of them (joint takes a budget)")
+            if self.budget is not None or self.method in ("joint", "library"):
+                raise ParameterError(
+                    "rank and budget both decide the ranks; give one of them (joint and library take a budget)"
+                )
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ParameterError(f"budget is a share of the models' bytes, between 0 and 1; got {self.budget}")
         if not adapters and self.alpha != 1:

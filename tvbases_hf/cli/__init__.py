@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ParameterError, TvbasesError
 from ..text import printable
-from . import compress, evaluate, extract, inspect, merge, negate, online, plan, schema, styles, system, tune  # noqa: F401  they register their commands
+from . import compress, evaluate, extract, inspect, library, merge, negate, online, plan, schema, styles, system, tune  # noqa: F401  they register their commands
 from .app import app
 from .processes import team
 

@@ -1,4 +1,4 @@
-"""Pictures of an inspection; matplotlib is asked for only here."""
+"""Pictures of inspections; matplotlib is asked for only here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,28 @@ def picture_of(found: dict[str, Any]) -> bytes:
 
     Raises MissingExtraError without matplotlib.
     """
+    figure, axes = _figure(3, 2, (12, 13))
+    _similarity(axes[0, 0], in_cluster_order(found))
+    _losses(axes[0, 1], found)
+    draw_interference(axes[1, 0], found["layers"])
+    _decay(axes[1, 1], found["layers"])
+    draw_overlaps(axes[2], found)
+    return _drawn(figure)
+
+
+def library_picture(found: dict[str, Any]) -> bytes:
+    """What a byte buys in a library, and where it is. Raises MissingExtraError without matplotlib."""
+    figure, axis = _figure(1, 1, (8, 5))
+    whole, curve = found["bytes_of_task_vectors"], [row for row in found["curve"] if row["error"] > 0]
+    axis.plot([row["bytes"] / whole for row in curve], [row["error"] for row in curve], "o-", label="as planned")
+    axis.plot([found["share"]], [found["mean_square_error"] ** 0.5], "D", color="tab:red", label="as stored")
+    axis.set(xlabel="share of the adapters' bytes", ylabel="relative error (root mean square)", yscale="log")
+    axis.set_title(f"{len(found['tasks'])} adapters in {found['clusters']} clusters")
+    axis.legend()
+    return _drawn(figure)
+
+
+def _figure(rows: int, columns: int, size: tuple[int, int]) -> tuple[Any, Any]:
     try:
         import matplotlib
 
@@ -22,12 +44,12 @@ def picture_of(found: dict[str, Any]) -> bytes:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise MissingExtraError('a picture needs matplotlib; pip install "tvbases-hf[plot]"') from error
-    figure, axes = plt.subplots(3, 2, figsize=(12, 13), layout="constrained")
-    _similarity(axes[0, 0], in_cluster_order(found))
-    _losses(axes[0, 1], found)
-    draw_interference(axes[1, 0], found["layers"])
-    _decay(axes[1, 1], found["layers"])
-    draw_overlaps(axes[2], found)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained")
+
+
+def _drawn(figure: Any) -> bytes:
+    import matplotlib.pyplot as plt
+
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
     plt.close(figure)

@@ -41,6 +41,10 @@ class LoraModule:
         first, second = PAIRS[self.layout.kind == "embedding"]
         return self.parts[first], self.parts[second]
 
+    def product(self, a: Tensor, b: Tensor) -> LowRank:
+        """s B A as PEFT computes it, convolutions flattened: the transpose of what the base stores as [in, out]."""
+        return LowRank(self.scaling * b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1))
+
 
 class Adapter:
     """One adapter over one base: ``names`` are the base's tensors it changes, ``delta`` gives a change.
@@ -132,6 +136,16 @@ class Adapter:
         return all(delta is None or is_zero(delta) for delta in map(self.delta, self.names))
 
     @property
+    def factors(self) -> Mapping[str, LoraModule]:
+        """Where the factors of every weight that has some are stored."""
+        return self._modules
+
+    @property
+    def file(self) -> Path | None:
+        """The file that it was read from."""
+        return self._stored.path
+
+    @property
     def saved_names(self) -> tuple[str, ...]:
         """The base's tensors that the adapter carries whole: ``modules_to_save`` and trained biases."""
         return tuple(self._saved)
@@ -217,10 +231,9 @@ class Adapter:
 
     def _change(self, module: LoraModule, name: str) -> Delta:
         a, b = (self._factor(stored) for stored in module.pair)
-        product = LowRank(module.scaling * b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1))
-        transposed = module.layout.kind in TRANSPOSED
+        product, transposed = module.product(a, b), module.layout.kind in TRANSPOSED
         if MAGNITUDE not in module.parts:
-            return LowRank(product.right.T, product.left.T) if transposed else product
+            return product.T if transposed else product
         base = self._base.read(name)
         magnitude = self._factor(module.parts[MAGNITUDE]).reshape(-1)
         change = Dora.of(product, magnitude, base.T if transposed else base)

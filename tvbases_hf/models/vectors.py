@@ -201,6 +201,12 @@ def open_model(source: str | Path, base: Checkpoint, *, revision: str | None = N
     return Checkpoint.open(path, label=str(source))
 
 
+def are_adapters(tasks: Mapping[str, str | Path]) -> bool:
+    """Whether all of them are adapters, as far as the files tell; nothing is downloaded."""
+    places = [local_path(source) for source in tasks.values()]
+    return all(path is not None and is_adapter(adapter_folder(path)) for path in places)
+
+
 def parse_tasks(items: Iterable[str]) -> dict[str, str]:
     """``NAME=PATH`` arguments as a dictionary; ParameterError for a bad or repeated one."""
     tasks: dict[str, str] = {}

@@ -242,8 +242,7 @@ def assemble(
         key = f"{specs[name].prefix}.{MAGNITUDE}"
         magnitude = _magnitude(base.read(name), part, alpha, factors.get(name))
         tensors[key] = magnitude.reshape(tensors[key].shape)
-    config |= {"lora_alpha": _times(alpha, config["lora_alpha"])}
-    config |= {"alpha_pattern": {name: _times(alpha, value) for name, value in config["alpha_pattern"].items()}}
+    config = times_alpha(config, alpha)
     others = dict(beside)
     for name, part in stored.items():
         others |= {name + end: tensor for end, tensor in part.beside.items()}
@@ -256,6 +255,12 @@ def _magnitude(base: Tensor, part: Stored, alpha: float, factor: Tensor | None) 
     rows = alpha * part.left.to(torch.float64) @ part.right.to(torch.float64)
     norm = (rows + base.reshape(rows.shape).to(torch.float64)).norm(dim=1)
     return (norm if factor is None else factor * norm).to(torch.float32)
+
+
+def times_alpha(config: Mapping[str, Any], alpha: float) -> dict[str, Any]:
+    """The configuration of an adapter that is scaled by alpha."""
+    pattern = {name: _times(alpha, value) for name, value in config["alpha_pattern"].items()}
+    return {**config, "lora_alpha": _times(alpha, config["lora_alpha"]), "alpha_pattern": pattern}
 
 
 def _times(alpha: float, rank: float) -> float:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ... import defaults
 from ...algebra.delta import Delta, LowRank, zeros
+from ...algebra.rank import RankRule
 from ...algebra.sums import total
 from ...algebra.svd import svd
 from ...errors import ParameterError
@@ -24,7 +25,28 @@ from ...storage.checkpoint import Checkpoint
 from ...storage.output import transaction
 from ..info import AdapterInfo, BasisInfo
 from .codec import Spec
-from .lora_vectors import LoraVectors
+
+
+class StockSource(Protocol):
+    """What is needed of a basis's vectors to write one task in the form of the stock adapter beside them."""
+
+    @property
+    def specs(self) -> Mapping[str, Spec]: ...
+
+    @property
+    def stock(self) -> Checkpoint: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def whole(self) -> tuple[str, ...]: ...
+
+    @property
+    def scaled(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -47,23 +69,24 @@ Terms = Callable[[str], list[tuple[float, Delta]]]
 
 def task_adapter(
     basis: BasisInfo,
-    source: LoraVectors,
+    source: StockSource,
     task: str,
     terms: Terms,
     alpha: float,
     base: Checkpoint | None,
+    rank: str | float | RankRule | None = None,
     equal_rank: bool = False,
     host: defaults.Host | None = None,
 ) -> TaskAdapter:
-    """alpha * tau_hat at the rank that the reconstruction has, or at one rank; in the basis's own dtype."""
-    info = basis.adapters
+    """alpha * tau_hat at the rank that the reconstruction has, or a rule gives; in the basis's own dtype."""
+    info, rule = basis.adapters, None if rank is None else RankRule.parse(rank)
     assert info is not None
     if base is None and (source.scaled or source.whole):
         what = "DoRA adapters" if source.scaled else "adapters with saved modules or biases"
         raise ParameterError(f"this basis is of {what}, which are written relative to the base model: give base=")
     changes: dict[str, Delta] = {}
     for name in source.names:
-        change = _change(terms(name), source.specs.get(name), alpha)
+        change = _change(terms(name), source.specs.get(name), alpha, rule)
         if change.low is None or change.low.rank or source.scaled:
             changes[name] = change
     if not changes:
@@ -73,7 +96,7 @@ def task_adapter(
     return TaskAdapter(*fitted(tensors, config, equal_rank, host))
 
 
-def template(info: AdapterInfo, source: LoraVectors) -> Template:
+def template(info: AdapterInfo, source: StockSource) -> Template:
     """Where the factors go, as in the adapters that the basis was made of."""
     layouts = {name: layout(spec) for name, spec in info.modules.items()}
     words = ("base_model_name_or_path", "task_type", "auto_mapping")
@@ -88,17 +111,19 @@ def layout(spec: Spec) -> Layout:
     return Layout(spec.module, spec.kind, tuple(spec.kernel))
 
 
-def _change(terms: list[tuple[float, Delta]], spec: Spec | None, alpha: float) -> Delta:
+def _change(terms: list[tuple[float, Delta]], spec: Spec | None, alpha: float, rule: RankRule | None) -> Delta:
     if not terms:
         assert spec is not None  # what is kept whole has a term of its own
         return zeros(spec.shape)
-    return total([delta for _, delta in terms], [alpha * share for share, _ in terms]).with_low(_compact)
+    summed = total([delta for _, delta in terms], [alpha * share for share, _ in terms])
+    return summed.with_low(lambda low: _compact(low, rule))
 
 
-def _compact(delta: LowRank) -> LowRank:
-    """At the rank that it really has, both factors of one size: neither loses digits in a short dtype."""
+def _compact(delta: LowRank, rule: RankRule | None) -> LowRank:
+    """At the rank that it really has, or the rule gives, both factors of one size: neither loses digits in a short
+    dtype."""
     if not delta.rank:
         return delta
-    found = svd(LowRank(delta.left.to(torch.float64), delta.right.to(torch.float64)))
+    found = svd(LowRank(delta.left.to(torch.float64), delta.right.to(torch.float64)), rule)
     root = found.S.sqrt()
     return LowRank((found.U * root).float(), (found.V * root).T.float())

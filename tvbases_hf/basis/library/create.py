@@ -1,0 +1,175 @@
+"""A library written: weight after weight, every cluster's directions and every task's rows, then the lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...algebra.delta import LowRank
+from ...models.lora_files import write_adapter
+from ...storage.cards import write_card
+from ...storage.output import write_json
+from ...storage.parallel import each
+from ...version import library_version
+from ..adapters.codec import Spec
+from ..info import CONFIG_FILE, LIBRARY_VERSION, BasisInfo
+from ..parts import AdapterInfo, Cluster, LibraryInfo, Member
+from .card import library_card
+from .encode import Coded, encode_part
+from .forms import ALONE
+from .packed import Packer
+from .plan import Plan
+from .stock import cut_sum, stock_adapter
+
+METHOD = "library"
+SAMPLED_WEIGHTS, SAMPLED_NUMBERS = 4, 16
+
+
+@dataclass
+class Written:
+    """What came out: squared errors [T], the stock adapter's change by weight, and the squared norms of the whole merge
+    and of what was cut off."""
+
+    lost: Tensor
+    stock: dict[str, LowRank] = field(default_factory=dict)
+    whole: float = 0.0
+    cut: float = 0.0
+
+
+def create(plan: Plan, directory: Path, alpha: float, options: Mapping[str, object]) -> BasisInfo:
+    """Write all files of a library into an existing directory."""
+    opened = plan.opened
+    shared = _used(plan)
+    clusters = {place: Packer(directory / f"{place}.cluster") for place in shared}
+    tasks = [Packer(directory / f"{place}.task") for place in range(len(opened.tasks))]
+    done = Written(torch.zeros(len(opened.tasks), dtype=torch.float64))
+    for name, coded in _coded(plan):
+        _add(plan, name, coded, clusters, tasks, done)
+    files = {place: cluster_file(number) for number, place in enumerate(shared)}
+    listed = [Cluster(files[place], clusters[place].finish(directory / files[place])) for place in shared]
+    owner = {member: shared.index(place) for place in shared for member in plan.clusters[place]}
+    members = []
+    for number, (one, packer) in enumerate(zip(opened.factors, tasks, strict=True)):
+        file = task_file(number)
+        norm = float(plan.sketches.square_norms[number])
+        members.append(Member(file, packer.finish(directory / file), owner.get(number, -1), norm, one.rank, one.nbytes))
+    library = LibraryInfo(listed, members, plan.price, list(plan.allowed), plan.normalize, plan.curve)
+    info = _info(plan, done, library, alpha, options)
+    tensors, config = stock_adapter(done.stock, opened.template, opened.base, alpha, opened.dtype)
+    write_adapter(directory, tensors, config)
+    describe(directory, info)
+    return info
+
+
+def describe(directory: Path, info: BasisInfo) -> None:
+    """The lists and the card."""
+    write_json(directory / CONFIG_FILE, info.to_json())
+    write_card(directory, library_card(info))
+
+
+def cluster_file(number: int) -> str:
+    return f"basis-cluster-{number:05d}.safetensors"
+
+
+def task_file(number: int) -> str:
+    return f"basis-task-{number:05d}.safetensors"
+
+
+def _used(plan: Plan) -> list[int]:
+    """The clusters that share something in some weight."""
+    return sorted({cluster for (cluster, _), (form, _) in plan.choices.items() if form.kind != ALONE})
+
+
+def _coded(plan: Plan) -> Iterator[tuple[str, dict[int, Coded]]]:
+    """Every weight, rounded in all clusters that have a choice there."""
+
+    def encode(name: str) -> dict[int, Coded]:
+        found = {}
+        for cluster in range(len(plan.clusters)):
+            if (cluster, name) in plan.choices:
+                found[cluster] = encode_part(plan.part(cluster, name), *plan.choices[cluster, name], plan.allowed)
+        return found
+
+    size = lambda name: len(plan.opened.tasks) * sum(plan.opened.shape(name)) * plan.opened.rank  # noqa: E731
+    return each(plan.opened.names, encode, "Encoding", size)
+
+
+def _add(
+    plan: Plan,
+    name: str,
+    coded: Mapping[int, Coded],
+    clusters: Mapping[int, Packer],
+    tasks: list[Packer],
+    done: Written,
+) -> None:
+    none = torch.zeros(2, 3, dtype=torch.int64)
+    parts = []
+    for cluster, members in enumerate(plan.clusters):
+        found = coded.get(cluster)
+        if found is None:
+            part = plan.part(cluster, name)
+            for place, member in enumerate(members):
+                tasks[member].add(b"", b"", none)
+                done.lost[member] += part.squares[place]
+            if cluster in clusters:
+                clusters[cluster].add(b"", b"", none)
+            continue
+        if cluster in clusters:
+            clusters[cluster].add(found.shared_codes, found.shared_scales, found.shared_counts)
+        for place, member in enumerate(members):
+            counts = torch.stack([found.counts[place], torch.zeros_like(found.counts[place])])
+            tasks[member].add(found.codes[place], found.scales[place], counts)
+        done.lost[members] += found.lost
+        parts.append(found.total(torch.ones(len(members))))
+    if parts:
+        cut = cut_sum(parts, plan.stock_rank, plan.opened.dtype)
+        done.stock[name] = cut.change
+        done.whole, done.cut = done.whole + cut.whole, done.cut + cut.lost
+
+
+def _info(plan: Plan, done: Written, library: LibraryInfo, alpha: float, options: Mapping[str, object]) -> BasisInfo:
+    opened, norms = plan.opened, plan.sketches.square_norms
+    errors = (done.lost / torch.where(norms > 0, norms, torch.ones_like(norms))).clamp_min(0).sqrt()
+    layouts = opened.template.layouts
+    loss = float(plan.weights @ done.lost) / float(plan.weights @ norms)
+    step = max(1, len(opened.names) // SAMPLED_WEIGHTS)
+    sample = {n: opened.base.read(n).reshape(-1)[:SAMPLED_NUMBERS].tolist() for n in opened.names[::step]}
+    naming = {"strip": opened.template.naming.strip, "add": opened.template.naming.add}
+    memory = opened.template.naming.memory
+    adapters = AdapterInfo(
+        alpha=alpha,
+        dtype=str(opened.dtype).removeprefix("torch."),
+        adapters_bytes=opened.nbytes,
+        error_before_rounding=[],
+        truncation_error=[],
+        candidates={},
+        stock_error=(done.cut / done.whole) ** 0.5 if done.whole else 0.0,
+        overlap={},
+        modules={name: Spec.of(layouts[name], opened.shape(name), ()) for name in opened.names},
+        naming={**naming, **({"memory": dict(memory)} if memory else {})},
+        base_sample=sample,
+    )
+    return BasisInfo(
+        method=METHOD,
+        options=dict(options),
+        tasks=opened.tasks,
+        encoder=[],
+        decoder=[],
+        mean=None,
+        loss=loss,
+        bound=loss,
+        spectral_bound=loss,
+        task_error=errors.tolist(),
+        gram=[],
+        base_id=opened.base_id,
+        base_fingerprint=opened.base.fingerprint(),
+        base_norm=None,
+        adapters=adapters,
+        library=library,
+        format_version=LIBRARY_VERSION,
+        library_version=library_version(),
+    )

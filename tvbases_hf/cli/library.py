@@ -1,0 +1,221 @@
+"""``tvbases library``: many adapters in one directory, one by one in and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .app import app
+from .options import (
+    Base,
+    DryRun,
+    EqualRank,
+    Host,
+    Json,
+    OptionalBase,
+    OptionalTask,
+    Out,
+    Quiet,
+    Revision,
+    Task,
+    file_option,
+    rank_option,
+    scale_option,
+    tell,
+)
+
+library_app = typer.Typer(
+    help="Keep many adapters in one directory.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(library_app, name="library")
+Directory = Annotated[Path, typer.Argument(help="The library.", metavar="DIR")]
+
+
+@library_app.command(epilog="Example: tvbases library add skills/ --base llama/ --task math=math-lora/")
+def add(
+    directory: Directory,
+    base: Base,
+    task: Task,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Of a new library: share of the adapters' bytes to keep. Default: 0.5."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="A task of the same name gives its place to the new one.")
+    ] = False,
+    dry_run: DryRun = False,
+    revision: Revision = None,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Add adapters to a library, or begin one. The tasks that are there keep their numbers."""
+    from ..basis.libraries import add as run
+    from ..models.vectors import parse_tasks
+
+    tell(run(directory, base, parse_tasks(task), budget=budget, replace=replace, dry_run=dry_run), _print_change, json)
+
+
+@library_app.command(epilog="Example: tvbases library remove skills/ math")
+def remove(
+    directory: Directory,
+    name: Annotated[list[str], typer.Argument(help="The tasks to take out.", metavar="NAME...")],
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Take tasks out of a library. Those that stay keep their numbers."""
+    from ..basis.libraries import remove as run
+
+    tell(run(directory, name, dry_run=dry_run), _print_change, json)
+
+
+@library_app.command("list", epilog="Example: tvbases library list skills/")
+def show(directory: Directory, quiet: Quiet = False, json: Json = None) -> None:
+    """List the tasks of a library. Of each, what it takes and how far it is from its adapter."""
+    from ..basis.libraries import listed
+
+    tell(listed(directory), _print_list, json)
+
+
+@library_app.command(epilog="Example: tvbases library export skills/ math --out math-lora/")
+def export(
+    directory: Directory,
+    name: Annotated[str, typer.Argument(help="The task.", metavar="NAME")],
+    out: Out,
+    alpha: Annotated[float, scale_option("of the task in the adapter.")] = 1.0,
+    rank: Annotated[str | None, rank_option("of every module; default: what the task has.")] = None,
+    equal_rank: EqualRank = False,
+    host: Host = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Write one task as a LoRA of its own. Any basis of adapters will do."""
+    from ..basis.libraries import export as run
+
+    how: dict[str, Any] = {"rank": rank, "equal_rank": equal_rank, "host": host}
+    tell(run(directory, name, out, alpha=alpha, dry_run=dry_run, **how), _print_export, json)
+
+
+@library_app.command(epilog="Example: tvbases library verify skills/")
+def verify(
+    directory: Directory,
+    base: OptionalBase = None,
+    task: OptionalTask = None,
+    revision: Revision = None,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Compare a library with its checksums. With --task, tasks with their adapters, too."""
+    from ..basis.libraries import verify as run
+    from ..models.vectors import parse_tasks
+
+    tell(run(directory, base, parse_tasks(task or ())), _print_verified, json)
+
+
+@library_app.command(epilog="Example: tvbases library inspect skills/ --plot skills.png")
+def inspect(
+    directory: Directory,
+    plot: Annotated[Path | None, file_option("Draw the curve of error and bytes.", "PNG")] = None,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Tell what is in a library. Near copies, what clusters share, and what a byte buys."""
+    from ..basis.libraries import inspect as run
+
+    found = run(directory)
+    if plot is not None:
+        from ..storage.reports import write_picture
+        from .plots import library_picture
+
+        write_picture(plot, library_picture(found))
+    tell(found, _print_inspection, json)
+
+
+@library_app.command("import", epilog="Example: tvbases library import shared/ --out loras/")
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A directory of vlora-dev, lorashare or TaskVectorBasis.", metavar="DIR")
+    ],
+    out: Out,
+    base: OptionalBase = None,
+    dry_run: DryRun = False,
+    revision: Revision = None,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Write another program's tasks as LoRAs. Full task vectors become checkpoints, with --base."""
+    from ..basis.libraries import convert as run
+
+    tell(run(source, out, base, dry_run=dry_run), _print_converted, json)
+
+
+def _print_converted(found: Mapping[str, Any], where: Any) -> None:
+    where.print(f"{found['out']}: {len(found['tasks'])} tasks, the first {found['tasks'][0]}")
+
+
+def _print_change(found: Mapping[str, Any], where: Any) -> None:
+    from ..storage.system import readable_size
+
+    for word in ("added", "removed"):
+        for task in found.get(word, ()):
+            error = (
+                f", {found['task_error'][found['tasks'].index(task)]:.1%} from its adapter" if word == "added" else ""
+            )
+            where.print(f"{task} {word}{error}")
+    where.print(
+        f"{found['out']}: {len(found['tasks'])} tasks in {found['clusters']} clusters, {readable_size(found['bytes'])} "
+        f"({found['share']:.1%} of the adapters), mean squared error {found['mean_square_error']:.2g}"
+    )
+
+
+def _print_list(found: Mapping[str, Any], where: Any) -> None:
+    from rich.table import Table
+
+    from ..storage.system import readable_size
+
+    table = Table("task", "cluster", "bytes", "error")
+    for task, cluster, size, error in zip(
+        found["tasks"], found["task_cluster"], found["task_bytes"], found["task_error"], strict=True
+    ):
+        table.add_row(task, str(cluster) if cluster >= 0 else "-", readable_size(size), f"{error:.1%}")
+    where.print(table)
+    _print_change(found, where)
+
+
+def _print_export(found: Mapping[str, Any], where: Any) -> None:
+    from ..storage.system import readable_size
+
+    where.print(f"{found['out']}: {found['task']}, {readable_size(found['bytes'])}, {found['task_error']:.1%} off")
+    for line in found["loading"]:
+        where.print(line)
+
+
+def _print_verified(found: Mapping[str, Any], where: Any) -> None:
+    where.print(f"{found['out']}: {found['files']} files are what was written; {len(found['tasks'])} tasks were read")
+    for task, error in found["measured"].items():
+        where.print(f"{task}: {error:.2%} from its adapter, as recorded")
+
+
+def _print_inspection(found: Mapping[str, Any], where: Any) -> None:
+    from rich.table import Table
+
+    from ..storage.system import readable_size
+
+    table = Table("cluster", "tasks", "output directions", "input directions", "bits", title="what clusters share")
+    for place, (members, shared) in enumerate(zip(found["cluster_members"], found["shared_directions"], strict=True)):
+        sizes = (f"{shared[word]:.1f}" for word in ("outputs", "inputs", "bits"))
+        table.add_row(str(place), str(len(members)), *sizes)
+    where.print(table)
+    for pair in found["near_copies"]:
+        where.print(f"near copies: {pair['tasks'][0]} and {pair['tasks'][1]} (cosine {pair['cosine']:.3f})")
+    curve = Table("bytes", "error", title="what a byte buys")
+    for row in found["curve"]:
+        curve.add_row(readable_size(row["bytes"]), f"{row['error']:.2%}")
+    where.print(curve)
+    _print_change(found, where)
