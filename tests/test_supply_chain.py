@@ -14,10 +14,12 @@ import typer
 
 from commands.command_line import inputs, root, tvbases
 from oracles.merge_oracle import merge_config, write_config
+from tvbases_hf.basis.compress import compress
 from tvbases_hf.cli import app
 from zoo.hf_models import Family
 from zoo.lora_files import write
 from zoo.pipelines import FLUX_MODULES, style
+from zoo.planted_adapters import planted_adapters
 
 pytest_plugins = ["zoo.hf_fixtures"]
 ROOT = Path(__file__).parents[1]
@@ -155,6 +157,13 @@ def negating(pair: Family) -> list[object]:
     return [*inputs(pair), "--forget", "math", "--alpha", 0.5, *out(pair)]
 
 
+def adding(pair: Family) -> list[object]:
+    planted = planted_adapters(root(pair) / "planted", 3)
+    (name, path), *others = planted.tasks.items()
+    compress(planted.base, dict(others), root(pair) / "library", method="library")
+    return ["add", root(pair) / "library", "--base", planted.base, "--task", f"{name}={path}"]
+
+
 Arguments = Callable[[Family], list[Any]]
 LOCAL: dict[str, Arguments] = {
     "compress": lambda pair: [*inputs(pair), *out(pair)],
@@ -164,6 +173,7 @@ LOCAL: dict[str, Arguments] = {
     "extract": lambda pair: [*inputs(pair), "--rank", 2, *out(pair)],
     "hook": lambda _: ["status"],
     "inspect": lambda pair: [*inputs(pair), "--layers"],
+    "library": adding,
     "lm-eval-tasks": lambda _: [],
     "merge": merging,
     "mergekit-yaml": merging,
