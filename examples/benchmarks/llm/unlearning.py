@@ -32,7 +32,7 @@ from .workshop import BATCH, Workshop, quiet
 SEEDS = (0, 1, 2)
 PROMPTS = 24
 USEFUL, WEIGHT = 4, 0.4
-BETAS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
+BETAS = (0.4, 0.7, 1.0, 1.3)
 KEEP = 0.95
 TOXICITY = "tvbases_toxigen_generate"
 # What is negated; the paper's Figures 5 and 6 sweep the threshold and the pool.
