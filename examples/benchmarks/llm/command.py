@@ -13,7 +13,7 @@ from tvbases_hf.errors import TvbasesError
 
 from . import addition, base, budgets, causes, finetune, others, unlearning, written
 from .report import results
-from .settings import FULL, QUICK, Settings
+from .settings import EVERYTHING, FULL, QUICK, Settings
 from .workshop import Workshop
 
 WORKDIR = Path("~/.cache/tvbases-hf/llm")
@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> Mapping[str, Answers]:
         "interrupted goes on where it stopped.",
         epilog="example: LLM=HuggingFaceTB/SmolLM2-360M-Instruct python examples/benchmarks/bench_llm.py --quick",
     )
-    parser.add_argument("--quick", action="store_true", help="four tasks, one seed, the main claims only")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="four tasks, one seed, the main claims only")
+    size.add_argument("--all", action="store_true", help="DoRA, full fine-tunes and text domains too; goes on likewise")
     parser.add_argument("--report", action="store_true", help="ask nothing: write what earlier runs have answered")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one per core (the default)")
     parser.add_argument("--workdir", type=Path, default=WORKDIR, help=f"models and answers (default: {WORKDIR})")
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> Mapping[str, Answers]:
     )
     parser.add_argument("--out", type=Path, help="the results; default: RESULTS-LLM.md beside this script, if in full")
     options = parser.parse_args(arguments)
-    settings = QUICK if options.quick else FULL
+    settings = QUICK if options.quick else EVERYTHING if options.all else FULL
     workdir = options.workdir.expanduser().absolute() / directory(options.model, settings)
     out = options.out or (workdir / RESULTS.name if options.quick or options.model != "auto" else RESULTS)
     workshop = Workshop(workdir, settings, f"{options.tasks}|{options.model}")

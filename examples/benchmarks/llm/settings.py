@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 # Eight tasks that ask for different things: opinions of three kinds, topics of three kinds, and what a text is.
 MERGED = ("sst2", "agnews", "trec", "subj", "sms", "cr", "bank", "mpqa")
+# Other kinds of fine-tunes take more than an hour of one core; asked if everything is.
+LONG = ("kinds",)
 DOMAINS = ("prose", "shakes", "bible", "python")
 
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 10.0, 12.5, 16.0)
@@ -48,18 +50,22 @@ class Settings:
     """M: half of the tasks, and a quarter."""
     recipe: Recipe = field(default_factory=Recipe)
     studies: tuple[str, ...] = ()
-    """What is asked beside the fine-tunes; if empty, everything."""
+    """What is asked beside the fine-tunes; if empty, all that does not take too long."""
+    everything: bool = False
+    """DoRA, full fine-tunes, LoRAs of first weights of their own, and adapters of text domains as well."""
 
     def asks(self, study: str) -> bool:
-        return not self.studies or study in self.studies
+        return study in self.studies if self.studies else self.everything or study not in LONG
 
     def digest(self) -> str:
         """Of what decides a single answer: not how many questions are asked."""
         sizes = asdict(replace(self, name="", seeds=(), num_bases=(0, 0), studies=()))
+        del sizes["everything"]
         return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
 
 
 FULL = Settings()
+EVERYTHING = replace(FULL, everything=True)
 QUICK = Settings(
     name="quick",
     tasks=MERGED[:4],

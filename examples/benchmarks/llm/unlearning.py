@@ -32,7 +32,7 @@ from .workshop import BATCH, Workshop, quiet
 SEEDS = (0, 1, 2)
 PROMPTS = 24
 USEFUL, WEIGHT = 4, 0.4
-BETAS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
+BETAS = (0.4, 0.7, 1.0, 1.3)
 KEEP = 0.95
 TOXICITY = "tvbases_toxigen_generate"
 # What is negated; the paper's Figures 5 and 6 sweep the threshold and the pool.
@@ -44,6 +44,7 @@ WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "unique_half": ("unique", {"options": Options(0.5, pool="iterative")}),
     "unique_joint": ("unique", {"options": Options(0.5, pool="joint")}),
 }
+COMPARED = ("plain", "unique", "reconstructed", "unique_half")
 TITLES = {
     "plain": "the task vector",
     "unique": "unique, iterative pool, 0.85",
@@ -55,9 +56,9 @@ TITLES = {
 
 
 def questions(settings: Settings) -> Iterator[Question]:
-    for seed in SEEDS:
-        for way in WAYS:
-            yield {"component": way, "seed": seed}
+    """All ways with the first seed; with the others those that are compared with intervals."""
+    yield from ({"component": way, "seed": SEEDS[0]} for way in WAYS)
+    yield from ({"component": way, "seed": seed} for seed in SEEDS[1:] for way in COMPARED)
 
 
 def answer(workshop: Workshop, question: Question) -> Answer:

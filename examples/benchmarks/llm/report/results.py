@@ -136,6 +136,6 @@ def head(found: Found, missing: Mapping[str, int], workshop: Workshop) -> str:
         f"processor cores. {sum(spent.values()) / 60:.0f} minutes of one core in all: {costs}.",
         f"Not asked yet, and so not below: {left}. The command goes on with them." if absent else "",
     ]
-    command = "make bench-llm ARGS=--quick" if settings.name == "quick" else "make bench-llm"
-    first = f"# Results on a language model\n\nWritten by `{command}`; do not edit."
+    options = " ARGS=--quick" if settings.name == "quick" else " ARGS=--all" if settings.everything else ""
+    first = f"# Results on a language model\n\nWritten by `make bench-llm{options}`; do not edit."
     return "\n\n".join([first, *(textwrap.fill(text, 120) for text in told if text)])
