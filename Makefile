@@ -60,7 +60,7 @@ format: $(STAMP)  ## repair what can be repaired automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-tables: $(STAMP)  ## write the tables of methods into the README from what they declare
+tables: $(STAMP)  ## write the tables of methods into the guides from what they declare
 	TVBASES_WRITE_TABLES=1 $(BIN)/python -m pytest -q tests/methods/test_tables.py tests/basis/test_basis_schema.py
 
 compatibility: $(STAMP)  ## every command on small models of every architecture; writes COMPATIBILITY.md, some minutes

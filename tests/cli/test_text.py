@@ -25,6 +25,7 @@ from tvbases_hf.basis.info import AdapterInfo, BasisInfo, model_card
 from tvbases_hf.cli.app import console
 from tvbases_hf.cli.doctor import print_findings
 from tvbases_hf.cli.page import write_page
+from tvbases_hf.cli.page_style import SCRIPT
 from tvbases_hf.merging import card as merging_card
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.text import (
@@ -215,6 +216,8 @@ def test_a_page_shows_names_and_has_no_link_and_no_script(name: str, pair: Famil
     table.add_row(name)
     write_page(found, [lambda console: console.print(table)], b"", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.count(f"<script>{SCRIPT}</script>") == 1, "ours, and no other"
+    text = text.replace(f"<script>{SCRIPT}</script>", "")
     assert not re.search(r"<(script|a|b|i)\b", text) and "href" not in text.replace(html.escape(name), "")
     plain = html.unescape(re.sub(r"<[^>]*>", "", text.replace(html.escape(name), "NAME").replace(name, "NAME")))
     assert plain.count("NAME") + plain.count(name) >= 6

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from ..sheet import Sheet
 
 CORE = ("tvbases-hf", "torch", "safetensors", "huggingface_hub")
 EXTRAS = {
@@ -68,7 +69,7 @@ def print_findings(found: dict[str, Any], console: Console) -> None:
     console.print(
         f"devices: {', '.join(found['devices'])}; {found['threads']} threads; {found['free_disk_gb']} GB free here"
     )
-    table = Table("extra", "package", "version")
+    table = Sheet("extra", "package", "version", names=3)
     for name, found_version in found["core"].items():
         table.add_row("(core)", name, found_version or "missing")
     for extra, packages in found["extras"].items():

@@ -17,6 +17,7 @@ from .options import (
     EqualRank,
     ExtraRows,
     Host,
+    Html,
     Json,
     Memory,
     Quiet,
@@ -88,6 +89,7 @@ def merge(
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json: Json = None,
+    html: Html = None,
 ) -> None:
     """Merge as a mergekit YAML says, on the changes of weights. No model is built, adapters stay adapters.
 
@@ -100,7 +102,7 @@ def merge(
     how: dict[str, Any] = {"dtype": parse_dtype(dtype), "seed": seed, "extra_rows": extra_rows, "device": device}
     how |= {"equal_rank": equal_rank, "host": host, "intermediate_dir": intermediate_dir, "dry_run": dry_run}
     found = run(config, out, adapter=adapter, rank=rank, **how)
-    tell(found, print_merge, json)
+    tell(found, print_merge, json, html)
 
 
 @app.command(
