@@ -7,16 +7,18 @@ import html
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from commands.browser import LOOK, Browser
 from commands.command_line import inputs, root, tvbases
 from tvbases_hf.cli.inspection import print_inspection
 from tvbases_hf.cli.page import PageConsole, write_page
 from tvbases_hf.version import library_version
 from zoo.hf_models import Family
+
+if TYPE_CHECKING:
+    from commands.browser import Browser
 
 pytest.importorskip("matplotlib")
 pytest_plugins = ["zoo.hf_fixtures", "commands.browser"]
@@ -109,7 +111,7 @@ def test_it_can_be_read_on_a_phone_and_a_desk_by_day_and_night(
 ) -> None:
     browser.look(width, scheme)
     browser.open(long_page.as_uri())
-    seen = browser.run(LOOK)
+    seen = browser.seen()
     assert seen["out"] == [] and seen["wide"] <= 0, "nothing sticks out"
     assert seen["contrast"] >= 4.5, seen["where"]
     assert (sum(seen["ground"]) > 400) == (scheme == "light")

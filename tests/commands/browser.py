@@ -26,6 +26,31 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+# The least contrast (WCAG 2) of what is written, the text where it is, and everything that sticks out of the window.
+LOOK = """
+const channel = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+const parts = (text) => text.match(/[\\d.]+/g).map(Number);
+const ground = (element) => { for (; element; element = element.parentElement) {
+  const [r, g, b, a = 1] = parts(getComputedStyle(element).backgroundColor); if (a > 0) return [r, g, b]; }
+  return [255, 255, 255]; };
+const within = (element) => { for (element = element.parentElement; element; element = element.parentElement)
+  if (["auto", "scroll", "hidden"].includes(getComputedStyle(element).overflowX)) return true; return false; };
+let least = 99, where = ""; const out = [];
+for (const element of document.querySelectorAll("body *")) {
+  const box = element.getBoundingClientRect();
+  if (!box.width || element.matches("script, style")) continue;
+  if ((box.right > innerWidth + 0.5 || box.left < -0.5) && !within(element)) out.push(element.outerHTML.slice(0, 80));
+  if (![...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())) continue;
+  const [a, b] = [light(parts(getComputedStyle(element).color)), light(ground(element))];
+  const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (contrast < least) { least = contrast; where = element.textContent.slice(0, 40); }
+}
+return {contrast: least, where, out, wide: document.documentElement.scrollWidth - innerWidth,
+  ground: ground(document.body)};
+"""
+
+
 class Browser:
     """One window. Raises AssertionError with the browser's own message where a command fails."""
 
@@ -67,6 +92,10 @@ class Browser:
             time.sleep(0.1)
         return found
 
+    def seen(self) -> dict[str, Any]:
+        """``contrast``, the least, and ``where``; ``out``, what sticks out; how much too ``wide``; the ``ground``."""
+        return self.run(LOOK)
+
     def problems(self) -> list[str]:
         """What the page said on its console: scripts that failed, and what its policy refused."""
         return [entry["message"] for entry in self._ask("/se/log", {"type": "browser"})]
@@ -104,28 +133,3 @@ def _await(port: int) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("the browser's driver does not answer")
-
-
-# The least contrast (WCAG 2) of what is written, the text where it is, and everything that sticks out of the window.
-LOOK = """
-const channel = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-const parts = (text) => text.match(/[\\d.]+/g).map(Number);
-const ground = (element) => { for (; element; element = element.parentElement) {
-  const [r, g, b, a = 1] = parts(getComputedStyle(element).backgroundColor); if (a > 0) return [r, g, b]; }
-  return [255, 255, 255]; };
-const within = (element) => { for (element = element.parentElement; element; element = element.parentElement)
-  if (["auto", "scroll", "hidden"].includes(getComputedStyle(element).overflowX)) return true; return false; };
-let least = 99, where = ""; const out = [];
-for (const element of document.querySelectorAll("body *")) {
-  const box = element.getBoundingClientRect();
-  if (!box.width || element.matches("script, style")) continue;
-  if ((box.right > innerWidth + 0.5 || box.left < -0.5) && !within(element)) out.push(element.outerHTML.slice(0, 80));
-  if (![...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())) continue;
-  const [a, b] = [light(parts(getComputedStyle(element).color)), light(ground(element))];
-  const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  if (contrast < least) { least = contrast; where = element.textContent.slice(0, 40); }
-}
-return {contrast: least, where, out, wide: document.documentElement.scrollWidth - innerWidth,
-  ground: ground(document.body)};
-"""
