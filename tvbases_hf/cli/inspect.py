@@ -23,6 +23,7 @@ from .data import (
     parse_classes,
 )
 from .options import (
+    PAGE,
     Base,
     Device,
     DryRun,
@@ -62,7 +63,7 @@ def inspect(
         ),
     ] = None,
     plot: Annotated[Path | None, file_option("Draw everything; implies --layers.", "PNG", draws=True)] = None,
-    html: Annotated[Path | None, file_option("All of it on a page; implies --layers.", "HTML", True)] = None,
+    html: Annotated[Path | None, file_option(PAGE, "HTML", draws=True)] = None,
     bounds: Annotated[bool, typer.Option("--bounds", help="Also the error bounds, both sides; needs --data.")] = False,
     data: Data = None,
     classes: Classes = None,

@@ -195,8 +195,9 @@ TrustRemoteCode = Annotated[
     ),
 ]
 Json = Annotated[Path | None, file_option("Write the report as JSON.")]
-Html = Annotated[Path | None, file_option("The report as a page to send around.", "HTML")]
-DrawnHtml = Annotated[Path | None, file_option("The report as a page to send around, with its picture.", "HTML", True)]
+PAGE = "The report as a page to send around, with its pictures."
+Html = Annotated[Path | None, file_option(PAGE, "HTML")]
+DrawnHtml = Annotated[Path | None, file_option(PAGE, "HTML", draws=True)]
 Threads = Annotated[
     int | None,
     typer.Option(
