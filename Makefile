@@ -9,7 +9,7 @@ STAMP     := .venv/.installed
 SMOLLM    := .venv/.smollm
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest fuzz kills lint format tables compatibility bench bench-text bench-llm clean
+.PHONY: help venv demo test test-oldest fuzz kills package site lint format tables compatibility bench bench-text bench-llm clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -51,6 +51,15 @@ OLDEST_TEST := tests/integrations/peft/test_peft_integration.py tests/integratio
 test-oldest: .venv-oldest/.installed  ## the tests of PEFT, with the oldest that is allowed
 	.venv-oldest/bin/python -m pytest $(OLDEST_TEST)
 
+package: $(STAMP)  ## build the wheel, check its metadata, and run it with the core's dependencies alone
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/python .ci/check_wheel.py build/wheel/*.whl
+
+site: $(STAMP)  ## build the site of README, guides and API into build/site
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	.ci/site $(BIN)/python
+
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,7 +69,7 @@ format: $(STAMP)  ## repair what can be repaired automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-tables: $(STAMP)  ## write the tables of methods into the README from what they declare
+tables: $(STAMP)  ## write the tables of methods into the guides from what they declare
 	TVBASES_WRITE_TABLES=1 $(BIN)/python -m pytest -q tests/methods/test_tables.py tests/basis/test_basis_schema.py
 
 compatibility: $(STAMP)  ## every command on small models of every architecture; writes COMPATIBILITY.md, some minutes

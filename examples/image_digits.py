@@ -4,7 +4,7 @@
 
 Trains a base on upright digits, and fine-tunes on turned, inverted and mirrored ones (CLIP: of images the tower alone,
 which is saved alone, as FusionBench publishes its models); then runs the commands that it prints. About a minute for
-each of the two on two cores. With models of your own: image_models.md. Needs scikit-learn and Pillow.
+each of the two on two cores. With models of your own: guides/images.md. Needs scikit-learn and Pillow.
 """
 
 from __future__ import annotations

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import html
 import re
+import textwrap
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
+# The width of what is no terminal.
+PIPED = 100_000
 # Joiners of letters: invisible, and part of words (Persian, Hindi) and of emoji.
 JOINERS = "\u200c\u200d"
 # What Markdown may take for more than itself; "_" only beside a space or at an end, where it could begin an emphasis.
@@ -27,6 +30,23 @@ class Terminal(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Of a terminal; lines that go into a file or a program are as long as they are."""
+        return super().size if self.is_terminal or self._width is not None else ConsoleDimensions(PIPED, 25)
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        """As rich does, but lines of text end at spaces only, and nothing is cut off.
+
+        ``soft_wrap``: one line, whatever its length, as for what names a path.
+        """
+        if objects and all(isinstance(thing, str) for thing in objects):
+            text = " ".join(printable(thing, "\n") for thing in objects)
+            objects = (text if soft_wrap else "\n".join(wrapped(text, self.width)),)
+            soft_wrap = True
+        options.setdefault("crop", False)
+        super().print(*objects, soft_wrap=soft_wrap, **options)
+
     def on_broken_pipe(self) -> None:
         """For whoever runs the command to say."""
         raise BrokenPipeError
@@ -39,6 +59,13 @@ def printable(text: object, kept: str = "") -> str:
     """As one line of what can be seen: control and other invisible characters as their escapes (\\x1b)."""
     kept += JOINERS
     return "".join(c if c.isprintable() or c in kept else _escape(c) for c in str(text))
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines that end at spaces only: a path or a number that is longer than a line stays whole."""
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+    lines = (textwrap.wrap(line, max(width, 1), **how) if len(line) > width else [line] for line in text.split("\n"))
+    return [part for line in lines for part in (line or [""])]
 
 
 def in_picture(text: object) -> str:

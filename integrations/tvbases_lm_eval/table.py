@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from tvbases_hf.sheet import Sheet
 
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
 def print_table(found: Mapping[str, Any], console: Console) -> None:
     """Metrics under the task that they belong to, one column per model; what could not be measured is a dash."""
-    table = Table(title=_title(found), title_justify="left")
-    for name in ("", *found["models"]):
-        table.add_column(name, overflow="fold", justify="right" if name else "left")
+    table = Sheet("", *found["models"], title=_title(found))
     latest = None
     for row in found["rows"]:
         if row["task"] != latest:

@@ -25,6 +25,7 @@ from tvbases_hf.basis.info import AdapterInfo, BasisInfo, model_card
 from tvbases_hf.cli.app import console
 from tvbases_hf.cli.doctor import print_findings
 from tvbases_hf.cli.page import write_page
+from tvbases_hf.cli.page_style import SCRIPT
 from tvbases_hf.merging import card as merging_card
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.text import (
@@ -215,6 +216,8 @@ def test_a_page_shows_names_and_has_no_link_and_no_script(name: str, pair: Famil
     table.add_row(name)
     write_page(found, [lambda console: console.print(table)], b"", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.count(f"<script>{SCRIPT}</script>") == 1, "ours, and no other"
+    text = text.replace(f"<script>{SCRIPT}</script>", "")
     assert not re.search(r"<(script|a|b|i)\b", text) and "href" not in text.replace(html.escape(name), "")
     plain = html.unescape(re.sub(r"<[^>]*>", "", text.replace(html.escape(name), "NAME").replace(name, "NAME")))
     assert plain.count("NAME") + plain.count(name) >= 6
@@ -229,7 +232,7 @@ def test_a_picture_of_tasks_with_dollars_is_drawn(pair: Family) -> None:
 def check_card(card: str, name: str) -> None:
     """A header with nothing more in it, a table whose rows have the columns of its head, snippets that are Python."""
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
-    assert set(yaml.safe_load(head)) <= {"library_name", "tags", "base_model"}
+    assert set(yaml.safe_load(head)) <= {"library_name", "tags", "base_model", "base_model_relation"}
     text = rendered(body)
     assert "<script" not in text and "<a " not in text and "<td>1</td>" not in text
     rows = [row.count("<td>") for row in text.split("<tr>") if "<td>" in row]
@@ -268,7 +271,7 @@ def test_the_card_of_a_merge_is_what_it_is_with_any_name(kind: str, name: str) -
 
     text = merging_card.model_card(Recipe(), report)  # type: ignore[arg-type]
     head, body = text.removeprefix("---\n").split("\n---\n", 1)
-    assert set(yaml.safe_load(head)) <= {"library_name", "tags", "base_model"}
+    assert set(yaml.safe_load(head)) <= {"library_name", "tags", "base_model", "base_model_relation"}
     html_text = rendered(body)
     assert "<script" not in html_text and "<a " not in html_text
     assert html.escape(printable(name)) in html_text.replace("'", "&#x27;")

@@ -18,10 +18,11 @@ from ..bases import BasisWeights
 from ..errors import CheckpointError, ParameterError
 from ..models.gram import Gram
 from ..models.vectors import Vectors
-from ..storage.files import local_path, without_revision
+from ..storage.cards import header
+from ..storage.files import local_path
 from ..storage.json_files import wrong_values
 from ..storage.output import contains_only
-from ..text import code_span, in_markdown, in_yaml, quoted
+from ..text import code_span, in_markdown, quoted
 from ..version import library_version
 from .parts import STRICT, AdapterInfo, LibraryInfo, Matrix, OnlineState, Size, check_ranks, check_sizes
 
@@ -246,12 +247,9 @@ def model_card(info: BasisInfo) -> str:
         for task, weight, error in zip(info.tasks, info.effective_weights, info.task_error, strict=True)
     )
     local = local_path(info.base_id) is not None
-    base = f"base_model: {in_yaml(without_revision(info.base_id)[0])}\n" if "/" in info.base_id and not local else ""
+    head = "\n".join(header("tvbases-hf", info.base_id, "merge", ["task-arithmetic", "model-merging"]))
     shown, first = code_span(Path(info.base_id).name if local else info.base_id), info.tasks[0]
-    return f"""---
-library_name: tvbases-hf
-tags: [task-arithmetic, model-merging]
-{base}---
+    return f"""{head}
 
 # {info.num_bases} bases of {len(info.tasks)} task vectors
 

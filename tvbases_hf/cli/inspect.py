@@ -23,6 +23,7 @@ from .data import (
     parse_classes,
 )
 from .options import (
+    PAGE,
     Base,
     Device,
     DryRun,
@@ -39,6 +40,7 @@ from .options import (
     Threshold,
     TrustRemoteCode,
     file_option,
+    page,
     rank_option,
     report,
     scale_option,
@@ -60,8 +62,8 @@ def inspect(
             help="A merge of these models: its interference before and after; implies --layers.", metavar="DIR"
         ),
     ] = None,
-    plot: Annotated[Path | None, file_option("Draw everything; implies --layers.", "PNG")] = None,
-    html: Annotated[Path | None, file_option("All of it on one page, pictures too; implies --layers.")] = None,
+    plot: Annotated[Path | None, file_option("Draw everything; implies --layers.", "PNG", draws=True)] = None,
+    html: Annotated[Path | None, file_option(PAGE, "HTML", draws=True)] = None,
     bounds: Annotated[bool, typer.Option("--bounds", help="Also the error bounds, both sides; needs --data.")] = False,
     data: Data = None,
     classes: Classes = None,
@@ -123,7 +125,7 @@ def inspect(
 def _show(found: Inspection, plot: Path | None, html: Path | None) -> None:
     """As tables on the terminal, as a picture and as a page; files are written by the first process."""
     from ..storage.run import current
-    from .tables import print_bounds, print_inspection
+    from .inspection import print_bounds, print_inspection
 
     report = found.to_json()
     tables = [functools.partial(print_inspection, report)]
@@ -131,14 +133,13 @@ def _show(found: Inspection, plot: Path | None, html: Path | None) -> None:
         tables.append(functools.partial(print_bounds, found.bounds))
     if (plot or html) and current().team.rank == 0:
         from ..storage.reports import write_picture
-        from .page import write_page
-        from .plots import picture_of
+        from .plots import CAPTION, picture_of
 
         picture = picture_of(report)
         if plot:
             write_picture(plot, picture)
         if html:
-            write_page(report, tables, picture, html)
+            page(html, report, tables, picture, about_picture=CAPTION)
     for show in tables:
         show(console)
 

@@ -156,7 +156,7 @@ def convert(
 
 
 def _print_converted(found: Mapping[str, Any], where: Any) -> None:
-    where.print(f"{found['out']}: {len(found['tasks'])} tasks, the first {found['tasks'][0]}")
+    where.print(f"{found['out']}: {len(found['tasks'])} tasks, the first {found['tasks'][0]}", soft_wrap=True)
 
 
 def _print_change(found: Mapping[str, Any], where: Any) -> None:
@@ -170,16 +170,16 @@ def _print_change(found: Mapping[str, Any], where: Any) -> None:
             where.print(f"{task} {word}{error}")
     where.print(
         f"{found['out']}: {len(found['tasks'])} tasks in {found['clusters']} clusters, {readable_size(found['bytes'])} "
-        f"({found['share']:.1%} of the adapters), mean squared error {found['mean_square_error']:.2g}"
+        f"({found['share']:.1%} of the adapters), mean squared error {found['mean_square_error']:.2g}",
+        soft_wrap=True,
     )
 
 
 def _print_list(found: Mapping[str, Any], where: Any) -> None:
-    from rich.table import Table
-
+    from ..sheet import Sheet
     from ..storage.system import readable_size
 
-    table = Table("task", "cluster", "bytes", "error")
+    table = Sheet("task", "cluster", "bytes", "error")
     for task, cluster, size, error in zip(
         found["tasks"], found["task_cluster"], found["task_bytes"], found["task_error"], strict=True
     ):
@@ -191,30 +191,31 @@ def _print_list(found: Mapping[str, Any], where: Any) -> None:
 def _print_export(found: Mapping[str, Any], where: Any) -> None:
     from ..storage.system import readable_size
 
-    where.print(f"{found['out']}: {found['task']}, {readable_size(found['bytes'])}, {found['task_error']:.1%} off")
+    size, error = readable_size(found["bytes"]), found["task_error"]
+    where.print(f"{found['out']}: {found['task']}, {size}, {error:.1%} off", soft_wrap=True)
     for line in found["loading"]:
         where.print(line)
 
 
 def _print_verified(found: Mapping[str, Any], where: Any) -> None:
-    where.print(f"{found['out']}: {found['files']} files are what was written; {len(found['tasks'])} tasks were read")
+    read = f"{found['files']} files are what was written; {len(found['tasks'])} tasks were read"
+    where.print(f"{found['out']}: {read}", soft_wrap=True)
     for task, error in found["measured"].items():
         where.print(f"{task}: {error:.2%} from its adapter, as recorded")
 
 
 def _print_inspection(found: Mapping[str, Any], where: Any) -> None:
-    from rich.table import Table
-
+    from ..sheet import Sheet
     from ..storage.system import readable_size
 
-    table = Table("cluster", "tasks", "output directions", "input directions", "bits", title="what clusters share")
+    table = Sheet("cluster", "tasks", "output directions", "input directions", "bits", title="what clusters share")
     for place, (members, shared) in enumerate(zip(found["cluster_members"], found["shared_directions"], strict=True)):
         sizes = (f"{shared[word]:.1f}" for word in ("outputs", "inputs", "bits"))
         table.add_row(str(place), str(len(members)), *sizes)
     where.print(table)
     for pair in found["near_copies"]:
         where.print(f"near copies: {pair['tasks'][0]} and {pair['tasks'][1]} (cosine {pair['cosine']:.3f})")
-    curve = Table("bytes", "error", title="what a byte buys")
+    curve = Sheet("bytes", "error", title="what a byte buys")
     for row in found["curve"]:
         curve.add_row(readable_size(row["bytes"]), f"{row['error']:.2%}")
     where.print(curve)

@@ -9,6 +9,14 @@ import typer
 from typer.core import TyperCommand
 
 from .app import app
+from .habits import (
+    CopyTokenizer,
+    Cuda,
+    LazyUnpickle,
+    LoraMergeCache,
+    LowCpuMemory,
+    OutShardSize,
+)
 from .options import (
     AdapterOut,
     Device,
@@ -17,6 +25,7 @@ from .options import (
     EqualRank,
     ExtraRows,
     Host,
+    Html,
     Json,
     Memory,
     Quiet,
@@ -88,6 +97,13 @@ def merge(
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json: Json = None,
+    html: Html = None,
+    cuda: Cuda = False,
+    copy_tokenizer: CopyTokenizer = False,
+    lazy_unpickle: LazyUnpickle = False,
+    low_cpu_memory: LowCpuMemory = False,
+    lora_merge_cache: LoraMergeCache = None,
+    out_shard_size: OutShardSize = None,
 ) -> None:
     """Merge as a mergekit YAML says, on the changes of weights. No model is built, adapters stay adapters.
 
@@ -97,10 +113,11 @@ def merge(
 
     from .tables import print_merge
 
-    how: dict[str, Any] = {"dtype": parse_dtype(dtype), "seed": seed, "extra_rows": extra_rows, "device": device}
+    how: dict[str, Any] = {"dtype": parse_dtype(dtype), "seed": seed, "extra_rows": extra_rows}
+    how["device"] = "cuda" if cuda and device == "cpu" else device
     how |= {"equal_rank": equal_rank, "host": host, "intermediate_dir": intermediate_dir, "dry_run": dry_run}
     found = run(config, out, adapter=adapter, rank=rank, **how)
-    tell(found, print_merge, json)
+    tell(found, print_merge, json, html)
 
 
 @app.command(

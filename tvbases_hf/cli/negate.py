@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from .evaluate import (
 from .options import (
     AdapterOut,
     Base,
+    DrawnHtml,
     DryRun,
     EqualRank,
     ExtraRows,
@@ -90,7 +92,7 @@ def negate(
     curve: Annotated[
         bool, typer.Option("--curve", help="Measure every alpha, for all three components; for --plot and --json.")
     ] = False,
-    plot: Annotated[Path | None, file_option("Draw target against control over alpha; needs --curve.", "PNG")] = None,
+    plot: Annotated[Path | None, file_option("Draw target and control over alpha; needs --curve.", "PNG", True)] = None,
     adapter: AdapterOut = False,
     equal_rank: EqualRank = False,
     host: Host = None,
@@ -126,6 +128,7 @@ def negate(
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json: Json = None,
+    html: DrawnHtml = None,
 ) -> None:
     """Forget a task: write the base minus alpha times its vector. Or what is unique to it, or its AE reconstruction.
 
@@ -157,7 +160,13 @@ def negate(
         from tvbases_lm_eval.plots import plot_negations
 
         plot_negations(found["curves"], found["forget"], plot)
-    tell(found, _show, json)
+    tell(found, _show, json, html, functools.partial(_picture, found) if "curves" in found else None)
+
+
+def _picture(found: dict[str, Any]) -> bytes:
+    from tvbases_lm_eval.plots import draw_negations
+
+    return draw_negations(found["curves"], found["forget"])
 
 
 def _show(found: dict[str, Any], console: Any) -> None:
@@ -167,7 +176,7 @@ def _show(found: dict[str, Any], console: Any) -> None:
     for name, negation in found.get("curves", {}).items():
         console.print(f"{name}: {Negation.from_json(negation).summary()}", highlight=False)
     what = f"{found['alpha']:g} * {found['component']} of {found['forget']}"
-    console.print(f"{found['out']}: {found['base']} - {what}", highlight=False)
+    console.print(f"{found['out']}: {found['base']} - {what}", highlight=False, soft_wrap=True)
     print_loading(found, console)
 
 

@@ -67,11 +67,10 @@ def _print_added(name: str, basis: Any) -> None:
 
 
 def _print(found: Mapping[str, Any], where: Any) -> None:
-    from rich.table import Table
-
+    from ..sheet import Sheet
     from ..storage.system import readable_size
 
-    table = Table("task", "weight in the merged vector", "error, about", "at most")
+    table = Sheet("task", "weight in the merged vector", "error, about", "at most")
     columns = ("tasks", "effective_weights", "task_error_estimate", "task_error_at_most")
     for task, weight, about, most in zip(*(found[name] for name in columns), strict=True):
         table.add_row(task, f"{weight:.3f}", f"{about:.1%}", f"{most:.1%}")
@@ -79,7 +78,8 @@ def _print(found: Mapping[str, Any], where: Any) -> None:
     room = found["budget"] - found["num_bases"]
     where.print(
         f"{found['out']}: {_count(found['num_bases'], 'vector')}, {readable_size(found['bytes'])}"
-        + (f"; room for {room} more" if room else "; full: the next task compresses it")
+        + (f"; room for {room} more" if room else "; full: the next task compresses it"),
+        soft_wrap=True,
     )
 
 

@@ -6,19 +6,23 @@ How a command works (threads, memory, bars, going on with a killed run) is said 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import defaults
-from ..errors import OutputError, ParameterError
-from .app import console
+from ..errors import MissingExtraError, OutputError, ParameterError
+from .app import QUIET, SIDE_FILES, console, stamp
 
 REVISION = "tvbases_hf.revision"
 
@@ -32,6 +36,7 @@ def _in_run(context: typer.Context, **how: Any) -> None:
 
 def _quietly(context: typer.Context, quiet: bool) -> bool:
     if quiet:
+        context.meta[QUIET] = True
         _in_run(context, quiet=True)
         context.with_resource(_silent())
     return quiet
@@ -77,6 +82,7 @@ def _writable(context: typer.Context, parameter: typer.CallbackParam, file: Path
     check_file(file, option)
     if parameter.metavar == "PNG" and file.suffix.lower() not in ("", ".png"):
         raise ParameterError(f'{option} "{file}": a picture is written as PNG; call it {file.with_suffix(".png").name}')
+    context.meta.setdefault(SIDE_FILES, {})[file] = stamp(file)
     return apart(context, parameter, file)
 
 
@@ -89,9 +95,18 @@ def apart(context: typer.Context, parameter: typer.CallbackParam, file: Path) ->
     return file
 
 
-def file_option(help: str, metavar: str = "FILE") -> Any:
-    """A file that a command writes besides its output; whether it can is known before the work."""
-    return typer.Option(help=help, metavar=metavar, callback=_writable)
+def _drawable(context: typer.Context, parameter: typer.CallbackParam, file: Path | None) -> Path | None:
+    if file is not None and find_spec("matplotlib") is None:
+        raise MissingExtraError(f'--{parameter.name} needs matplotlib; pip install "tvbases-hf[plot]"')
+    return _writable(context, parameter, file)
+
+
+def file_option(help: str, metavar: str = "FILE", draws: bool = False) -> Any:
+    """A file that a command writes besides its output; whether it can is known before the work.
+
+    ``draws``: it is, or has in it, a picture of ours, which matplotlib draws.
+    """
+    return typer.Option(help=help, metavar=metavar, callback=_drawable if draws else _writable)
 
 
 def _keep_revision(context: typer.Context, revision: str | None) -> str | None:
@@ -180,6 +195,9 @@ TrustRemoteCode = Annotated[
     ),
 ]
 Json = Annotated[Path | None, file_option("Write the report as JSON.")]
+PAGE = "The report as a page to send around, with its pictures."
+Html = Annotated[Path | None, file_option(PAGE, "HTML")]
+DrawnHtml = Annotated[Path | None, file_option(PAGE, "HTML", draws=True)]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -292,13 +310,34 @@ def parse_size(text: str | None, option: str = "--memory") -> int | None:
     return int(size)
 
 
-def tell(found: Mapping[str, Any], show: Callable[[Any, Any], None], json: Path | None) -> None:
-    """A command's report: warnings on stderr, tables (not with --quiet), and JSON; of a dry run what it would write."""
+def tell(
+    found: Mapping[str, Any],
+    show: Callable[[Any, Any], None],
+    json: Path | None,
+    html: Path | None = None,
+    picture: Callable[[], bytes] | None = None,
+) -> None:
+    """A command's report: warnings on stderr, tables (not with --quiet), JSON, a page; of a dry run what it would be.
+
+    ``picture`` is drawn for the page alone.
+    """
     from .tables import print_preview, warn
 
     warn(found.get("warnings", found.get("notes", ())))
     report(json, found)
     (print_preview if found.get("dry_run") else show)(found, console)
+    if html is not None and not found.get("dry_run"):
+        page(html, found, [functools.partial(show, found)], picture() if picture else None, title=str(found["out"]))
+
+
+def page(
+    file: Path, found: Mapping[str, Any], shows: Sequence[Callable[[Any], None]], picture: bytes | None, **said: str
+) -> None:
+    """What --html asks for, with the command that was given."""
+    from .page import write_page
+
+    command = shlex.join(["tvbases", *sys.argv[1:]])
+    write_page(dict(found), shows, picture, file, command=command, **said)
 
 
 def report(file: Path | None, found: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ def doctor(json: Json = None) -> None:
 @app.command(epilog="Example: tvbases demo --json demo.json")
 def demo(
     workdir: Annotated[Path | None, typer.Option(help="Where models are kept for the next run.", metavar="DIR")] = None,
-    plot: Annotated[Path | None, file_option("Draw the results.", "PNG")] = None,
+    plot: Annotated[Path | None, file_option("Draw the results.", "PNG", draws=True)] = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from .evaluate import Continuations, Control, EvaluationDevice, IncludePath, Lim
 from .negate import numbers
 from .options import (
     AdapterOut,
+    DrawnHtml,
     DryRun,
     Dtype,
     EqualRank,
@@ -53,7 +55,7 @@ def tune(
     per_basis: Annotated[
         bool, typer.Option("--per-basis", help="Then a scale for every basis, or every model, that the YAML adds up.")
     ] = False,
-    plot: Annotated[Path | None, file_option("Draw the metrics over alpha.", "PNG")] = None,
+    plot: Annotated[Path | None, file_option("Draw the metrics over alpha.", "PNG", draws=True)] = None,
     adapter: AdapterOut = False,
     rank: Annotated[str | None, rank_option("what is kept of a merged adapter; default: nothing is cut.")] = None,
     equal_rank: EqualRank = False,
@@ -74,6 +76,7 @@ def tune(
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     json: Json = None,
+    html: DrawnHtml = None,
 ) -> None:
     """Merge at the scale that data or lm-eval tasks like best.
 
@@ -100,24 +103,29 @@ def tune(
         from tvbases_lm_eval.plots import plot_tuning
 
         plot_tuning(found["tuning"], plot)
-    tell(found, _show, json)
+    tell(found, _show, json, html, functools.partial(_picture, found))
     check_helps(found)
 
 
-def _show(found: dict[str, Any], console: Any) -> None:
-    from rich.table import Table
+def _picture(found: dict[str, Any]) -> bytes:
+    from tvbases_lm_eval.plots import draw_tuning
 
+    return draw_tuning(found["tuning"])
+
+
+def _show(found: dict[str, Any], console: Any) -> None:
     from ..learning.tuning import Tuning
+    from ..sheet import Sheet
     from .tables import print_loading
 
     tuning = Tuning.from_json(found["tuning"])
-    table = Table("alpha", *(printable(_titled(tuning, task)) for task in tuning.curve.metrics), title_justify="left")
+    table = Sheet("alpha", *(printable(_titled(tuning, task)) for task in tuning.curve.metrics))
     for alpha in tuning.curve.alphas:
         notes = "base" if alpha == 0 else f"{alpha:g}{' *' if alpha == tuning.alpha else ''}"
         table.add_row(notes, *(f"{value:.4g}" for value in tuning.curve.at(alpha).values()))
     console.print(table)
     if tuning.helps:
-        console.print(f"{found['out']}: {printable(tuning.summary())}", highlight=False)
+        console.print(f"{found['out']}: {printable(tuning.summary())}", highlight=False, soft_wrap=True)
         for label, alpha in found.get("coefficients", {}).items():
             console.print(f"  {printable(label)}: {alpha:g}", highlight=False)
         print_loading(found, console)

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..defaults import TEMPLATE
 from ..errors import ParameterError
 from .classes import Classes
-from .data import IGNORED, LABELS, decodes
+from .data import IGNORED, LABELS, decodes, writes
 from .images import opened
 from .rows import IMAGE, LABEL, Row, Rows
+from .texts import CHOICES, Written, is_written
 
 Inputs = Callable[[list[Row]], dict[str, Tensor]]
 
@@ -75,8 +76,8 @@ def labelled(loaded: Asked, name: str, rows: Rows, columns: Columns, classes: Cl
 
     Raises ParameterError for labels that the model does not know, or that it needs and some rows lack.
     """
-    writes = decodes(loaded.model)
-    if classes is None and not writes:
+    targets = decodes(loaded.model)
+    if classes is None and not targets:
         return rows.values
     column = columns.label if rows.has(columns.label) else LABEL
     if loaded.input != "input_ids" and not any(LABEL in row or column in row for row in rows.values):
@@ -92,8 +93,10 @@ def labelled(loaded: Asked, name: str, rows: Rows, columns: Columns, classes: Cl
 
 def collator(loaded: Asked, name: str, rows: Rows, columns: Columns) -> Inputs:
     """From rows to a batch, by what the rows hold. Raises ParameterError for rows that the model cannot be given."""
+    if _answers(loaded, name, rows, columns):
+        return Written(name, loaded.tokenizer, columns.text, columns.label, columns.max_tokens)
     read = _inputs(loaded, name, rows, columns)
-    writes, reads_tokens = decodes(loaded.model), loaded.input == "input_ids"
+    targets, reads_tokens = decodes(loaded.model), loaded.input == "input_ids"
 
     def collate(batch: list[Row]) -> dict[str, Tensor]:
         try:
@@ -105,7 +108,7 @@ def collator(loaded: Asked, name: str, rows: Rows, columns: Columns) -> Inputs:
             raise ParameterError(f'the data of "{name}" does not fit into a batch: {reason}') from error
         if LABELS in batch[0]:
             labels = [row[LABELS] for row in batch]
-            inputs[LABELS] = _targets(loaded, labels, columns) if writes else torch.tensor(labels)
+            inputs[LABELS] = _targets(loaded, labels, columns) if targets else torch.tensor(labels)
         elif reads_tokens and not loaded.is_classifier:
             mask = inputs.get("attention_mask")
             ids = inputs["input_ids"]
@@ -113,6 +116,21 @@ def collator(loaded: Asked, name: str, rows: Rows, columns: Columns) -> Inputs:
         return inputs
 
     return collate
+
+
+def _answers(loaded: Asked, name: str, rows: Rows, columns: Columns) -> bool:
+    """Whether the rows say what a causal language model is to write."""
+    if not writes(loaded.model) or decodes(loaded.model) or rows.arrays:
+        return False
+    if any(is_written(row, columns.label) for row in rows.values):
+        return True
+    if rows.has(columns.label):
+        raise ParameterError(
+            f'the data of "{name}": its column "{columns.label}" holds numbers (as {rows.values[0][columns.label]!r}), '
+            f"and a {type(loaded.model).__name__} writes text; give the text of the answer there, or a column "
+            f'"{CHOICES}" that the number is the place in, or name another column with --label-column'
+        )
+    return False
 
 
 def _inputs(loaded: Asked, name: str, rows: Rows, columns: Columns) -> Inputs:

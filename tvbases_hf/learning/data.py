@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ParameterError
-
-IGNORED = -100
-LABELS = "labels"
+from .texts import IGNORED, LABELS, MESSAGES, Written, is_written
 
 Readout = Callable[[Any, Any], tuple[Tensor, Tensor | None]]
 
@@ -26,8 +24,9 @@ Readout = Callable[[Any, Any], tuple[Tensor, Tensor | None]]
 def transformers_readout(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """(logits [n, C], labels [n] int64 or None) of a transformers model; n counts tokens for models of tokens.
 
-    The next token is what a causal language model is asked for. An encoder-decoder model is asked for every token of
-    ``labels`` after those before it, which it makes its decoder's inputs of itself. Tokens labelled -100 do not count.
+    A causal language model is asked for the next token, and for every one where no labels say which count. An
+    encoder-decoder model is asked for every token of ``labels`` after those before it, which it makes its decoder's
+    inputs of itself. Tokens labelled -100 do not count.
     """
     inputs = fitting(model, batch)
     targets = decodes(model)
@@ -37,12 +36,36 @@ def transformers_readout(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, 
             f'target; add a column "{LABELS}"'
         )
     labels = inputs.get(LABELS) if targets else inputs.pop(LABELS, None)
+    if targets and labels is not None and _follow(labels):
+        raise ParameterError(
+            f"the labels follow the text, which an encoder-decoder model ({_class_of(model)}) does not read; make its "
+            "data with TaskModel.load(base).data(task, file)"
+        )
     logits = model(**inputs).logits
     if logits.ndim == 3:
         if _is_causal(model):
+            labels = _next_tokens(model, inputs, labels)
             logits, labels = logits[:, :-1], None if labels is None else labels[:, 1:]
         logits = logits.flatten(0, 1)
     return logits, None if labels is None else labels.flatten()
+
+
+def _follow(labels: Tensor) -> bool:
+    """Whether what counts begins later than its row, as where an answer follows a text."""
+    return labels.ndim == 2 and bool((labels[:, 0] == IGNORED).all()) and bool((labels != IGNORED).any())
+
+
+def _next_tokens(model: Any, inputs: Mapping[str, Any], labels: Tensor | None) -> Tensor | None:
+    """[n, L] the tokens that a causal language model should write."""
+    if labels is None:
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        return ids if ids is None or mask is None else ids.masked_fill(mask == 0, IGNORED)
+    if labels.ndim < 2:
+        raise ParameterError(
+            f"the labels are one number for each example, and a {_class_of(model)} writes text: give the text of the "
+            'answer as the label, or a column "choices" that the number is the place in'
+        )
+    return labels
 
 
 def fitting(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +178,9 @@ class TaskData:
         Args:
             tokenizer: of the model; its inputs are made of the column ``text``, batch by batch. Without one the columns
                 are the model's inputs already.
-            label: the column that becomes ``labels``; a data set without it has no labels.
+            label: the column that becomes ``labels``: the number of a class, for classifiers. For models that write
+                text, a text alone asks for every next token, a label that is text for the answer after it, and
+                ``choices`` or ``messages`` as texts.Written says.
             collate: from a list of rows to a batch, instead of the above.
 
         Raises ParameterError for an empty data set and for a column that is absent.
@@ -164,11 +189,15 @@ class TaskData:
             raise ParameterError(f'the data of "{name}" is empty')
         if collate is None:
             columns = tuple(dataset[0])
-            if tokenizer is not None and text not in columns:
+            written = tokenizer is not None and is_written(dataset[0], label)
+            if tokenizer is not None and text not in columns and MESSAGES not in columns:
                 raise ParameterError(
                     f'the data of "{name}" has no column "{text}" (it has {", ".join(columns)}); name it with text='
                 )
-            collate = _Tokenised(tokenizer, text, label, max_tokens) if tokenizer is not None else _Stacked(label)
+            if written:
+                collate = Written(name, tokenizer, text, label, max_tokens)
+            else:
+                collate = _Tokenised(tokenizer, text, label, max_tokens) if tokenizer is not None else _Stacked(label)
         loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=False, collate_fn=collate)
         return cls(name, loader, readout)
 
@@ -182,6 +211,8 @@ class _Tokenised:
 
     def __call__(self, rows: list[Any]) -> dict[str, Tensor]:
         texts = [row[self.text] for row in rows]
+        if getattr(self.tokenizer, "pad_token", "") is None:  # GPT-2 and Llama have none; padded places do not count
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         limits = {"truncation": True, "max_length": self.max_tokens} if self.max_tokens else {"truncation": True}
         batch = dict(self.tokenizer(texts, padding=True, return_tensors="pt", **limits))
         if self.label in rows[0]:

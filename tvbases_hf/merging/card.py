@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..storage.files import local_path
-from ..text import code_block, code_span, in_markdown, in_yaml, quoted
+from ..storage.cards import header
+from ..storage.files import local_path, without_revision
+from ..text import code_block, code_span, in_markdown, quoted
 from .merge import Merge
 
 # Relative errors below this are the rounding of float32 factors.
@@ -24,13 +25,11 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), 
 def model_card(merge: Merge, report: dict[str, Any]) -> str:
     """Markdown with the Hub's header; local paths are named by their last part only, except in the recipe."""
     base, adapter = report["base"], report["kind"] == "adapter"
-    use = ADAPTER_USE.format(base=quoted(base)) if adapter else CHECKPOINT_USE
+    library, relation = ("peft", "adapter") if adapter else ("transformers", "merge")
+    merged = () if adapter else report["models"]  # the Hub takes the base alone for what an adapter goes on
+    use = ADAPTER_USE.format(base=quoted(without_revision(base)[0])) if adapter else CHECKPOINT_USE
     lines = [
-        "---",
-        f"library_name: {'peft' if adapter else 'transformers'}",
-        *([f"base_model: {in_yaml(base)}"] if "/" in base and not local_path(base) else []),
-        "tags: [merge, mergekit, task-arithmetic]",
-        "---",
+        *header(library, base, relation, ["merge", "mergekit", "task-arithmetic"], merged),
         "",
         f"# {len(report['models'])} models merged by {report['method']}",
         "",

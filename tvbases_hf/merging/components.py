@@ -70,6 +70,7 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
             "shared_energy": _shares(energy),
         }
         write_json(work / MARKER, {**found, "files": files_in(work)})
+    found |= {"out": str(out)}
     return {**found, "warnings": list(side.notes)} if side.notes else found
 
 

@@ -14,12 +14,12 @@ from ..errors import ParameterError
 from ..models.hosts import check_rank
 from ..models.modules import Modules
 from ..storage import run
-from ..storage.cards import write_card
+from ..storage.cards import header, hub_id, write_card
 from ..storage.checkpoint import Checkpoint
 from ..storage.file_names import check_names
 from ..storage.json_files import read_json
 from ..storage.output import check_apart, check_output, files_in, preview, transaction, write_json
-from ..text import code_block, code_span, in_markdown, in_yaml, quoted
+from ..text import code_block, code_span, in_markdown, quoted
 from ..version import library_version
 from .card import ADAPTER_USE
 from .extraction import Extraction, Size, Target, open_fine_tune
@@ -118,15 +118,12 @@ def _job(jobs: Sequence[Extraction]) -> dict[str, Any]:
 
 def _card(task: str, base: str, kept: Mapping[str, Any]) -> str:
     """README.md of one adapter."""
-    local = "/" not in base or Path(base).expanduser().exists()
+    found = hub_id(base)
+    local, base = found is None, found or base
     ranks = list(kept["ranks"])
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     lines = [
-        "---",
-        "library_name: peft",
-        *([] if local else [f"base_model: {in_yaml(base)}"]),
-        "tags: [lora, task-arithmetic]",
-        "---",
+        *header("peft", base, "adapter", ["lora", "task-arithmetic"]),
         "",
         f"# {in_markdown(task)}, extracted from a full fine-tune",
         "",

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ..algebra.delta import LowRank, square_norm
 from ..errors import ParameterError
 from ..methods.devec import Options, WholeSpaceError, chance_limit, chance_share, decompose
+from ..sheet import Sheet
 from .mixing import Part, Recipe, Styles
 
 BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.)")
@@ -173,7 +173,7 @@ def print_styles(found: dict[str, Any], console: Console, *, blocks: bool = Fals
     """One line per style; with ``blocks`` a table of every block and pair."""
     names = list(found["styles"])
     threshold = found["recipe"]["threshold"]
-    table = Table("style", "modules", "rank", "scale", "shared", "in the mix", title_justify="left")
+    table = Sheet("style", "modules", "rank", "scale", "shared", "in the mix")
     table.title = f"{found['recipe']['component']} components, threshold {threshold:g}, pool {found['recipe']['pool']}"
     if "method" in found["recipe"]:
         table.title += f", merged by {found['recipe']['method']['name']}"
@@ -185,14 +185,16 @@ def print_styles(found: dict[str, Any], console: Console, *, blocks: bool = Fals
     console.print(table)
     if blocks:
         title = "share of each style's squared norm that is shared"
-        rows = Table("block", *names, title=title, title_justify="left")
+        rows = Sheet("block", *names, title=title)
         for group, shares in found["shared"].items():
             rows.add_row(group, *(f"{shares[name]:.1%}" if name in shares else "-" for name in names))
         console.print(rows)
-        pairs = Table("pair", "shared", title="shared by two styles alone", title_justify="left")
+        pairs = Sheet("pair", "shared", title="shared by two styles alone")
         for pair, share in found["pairs"].items():
             pairs.add_row(pair, f"{share:.1%}")
         console.print(pairs)
+    if "out" in found:
+        console.print(f"{found['out']}: the mix, in {found['dtype']}", highlight=False, soft_wrap=True)
 
 
 def _shared_square(changes: list[LowRank], options: Options) -> float:

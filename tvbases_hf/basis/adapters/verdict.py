@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...storage.cards import header
 from ...storage.files import local_path, without_revision
-from ...text import code_span, in_markdown, in_yaml, quoted
+from ...text import code_span, in_markdown, quoted
 from ..info import AdapterInfo, BasisInfo
 
 # Two errors closer than this (as a ratio, and in absolute terms) are the same: rounding tells them apart at most.
@@ -81,7 +82,8 @@ def adapter_card(info: BasisInfo) -> str:
     adapters, first, last = info.adapters, quoted(info.tasks[0]), quoted(info.tasks[-1])
     local = local_path(info.base_id) is not None or "/" not in info.base_id
     repository, _ = without_revision(info.base_id)
-    header = "" if local else f"base_model: {in_yaml(repository)}\n"
+    tags = ["lora", "task-arithmetic", "model-merging", "tvbases-hf"]
+    head = "\n".join(header("peft", info.base_id, "adapter", tags))
     base = quoted(repository) if not local else '"path/to/the/base"'
     rows = "\n".join(
         f"| {in_markdown(task)} | {weight * adapters.alpha:.3f} | {error:.1%} | {trivial:.1%} |"
@@ -89,10 +91,7 @@ def adapter_card(info: BasisInfo) -> str:
             info.tasks, info.effective_weights, info.task_error, adapters.truncation_error, strict=True
         )
     )
-    return f"""---
-library_name: peft
-tags: [lora, task-arithmetic, model-merging, tvbases-hf]
-{header}---
+    return f"""{head}
 
 # {len(info.tasks)} adapters in one: {", ".join(map(in_markdown, info.tasks))}
 
