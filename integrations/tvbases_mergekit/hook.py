@@ -107,7 +107,7 @@ def _describe(where: Path, files: tuple[Path, ...]) -> HookStatus:
     missing = [name for name in (MODULE_FILE, *_startup_file(sys.version_info)) if where / name not in files]
     text = _read(where / MODULE_FILE)
     version, interpreter = _parse_stamp(text)
-    again = "`tvbases hook install` writes it anew"
+    again = "`tvbases hook install` writes it again"
     if interpreter and interpreter != _interpreter():
         detail = f"written for {interpreter}, this is {_interpreter()}; {again}"
         return HookStatus("installed for another interpreter", where, files, detail)

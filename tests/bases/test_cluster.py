@@ -264,7 +264,7 @@ def test_the_command_compresses_to_clusters(more: list[object], llama: Family, t
 def test_the_command_refuses_cluster_options_elsewhere_and_unknown_ones(llama: Family) -> None:
     out = ["--out", root(llama) / "basis"]
     message = refused(root(llama), "compress", *inputs(llama), *out, "--inner", "ties")
-    assert "--inner is of --method cluster" in message
+    assert "--inner goes with --method cluster" in message
     message = misused(root(llama), "compress", *inputs(llama), *out, "--method", "cluster", "--inner", "tie")
     assert "'tie' is not one of" in message and "'ties'" in message
     message = refused(root(llama), "compress", *inputs(llama), *out, "--method", "cluster", "--split-below", "0.5")

@@ -132,7 +132,7 @@ def test_the_command_makes_them_and_refuses_what_does_not_fit(pair: Family) -> N
     assert Basis.from_pretrained(root(pair) / "basis").info.options["even_errors"] is True
     for more, message in (
         (["--no-balance"], "balanced bases"),
-        (["--method", "pca"], "--even-errors is of --method ae"),
+        (["--method", "pca"], "--even-errors goes with --method ae"),
     ):
         done = tvbases(*compress(pair, "--even-errors", *more))
         assert done.code == 2 and message in done.err

@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_refused(pair: Family) -> None:
         (first[2:], "is new: give its base"),
         (first, "num_bases is the number of vectors to keep"),
         ([*first, "-m", 0.5], "whole number; got 0.5"),
-        ([*first, "-m", 2, "--density", 0.2], "--density is of --method ties; add it, or leave --density out"),
+        ([*first, "-m", 2, "--density", 0.2], "--density goes with --method ties; add that, or leave --density out"),
         ([*first, "-m", 2, "--steps", 0], "steps of online ae"),
         ([*first, "--method", "ties", "--density", 2], "density of online ties"),
         ([*first, "-m", 2, str(path) + "-gone"], "no such file or directory"),
@@ -105,7 +105,7 @@ def test_target_weights_are_what_tasks_weigh_in_the_sum(llama: Family, tmp_path:
         (["--weight", "nobody=2"], '--weight "nobody=2" is of none of the tasks'),
         (["--weight", f"{names[0]}=much"], "is not NAME=NUMBER"),
         (["--weight", f"{names[0]}=0"], "must be 4 positive numbers"),
-        (["--weight", f"{names[0]}=2", "--method", "pca"], "--weight is of --method ae"),
+        (["--weight", f"{names[0]}=2", "--method", "pca"], "--weight goes with --method ae"),
         (["--weight", f"{names[0]}=2", "--no-balance"], "they need balance=True"),
     ):
         assert message in refused(tmp_path, *start, *more)

@@ -39,6 +39,5 @@ def test_the_notebook_is_kept_without_outputs_and_in_the_format_of_jupyter() -> 
     assert (found["nbformat"], found["nbformat_minor"]) == (4, 5)
     cells = found["cells"]
     assert len({cell["id"] for cell in cells}) == len(cells)
-    assert all(
-        cell["outputs"] == [] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code"
-    )
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)

@@ -55,7 +55,7 @@ def add(
     if budget is not None:
         raise ParameterError(
             f'"{directory}" exists: what is added pays the price per byte that it was begun with; leave the budget '
-            "out, or compress all adapters anew"
+            "out, or compress all adapters again"
         )
     check_apart(path, map(str, (base, *tasks.values())))
     return add_to_library(path, info, base, tasks, again=replace, dry_run=dry_run)

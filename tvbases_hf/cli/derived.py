@@ -63,7 +63,7 @@ def given(context: typer.Context) -> dict[str, Any]:
         of = [other for other, known in methods.items() if name in known]
         if found.get("method", "ae") not in of and not any(name in known for known in common.values()):
             flag = WRITTEN.get(name, ("--" + name.replace("_", "-"), ""))[0]
-            raise ParameterError(f"{flag} is of --method {' or '.join(of)}; add it, or leave {flag} out")
+            raise ParameterError(f"{flag} goes with --method {' or '.join(of)}; add that, or leave {flag} out")
     return found
 
 

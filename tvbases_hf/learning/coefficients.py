@@ -59,7 +59,7 @@ def grid_search(
 
     The grid is walked from ``start`` (its first value by default), down and then up, until ``patience`` values in a row
     are worse than the best; equal ones are walked over. Of equally good alphas the one met first is chosen. A NaN is
-    the worst value. Give ``functools.cache(change)`` if the change is dear to compute and fits into memory.
+    the worst value. Give ``functools.cache(change)`` if the change is expensive to compute and fits into memory.
 
     Args:
         domain: the least and the greatest alpha that the method knows.

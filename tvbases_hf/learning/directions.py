@@ -101,7 +101,7 @@ def check_component(component: str, num_tasks: int) -> None:
 
 
 def _unique(vectors: Vectors, index: int, options: Options) -> Direction:
-    """The decomposition is dear and is made once: what is kept of a large dense change is its shared part, low-rank."""
+    """The decomposition is costly and made once: what is kept of a large dense change is its shared part, low-rank."""
 
     @functools.cache
     def parts(name: str) -> tuple[Delta | None, Delta | None]:

@@ -120,7 +120,7 @@ def tune(
 
     Args:
         place: theta_0, whose weights are bit-identical afterwards.
-        change: the merged change; give ``functools.cache(change)`` if it is dear to compute and fits into memory.
+        change: the merged change; give ``functools.cache(change)`` if it is expensive to compute and fits into memory.
         metrics: of the targets and of the controls, which are all the other tasks; higher is better.
         keep: the share of every control's metric that has to stay.
 

@@ -257,7 +257,7 @@ def _remove_one_by_one(
 ) -> tuple[Delta, Delta, int]:
     """Shared part, unique part and shared dimensions of one target (the paper's toxicity protocol, section 4.3).
 
-    The target's column space shrinks by what was removed; it is not decomposed anew, which could only bring back
+    The target's column space shrinks by what was removed; it is not decomposed again, which could only bring back
     directions that the rank rule had left out.
     """
     current, own, removed = delta, spaces[index], []

@@ -1,6 +1,6 @@
 """The names of a LoRA file of any trainer as diffusers' own, by the family that has all of its modules.
 
-Names that are a family's own modules, with dots or underscores, are only spelled anew. The others are translated by
+Names that are a family's own modules, with dots or underscores, are only respelled. The others are translated by
 diffusers' converters, which want particular spellings, and drop some tensors with no more than a line in the log, and
 some alphas: what comes out is therefore weighed against what went in, and must be modules that the family has.
 """

@@ -2,7 +2,7 @@
 
 An adapter that comes is kept in the directions of the cluster that holds most of it, and what these miss of it beside
 them, in its own file: no shared direction changes, so that no other task does. Every row pays the price per byte that
-the others paid. The directory is written anew as a whole, with links to the files that stay, and takes the old one's
+the others paid. The directory is written again as a whole, with links to the files that stay, and takes the old one's
 place.
 """
 
@@ -256,7 +256,7 @@ def _check_same(info: BasisInfo, opened: Opened, label: str) -> None:
         task = next(one.task for one in opened.factors if others[0] in one.modules)
         raise ParameterError(
             f'"{task}": {len(others)} weights that it changes have no place in "{label}" (first: {others[0]}), whose '
-            "adapters leave them alone; compress all of them anew"
+            "adapters leave them alone; compress all of them again"
         )
 
 
