@@ -10,6 +10,7 @@ import typer
 from ..errors import ParameterError
 from .app import app
 from .derived import DerivedCommand, given
+from .hub import PushToHub, push_output
 from .options import (
     Base,
     Device,
@@ -92,6 +93,7 @@ def compress(
     dry_run: DryRun = False,
     revision: Revision = None,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
     online: Annotated[str | None, typer.Option(hidden=True, is_eager=True, callback=_moved)] = None,
 ) -> None:
@@ -111,3 +113,4 @@ def compress(
     where: dict[str, Any] = {"dtype": parse_dtype(dtype), "device": device, "dry_run": dry_run}
     found = run(base, tasks, out, extra_rows=extra_rows, **sizes, **where, **options)
     tell(found, print_compression, json)
+    push_output(found, push_to_hub)

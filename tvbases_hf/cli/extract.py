@@ -8,6 +8,7 @@ import typer
 
 from .. import defaults
 from .app import app
+from .hub import PushToHub, push_output
 from .options import (
     Base,
     Device,
@@ -54,6 +55,7 @@ def extract(
     dry_run: DryRun = False,
     revision: Revision = None,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
     """Write the change of full fine-tunes as LoRAs for PEFT. Each task has OUT/NAME."""
@@ -65,3 +67,4 @@ def extract(
     how |= {"rank": rank, "budget": budget, "extra_rows": extra_rows, "dtype": parse_dtype(dtype)}
     found = run(base, parse_tasks(task), out, **how)
     tell(found, print_extraction, json)
+    push_output(found, push_to_hub)

@@ -17,6 +17,7 @@ from .habits import (
     LowCpuMemory,
     OutShardSize,
 )
+from .hub import PushToHub, push_output
 from .options import (
     AdapterOut,
     Device,
@@ -96,6 +97,7 @@ def merge(
     dry_run: DryRun = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
     html: Html = None,
     cuda: Cuda = False,
@@ -118,6 +120,7 @@ def merge(
     how |= {"equal_rank": equal_rank, "host": host, "intermediate_dir": intermediate_dir, "dry_run": dry_run}
     found = run(config, out, adapter=adapter, rank=rank, **how)
     tell(found, print_merge, json, html)
+    push_output(found, push_to_hub)
 
 
 @app.command(

@@ -24,6 +24,7 @@ from .evaluate import (
     Target,
     plan_of,
 )
+from .hub import PushToHub, push_output
 from .options import (
     AdapterOut,
     Base,
@@ -127,6 +128,7 @@ def negate(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
     html: DrawnHtml = None,
 ) -> None:
@@ -161,6 +163,7 @@ def negate(
 
         plot_negations(found["curves"], found["forget"], plot)
     tell(found, _show, json, html, functools.partial(_picture, found) if "curves" in found else None)
+    push_output(found, push_to_hub)
 
 
 def _picture(found: dict[str, Any]) -> bytes:
