@@ -43,6 +43,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "unique, by pairs": {"component": "unique", "pool": "iterative"},
     "unique + one copy": {"component": "unique", "shared_weight": 1.0},
 }
+# The rows of the picture: enough to see what the figures say.
+PICTURED = ("base", *FAMILY[:2], "two that share: plain sum", "two that share: unique + one copy")
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -109,7 +111,7 @@ def run_small(given: argparse.Namespace) -> dict[str, Any]:
             result = look(f"{title}: {way}", shown(names))
             found["mixes"][f"{title}: {way}"] = result | {"shared": mix.report["shared"]["all"]}
             mix.unload()
-    paste_rows(rows).save(given.out)
+    paste_rows({title: rows[title] for title in PICTURED}).save(given.out)
     return found
 
 
@@ -121,11 +123,10 @@ def paste_rows(rows: Mapping[str, Tensor]) -> Any:
 
     def picture(image: Tensor) -> Any:
         pixels = (255 * (1 - image[0])).round().byte().numpy()
-        return Image.fromarray(pixels).resize((40, 40), Image.Resampling.NEAREST)
+        return Image.fromarray(pixels).resize((80, 80), Image.Resampling.NEAREST)
 
-    return paste({title: [picture(image) for image in images] for title, images in rows.items()}, margin=230).convert(
-        "L"
-    )
+    pictures = {title: [picture(image) for image in images] for title, images in rows.items()}
+    return paste(pictures, margin=230, letters=20).convert("L")
 
 
 def print_small(found: dict[str, Any]) -> None:

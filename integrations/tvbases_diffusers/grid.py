@@ -11,6 +11,7 @@ import torch
 
 from tvbases_hf.errors import CheckpointError, ParameterError
 from tvbases_hf.storage.reports import write_picture
+from tvbases_hf.text import wrapped
 
 from .mixing import mix_styles
 
@@ -82,16 +83,18 @@ def _pictures(pipe: Any, prompt: str, seeds: int, steps: int) -> list[Any]:
     ]
 
 
-def paste(rows: Mapping[str, Sequence[Any]], margin: int = MARGIN) -> Any:
-    """One picture of rows with titles at their left; all pictures have one size."""
-    from PIL import Image, ImageDraw
+def paste(rows: Mapping[str, Sequence[Any]], margin: int = MARGIN, letters: int = 14) -> Any:
+    """One picture of rows with titles at their left, in lines that fit; all pictures have one size."""
+    from PIL import Image, ImageDraw, ImageFont
 
     width, height = next(iter(rows.values()))[0].size
     columns = max(len(row) for row in rows.values())
     sheet = Image.new("RGB", (margin + columns * (width + GAP), len(rows) * (height + GAP)), "white")
     pen = ImageDraw.Draw(sheet)
     for y, (title, row) in enumerate(rows.items()):
-        pen.text((GAP, y * (height + GAP) + height // 2 - 6), title, fill="black")
+        lines = "\n".join(wrapped(title, int(1.8 * (margin - 2 * GAP) / letters)))
+        place = (GAP, y * (height + GAP) + height // 2)
+        pen.text(place, lines, fill="black", anchor="lm", font=ImageFont.load_default(letters))
         for x, picture in enumerate(row):
             sheet.paste(picture.convert("RGB"), (margin + x * (width + GAP), y * (height + GAP)))
     return sheet
