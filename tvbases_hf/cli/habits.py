@@ -10,6 +10,7 @@ import typer
 from ..errors import ParameterError
 from ..text import printable
 
+NO_USE = "An option of mergekit's that has no use here."
 # Said of each where it is given; the merge goes on.
 NOT_NEEDED = {
     "copy_tokenizer": "the tokenizer is always copied: the base's, or the fine-tunes' where all agree on another",
@@ -32,9 +33,9 @@ def _refused(value: str | None) -> str | None:
     return value
 
 
-Cuda = Annotated[bool, typer.Option("--cuda", hidden=True)]
-CopyTokenizer = Annotated[bool, typer.Option("--copy-tokenizer", hidden=True, callback=_answered)]
-LazyUnpickle = Annotated[bool, typer.Option("--lazy-unpickle", hidden=True, callback=_answered)]
-LowCpuMemory = Annotated[bool, typer.Option("--low-cpu-memory", hidden=True, callback=_answered)]
-LoraMergeCache = Annotated[str | None, typer.Option("--lora-merge-cache", hidden=True, callback=_answered)]
-OutShardSize = Annotated[str | None, typer.Option("--out-shard-size", hidden=True, callback=_refused)]
+Cuda = Annotated[bool, typer.Option("--cuda", help="mergekit's --device cuda.", hidden=True)]
+CopyTokenizer = Annotated[bool, typer.Option("--copy-tokenizer", help=NO_USE, hidden=True, callback=_answered)]
+LazyUnpickle = Annotated[bool, typer.Option("--lazy-unpickle", help=NO_USE, hidden=True, callback=_answered)]
+LowCpuMemory = Annotated[bool, typer.Option("--low-cpu-memory", help=NO_USE, hidden=True, callback=_answered)]
+LoraMergeCache = Annotated[str | None, typer.Option("--lora-merge-cache", help=NO_USE, hidden=True, callback=_answered)]
+OutShardSize = Annotated[str | None, typer.Option("--out-shard-size", help=NO_USE, hidden=True, callback=_refused)]
