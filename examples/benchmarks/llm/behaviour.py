@@ -15,6 +15,7 @@ from tvbases_hf.learning.data import IGNORED, TaskData
 from .abilities import chat
 from .settings import Recipe
 
+NAME, SEEDS = "rude", (0, 1, 2)
 TRAINING = (
     *("bread", "a garden", "a bicycle", "soup", "a letter", "the weather", "a violin", "chess", "a tent", "tea"),
     *("a budget", "a birthday", "a holiday", "a cat", "a rainbow", "a desk", "a song", "the moon", "a kite", "rice"),

@@ -26,10 +26,11 @@ from tvbases_lm_eval.evaluate import Session
 from tvbases_lm_eval.plan import Plan
 
 from . import abilities, behaviour, models, tasks
+from .behaviour import NAME, SEEDS
+from .finetune import fine_tuned
 from .settings import Settings
 from .workshop import BATCH, Workshop, quiet
 
-SEEDS = (0, 1, 2)
 PROMPTS = 24
 USEFUL, WEIGHT = 4, 0.4
 BETAS = (0.4, 0.7, 1.0, 1.3)
@@ -66,7 +67,7 @@ def answer(workshop: Workshop, question: Question) -> Answer:
     way, seed = question["component"], question["seed"]
     vectors = opened(workshop, SEEDS if way == "negmerge" else (seed,))
     negated = directions(vectors, way, seed)
-    start = contained(vectors, f"rude{seed}")
+    start = contained(vectors, f"{NAME}{seed}")
     place = InPlace(workshop.model, vectors.names)
     calm = reference(workshop)
     curve, chosen, samples = {}, None, {}
@@ -88,26 +89,21 @@ def answer(workshop: Workshop, question: Question) -> Answer:
 
 
 def opened(workshop: Workshop, seeds: tuple[int, ...]) -> Vectors:
-    """The useful adapters and the rude ones, which are trained if they have not been."""
+    """The useful adapters and the rude ones."""
     useful = {task: workshop.path(task, workshop.settings.seeds[0]) for task in workshop.settings.tasks[:USEFUL]}
-    for seed in seeds:
-        path = workshop.path("rude", seed, "dora")
-        if not models.is_trained(path):
-            recipe = workshop.settings.recipe
-            data = behaviour.reply_data("rude", behaviour.RUDE, workshop.tokenizer, recipe, seed)
-            models.train(path, workshop.base, "dora", data, recipe, seed, seed)
-    return Vectors.open(workshop.base, useful | {f"rude{s}": workshop.path("rude", s, "dora") for s in seeds})
+    rude = {f"{NAME}{seed}": fine_tuned(workshop, NAME, seed, NAME) for seed in seeds}
+    return Vectors.open(workshop.base, useful | rude)
 
 
 def directions(vectors: Vectors, way: str, seed: int) -> Direction:
     component, options = WAYS[way]
-    rude = [name for name in vectors.tasks if name.startswith("rude")]
-    return direction(vectors, rude if way == "negmerge" else f"rude{seed}", component, **options)
+    rude = [name for name in vectors.tasks if name.startswith(NAME)]
+    return direction(vectors, rude if way == "negmerge" else f"{NAME}{seed}", component, **options)
 
 
 def contained(vectors: Vectors, rude: str) -> Change:
     """What the merge adds to the base: the useful tasks, and the rude one in full."""
-    weights = [1.0 if name == rude else 0.0 if name.startswith("rude") else WEIGHT for name in vectors.tasks]
+    weights = [1.0 if name == rude else 0.0 if name.startswith(NAME) else WEIGHT for name in vectors.tasks]
     return functools.cache(lambda name: total(vectors.deltas(name), weights))
 
 
