@@ -305,7 +305,23 @@ def blocks(deltas: Sequence[Delta]) -> Iterator[Tensor]:
     size = math.prod(deltas[0].shape)
     step = max(1, block_numbers(deltas[0].device) // len(deltas))
     for start in range(0, size, step):
-        yield torch.stack([delta.block(start, min(start + step, size)) for delta in deltas])
+        yield _rows(deltas, start, min(start + step, size))
+
+
+def _rows(deltas: Sequence[Delta], start: int, stop: int) -> Tensor:
+    """[T, stop - start] float64; a base of several changes is converted once, and nothing is copied again."""
+    found = torch.empty(len(deltas), stop - start, dtype=torch.float64, device=deltas[0].device)
+    bases: dict[int, Tensor] = {}
+    for row, delta in zip(found, deltas, strict=True):
+        if not isinstance(delta, Dense):
+            row.copy_(delta.block(start, stop))
+            continue
+        row.copy_(delta.tuned.reshape(-1)[start:stop])
+        if delta.base is not None:
+            if id(delta.base) not in bases:
+                bases[id(delta.base)] = delta.base.reshape(-1)[start:stop].to(torch.float64)
+            row.sub_(bases[id(delta.base)])
+    return found
 
 
 def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
