@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, premultiplied
-from .svd import SVD
+from .components import SVD
 
 
 def interference(parts: Sequence[SVD]) -> float:
