@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .delta import Delta, premultiplied
 from .components import SVD
+from .delta import Delta, premultiplied
 
 
 def interference(parts: Sequence[SVD]) -> float:
