@@ -309,18 +309,16 @@ def blocks(deltas: Sequence[Delta]) -> Iterator[Tensor]:
 
 
 def _rows(deltas: Sequence[Delta], start: int, stop: int) -> Tensor:
-    """[T, stop - start] float64; a base of several changes is converted once, and nothing is copied again."""
+    """[T, stop - start] float64; a base of several changes is converted once."""
     found = torch.empty(len(deltas), stop - start, dtype=torch.float64, device=deltas[0].device)
     bases: dict[int, Tensor] = {}
     for row, delta in zip(found, deltas, strict=True):
-        if not isinstance(delta, Dense):
+        if not isinstance(delta, Dense) or delta.base is None:
             row.copy_(delta.block(start, stop))
-            continue
-        row.copy_(delta.tuned.reshape(-1)[start:stop])
-        if delta.base is not None:
+        else:
             if id(delta.base) not in bases:
                 bases[id(delta.base)] = delta.base.reshape(-1)[start:stop].to(torch.float64)
-            row.sub_(bases[id(delta.base)])
+            row.copy_(delta.tuned.reshape(-1)[start:stop]).sub_(bases[id(delta.base)])
     return found
 
 

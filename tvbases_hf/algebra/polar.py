@@ -13,6 +13,8 @@ from .linalg import negligible, outer_square
 FAST_MIN_COLUMNS = 512
 # Singular values below this share of the largest are found anew in float64, since the Gram matrix squares them.
 SMALL = 0.1
+# Rows that are in memory in float64 at a time.
+CONVERTED_ROWS = 1024
 # What a first-order correction may leave, relative to the factor: it is the square of what it corrects.
 LEFT_OVER = 1e-6
 
@@ -76,7 +78,7 @@ def refined_polar(matrix: Tensor) -> Polar | None:
     few = int((squares <= SMALL**2 * squares[-1]).sum())
     few_vectors, vectors = vectors[:, :few].to(torch.float64), vectors[:, few:]
     images, squares = matrix @ vectors, squares[few:, None]
-    few_images = matrix.to(torch.float64) @ few_vectors
+    few_images = torch.cat([part.to(torch.float64) @ few_vectors for part in matrix.split(CONVERTED_ROWS)])
     step = (images.T @ few_images.to(matrix.dtype)) / squares
     few_images -= images @ step
     few_vectors, vectors = few_vectors - vectors @ step, vectors + few_vectors.to(matrix.dtype) @ step.T
@@ -85,8 +87,9 @@ def refined_polar(matrix: Tensor) -> Polar | None:
     vectors = torch.cat([(few_vectors @ turn).to(matrix.dtype), vectors], dim=1)
     values = images.norm(dim=0)
     keep = values > negligible(matrix.shape, matrix.dtype) * values.max()
-    images, vectors, values = images[:, keep], vectors[:, keep], values[keep]
-    columns = images / values
+    if not keep.all():
+        images, vectors, values = images[:, keep], vectors[:, keep], values[keep]
+    columns = images.div_(values)
     error = outer_square(columns.T)
     error.diagonal().sub_(1)
     if float(error.square().sum()) > LEFT_OVER * len(values) ** 0.5:
