@@ -310,23 +310,20 @@ def blocks(deltas: Sequence[Delta]) -> Iterator[Tensor]:
 
 def _rows(deltas: Sequence[Delta], start: int, stop: int) -> Tensor:
     """[T, stop - start] float64; a base of several changes is converted once."""
-    found = torch.empty(len(deltas), stop - start, dtype=torch.float64, device=deltas[0].device)
     bases: dict[int, Tensor] = {}
+    found = torch.empty(len(deltas), stop - start, dtype=torch.float64, device=deltas[0].device)
     for row, delta in zip(found, deltas, strict=True):
         if not isinstance(delta, Dense) or delta.base is None:
             row.copy_(delta.block(start, stop))
         else:
-            if id(delta.base) not in bases:
-                bases[id(delta.base)] = delta.base.reshape(-1)[start:stop].to(torch.float64)
-            row.copy_(delta.tuned.reshape(-1)[start:stop]).sub_(bases[id(delta.base)])
+            known = bases.get(id(delta.base))
+            known = delta.base.reshape(-1)[start:stop].to(torch.float64) if known is None else known
+            row.copy_(delta.tuned.reshape(-1)[start:stop]).sub_(bases.setdefault(id(delta.base), known))
     return found
 
 
 def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The change as one tensor [*shape] of ``dtype``; differences of stored numbers are taken in float64 first.
-
-    Those of 16-bit numbers are the same in float32, for half of the memory.
-    """
+    """The change as one tensor [*shape] of ``dtype``; differences are taken in float64, of 16-bit floats in float32."""
     if isinstance(delta, (LowRank, Stacked)):
         return delta.left.to(dtype) @ delta.right.to(dtype)
     if isinstance(delta, Dense) and delta.is_short and dtype == torch.float32:
