@@ -160,7 +160,10 @@ def test_bench_of_llama_shapes_measures_what_the_plan_says(
 
 @pytest.mark.parametrize("bench", ["llama"], indirect=True)
 def test_bench_of_llama_shapes_compares_every_pair_and_sees_a_difference(bench: ModuleType, tmp_path: Path) -> None:
-    known = bench.jobs(tmp_path, tmp_path / "out").keys()
+    out, methods = tmp_path / "out", list(bench.CHOSEN)
+    chosen = bench.chosen_jobs(tmp_path, out, methods, tmp_path / "before")
+    assert chosen.keys() - bench.chosen_jobs(tmp_path, out, methods, None).keys() == {f"{m}, before" for m in methods}
+    known = bench.jobs(tmp_path, out).keys() | chosen.keys()
     assert {
         *bench.RATIOS,
         *bench.RATIOS.values(),
