@@ -43,5 +43,17 @@ Saved = Literal["all", "norms", "none"]
 TEMPLATE = "a photo of a {}."
 
 # What a plan is made of.
-Job = Literal["gram", "compress", "linear", "task_arithmetic", "ties", "dare", "ae_bases"]
+Job = Literal[
+    "gram",
+    "compress",
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare",
+    "ae_bases",
+    "tsv",
+    "tsv_compress",
+    "devec_unique",
+    "iso_c",
+]
 NUM_BASES = 0.5

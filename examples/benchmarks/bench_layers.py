@@ -1,4 +1,4 @@
-"""TSV-Merge and DeVec on every layer shape of Llama 3: seconds for one matrix, for all of them, and what limits it.
+"""TSV-Merge, DeVec and Iso-C on every layer shape of Llama 3: seconds of one matrix, of all, and what limits it.
 
     python examples/benchmarks/bench_layers.py [--models 1B 8B] [--shapes k_v q_o ...] [--tasks 4 8] [--device cuda]
                                                [--quick] [--json FILE]
@@ -7,7 +7,8 @@ T task matrices of rank side / T (a fourth of their directions in common) plus n
 each set: `tsv_merge`, which keeps 1/T of every task's components, and `decompose` into shared and unique ones, with
 the rank rule fraction:1/T. The alternative, in the same run and where a matrix is small enough (REFERENCE_WORK): a full
 torch.linalg.svd in float32 of every task's matrix, then TSV-Merge's Algorithm 1 as written, or DeVec's equations 7
-to 14 with their n x n projections (up to n = REFERENCE_SIDE); elsewhere the ratio is left blank. "all" is the number of
+to 14 with their n x n projections (up to n = REFERENCE_SIDE), and one such SVD of the sum for Iso-C; elsewhere, and
+without --large, the ratio is left blank. "all" is the number of
 such matrices in the model times the seconds of one. The limit: which part of the time goes into matrix products and
 decompositions, and the rate of the products beside that of a plain float64 product in the same run. "CPU" is the ratio
 of the seconds that the process had on all cores, which others on the machine disturb less.
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from tvbases_hf.algebra.delta import Delta, Dense, dense
 from tvbases_hf.methods.devec import Options, decompose
+from tvbases_hf.methods.iso import iso_c
 from tvbases_hf.methods.tsv import tsv_merge
 
 MODELS = {"1B": LLAMA_1B, "8B": LLAMA_8B}
@@ -47,9 +49,11 @@ LAYERS = {
 }
 ON_A_CPU = ("k_v", "q_o")  # the others take minutes each
 REFERENCE_WORK, REFERENCE_SIDE = 2048**3, 2048
+LARGE: list[bool] = []  # not empty: the alternative is run of any size
 METHODS: dict[str, Callable[[Sequence[Delta]], list[Delta]]] = {
     "TSV-Merge": lambda deltas: [tsv_merge(deltas)],
     "DeVec": lambda deltas: _parts(deltas),
+    "Iso-C": lambda deltas: [iso_c(deltas, [1.0] * len(deltas))],
 }
 
 
@@ -63,14 +67,16 @@ def matrices(shape: Shape) -> dict[str, tuple[int, int, int]]:
     return {layer: found[layer] for layer in LAYERS}
 
 
-def make_tasks(count: int, rows: int, columns: int, device: str, seed: int = 0) -> list[Tensor]:
-    """[rows, columns] float32 each, see the module: singular values have a gap where TSV-Merge cuts."""
+def make_tasks(count: int, rows: int, columns: int, device: str, seed: int = 0, gap: bool = True) -> list[Tensor]:
+    """[rows, columns] float32 each, see the module: singular values have a gap where TSV-Merge cuts, or none at all."""
     generator = torch.Generator(device).manual_seed(seed)
     rank = max(1, min(rows, columns) // count)
 
     def numbers(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device)
 
+    if not gap:
+        return [numbers(rows, columns) for _ in range(count)]
     common = numbers(rows, rank // 4)
     return [
         torch.cat([common, numbers(rows, rank - rank // 4)], 1) @ numbers(rank, columns) + numbers(rows, columns)
@@ -132,16 +138,24 @@ def compare(tasks: list[Tensor]) -> dict[str, dict[str, Any]]:
 
 def reference(tasks: list[Tensor]) -> dict[str, tuple[list[Tensor], float, float]]:
     """What the alternative finds and its seconds, by the clock and of all cores; both methods need the same SVDs."""
-    if _work(tasks[0]) > REFERENCE_WORK:
+    if _work(tasks[0]) > REFERENCE_WORK and not LARGE:
         return {}
     rank = max(1, min(tasks[0].shape) // len(tasks))
     parts, *svds = _timed(lambda: [components(task, rank) for task in tasks])
     merged, *rest = _timed(lambda: reconstruct(parts)[0])
     found = {"TSV-Merge": ([merged], svds[0] + rest[0], svds[1] + rest[1])}
+    merged, *rest = _timed(lambda: flattened(sum(tasks[1:], tasks[0])))
+    found["Iso-C"] = [merged], rest[0], rest[1]
     if len(tasks[0]) <= REFERENCE_SIDE:
         (unique, combined), *rest = _timed(lambda: dense_route([left for left, _, _ in parts], tasks))
         found["DeVec"] = [*unique, combined], svds[0] + rest[0], svds[1] + rest[1]
     return found
+
+
+def flattened(total: Tensor) -> Tensor:
+    """Iso-C as written: all singular values of the sum replaced by their mean."""
+    left, values, right = torch.linalg.svd(total, full_matrices=False)
+    return values.mean() * (left @ right)
 
 
 def apart(ours: Sequence[Delta], theirs: Sequence[Tensor]) -> float:
@@ -186,9 +200,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tasks", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--all-layers", action="store_true", help="go through a whole model on a CPU, too")
+    parser.add_argument("--large", action="store_true", help="the alternative for large matrices too: many minutes")
+    parser.add_argument(
+        "--gap", action=argparse.BooleanOptionalAction, default=True, help="in the spectra of the tasks"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model, all shapes, four tasks")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
+    LARGE[:] = [True] * options.large
     on_gpu = options.device != "cpu"
     models = {name: MODELS[name] for name in options.models or (MODELS if on_gpu else ["1B"])}
     if options.quick:
@@ -201,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for model, shape in models.items():
         for layer, (rows, columns, number) in matrices(shape).items():
             for count in options.tasks if layer in layers else ():
-                for method, row in compare(make_tasks(count, rows, columns, options.device)).items():
+                for method, row in compare(make_tasks(count, rows, columns, options.device, gap=options.gap)).items():
                     head = {"model": model, "layer": layer, "rows": rows, "columns": columns, "number": number}
                     report["rows"].append(head | {"tasks": count, "method": method} | row)
     show(report, console)

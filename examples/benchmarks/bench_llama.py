@@ -1,6 +1,7 @@
 """Merging at scale: base and four fine-tunes in the shapes of Llama-3.2-1B, natively and through mergekit, in turns.
 
     python examples/benchmarks/bench_llama.py [--quick] [--cold] [--json FILE] [--workdir DIR] [--only JOB]
+    python examples/benchmarks/bench_llama.py --job tsv [--job iso_c ...] [--layers N] [--before CHECKOUT]
 
 Five checkpoints of 2.5 GB (bfloat16, three shards each) are written to a temporary directory and removed at the end.
 Every job is a process of its own; the median of --rounds is shown, and the ratio to mergekit's own method:
@@ -8,7 +9,10 @@ Every job is a process of its own; the median of --rounds is shown, and the rati
 * task_arithmetic and ties by mergekit, and by `tvbases merge` from the same YAML (float32 work, bfloat16 out);
 * ae_bases by `tvbases merge`, and inside mergekit;
 * the Gram matrix (`tvbases inspect`) and `tvbases compress`, beside plain reading of all bytes;
-* the native merge on one thread, and as two processes of one thread under accelerate, with the same bytes.
+* the native merge on one thread, and as two processes of one thread under accelerate, with the same bytes;
+* with --job instead of all these: native merges by tsv, tsv_compress, devec_unique, iso_c or ae_bases; with --before
+  beside those of another checkout of this project (`git worktree add`), and with --layers of so many of the layers and
+  a sixteenth of the vocabulary: the whole model takes a quarter of an hour of a processor.
 
 Memory is what the operating system says: the peak of anonymous memory (allocated) and of resident memory, which counts
 pages of mapped files too. --cold drops the page cache before every job (root only). The outputs of native and
@@ -32,6 +36,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +66,9 @@ RATIOS = {
     "compress": "reading",
     "task_arithmetic, two processes": "task_arithmetic, one thread",
 }
+BEFORE = {f"{method}, native": f"{method}, before" for method in ("tsv", "tsv_compress", "devec_unique", "iso_c")}
 EQUAL = (
+    *BEFORE.items(),
     ("task_arithmetic, native", "task_arithmetic, mergekit"),
     ("ae_bases, native", "ae_bases in mergekit"),
     ("ties, native", "ties, mergekit"),
@@ -78,13 +85,18 @@ PLANS: dict[str, list[str]] = {
     "ties, native": ["ties"],
     "task_arithmetic, one thread": ["task_arithmetic", "--threads", "1"],
     "task_arithmetic, two processes": ["task_arithmetic", "--threads", "1", "--processes", "2"],
+    **{f"{method}, native": [method] for method in ("tsv", "tsv_compress", "devec_unique", "iso_c")},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weight": 0.3},
     "ties": {"weight": 1.0, "density": 0.2},
     "ae_bases": {"num_bases": 2, "lambda": 0.4},
+    "tsv": {"lambda": 1.0},
+    "tsv_compress": {"lambda": 1.0},
+    "devec_unique": {"rank": 0.25},
+    "iso_c": {"lambda": 1.0},
 }
-
+CHOSEN = tuple(method for method in METHODS if method not in ("task_arithmetic", "ties"))
 
 QUICK = Shape(hidden=512, intermediate=2048, layers=8, key_value=128, vocabulary=32_064)
 
@@ -135,6 +147,18 @@ def jobs(root: Path, out: Path) -> dict[str, list[str]]:
     }
 
 
+def chosen_jobs(root: Path, out: Path, methods: list[str], before: Path | None) -> dict[str, list[str]]:
+    """Native merges, each beside that of another checkout."""
+    found: dict[str, list[str]] = {}
+    for method in methods:
+        merge = ["merge", str(root / f"{method}.yml"), str(out), "--quiet"]
+        if before is not None:
+            places = f"PYTHONPATH={before}:{before / 'integrations'}"
+            found[f"{method}, before"] = ["env", places, *TVBASES, *merge]
+        found[f"{method}, native"] = [*TVBASES, *merge]
+    return found
+
+
 def predicted(root: Path, job: str) -> dict[str, Any]:
     """What `tvbases plan` says of a job, see tvbases_hf.cli.planning.Plan; the bandwidth is of no use here."""
     file = root / "plan.json"
@@ -155,9 +179,10 @@ def read_by(root: Path, command: list[str]) -> int:
 def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every job, its plan, and the comparisons."""
     out = root / "out"
+    every = chosen_jobs(root, out, options.job, options.before) if options.job else jobs(root, out)
     wanted = {
         job: command
-        for job, command in jobs(root, out).items()
+        for job, command in every.items()
         if (job in options.only if options.only else options.stable or "stable" not in job)
     }
     found: dict[str, list[dict[str, float]]] = {}
@@ -195,7 +220,7 @@ def comparison(plan: dict[str, Any], **measured: float | None) -> dict[str, dict
 def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Medians, and the ratio of seconds to the job that each is compared with."""
     rows = {job: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for job, runs in found.items()}
-    for job, other in RATIOS.items():
+    for job, other in RATIOS.items() | BEFORE.items():
         if job in rows and other in rows:
             rows[job]["ratio"] = rows[job]["seconds"] / rows[other]["seconds"]
     return rows
@@ -213,11 +238,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--rounds", type=int, default=1, help="how often every job is run, in turns")
     parser.add_argument("--only", action="append", default=[], help="a job to run; repeat")
+    parser.add_argument("--job", action="append", default=[], choices=CHOSEN, help="only a merge by this; repeat")
+    parser.add_argument("--before", type=Path, help="--job: a checkout of another version, which does the same")
+    parser.add_argument("--layers", type=int, help="--job: of so many layers, and a sixteenth of the vocabulary")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--workdir", type=Path, help="where the models are put; by default the system's temporary one")
     options = parser.parse_args(arguments)
     options.stable = options.quick if options.stable is None else options.stable
-    with models(QUICK if options.quick else LLAMA_1B, options.workdir) as (root, total):
+    shape = QUICK if options.quick else LLAMA_1B
+    if options.layers:
+        shape = replace(shape, layers=options.layers, vocabulary=shape.vocabulary // 16)
+    with models(shape, options.workdir) as (root, total):
         report = {"bytes": total, "cold": options.cold, **run(root, options)}
     show(report, Console(width=120))
     if options.json:
@@ -230,7 +261,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     title = f"base and {len(TASKS)} fine-tunes, {report['bytes'] / 1e9:.1f} GB in all, {state}"
     table = Table("job", "seconds", "ratio", "anonymous MB", "resident MB", title=title, title_justify="left")
     for job, row in report["jobs"].items():
-        ratio = f"{row['ratio']:.2f} x {RATIOS[job]}" if "ratio" in row else ""
+        ratio = f"{row['ratio']:.2f} x {(RATIOS | BEFORE)[job]}" if "ratio" in row else ""
         table.add_row(
             job, f"{row['seconds']:.1f}", ratio, f"{row['anonymous'] / 1e6:.0f}", f"{row['resident'] / 1e6:.0f}"
         )

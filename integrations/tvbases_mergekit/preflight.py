@@ -24,7 +24,6 @@ from tvbases_hf.storage.files import WEIGHT_FILES, locate, weight_files
 from tvbases_hf.storage.inputs import Input
 from tvbases_hf.storage.side_files import is_chat_template, is_tokenizer_file, side_files
 
-from .complete import check_complete
 from .configuration import DTYPE_BYTES, all_models, find_method, input_lists, one_line, output_slices
 from .methods import BasisMerge
 from .registered import RegisteredMerge
@@ -171,6 +170,8 @@ def _check_whole(
     options: MergeOptions,
 ) -> None:
     """Whatever the layers that slices take of it, mergekit has to know all tensors of the model."""
+    from .complete import check_complete  # loads transformers' code of models
+
     reference, base = _first(config, opened)
     if output_slices(config):
         whole = {"merge_method": "passthrough", "models": [{"model": reference}]}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tvbases_hf.errors import MissingExtraError
 
+from .light import import_mergekit
+
 # Of the methods in tvbases_hf.methods, those that a YAML has from mergekit, with mergekit's own parameters.
 MERGEKITS = frozenset({"task_arithmetic", "ties"})
 
@@ -14,6 +16,7 @@ def register() -> None:
     Raises MissingExtraError when mergekit is absent or of another API (it was rewritten in 0.1.5).
     """
     try:
+        import_mergekit()
         from mergekit.merge_methods import registry
         from mergekit.merge_methods.base import GroupMergeMethod  # noqa: F401
     except ImportError as error:

@@ -17,11 +17,11 @@ from tvbases_hf.algebra.linalg import (
     fix_signs,
     negligible,
     orthonormal_columns,
-    polar_factor,
     solve_psd,
     symmetric,
     working_dtype,
 )
+from tvbases_hf.algebra.polar import polar_factor
 
 EPS64 = torch.finfo(torch.float64).eps
 SHAPES = [(30, 12), (24, 24), (12, 30)]

@@ -160,7 +160,10 @@ def test_bench_of_llama_shapes_measures_what_the_plan_says(
 
 @pytest.mark.parametrize("bench", ["llama"], indirect=True)
 def test_bench_of_llama_shapes_compares_every_pair_and_sees_a_difference(bench: ModuleType, tmp_path: Path) -> None:
-    known = bench.jobs(tmp_path, tmp_path / "out").keys()
+    out, methods = tmp_path / "out", list(bench.CHOSEN)
+    chosen = bench.chosen_jobs(tmp_path, out, methods, tmp_path / "before")
+    assert chosen.keys() - bench.chosen_jobs(tmp_path, out, methods, None).keys() == {f"{m}, before" for m in methods}
+    known = bench.jobs(tmp_path, out).keys() | chosen.keys()
     assert {
         *bench.RATIOS,
         *bench.RATIOS.values(),
@@ -186,7 +189,7 @@ def test_bench_of_layers_compares_every_shape_with_the_full_decomposition(
     report = json.loads(file.read_text())
     assert [row["layer"] for row in report["rows"]] == [layer for layer in bench.LAYERS for _ in bench.METHODS]
     for row in report["rows"]:
-        affordable = row["method"] == "TSV-Merge" or row["rows"] <= 400
+        affordable = row["method"] in ("TSV-Merge", "Iso-C") or row["rows"] <= 400
         assert (row["ratio"] is not None) == (row["relative_difference"] is not None) == affordable
         if affordable:
             assert row["ratio"] == row["reference_seconds"] / row["seconds"] and row["ratio_cpu"] > 0

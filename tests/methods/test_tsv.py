@@ -17,10 +17,11 @@ from torch import Tensor
 
 from oracles.matrices import EPS, gaussian, is_orthonormal, orthonormal, relative, with_gap, with_spectrum
 from tvbases_hf.algebra import svd as svd_module
+from tvbases_hf.algebra.components import SVD
 from tvbases_hf.algebra.delta import Dense, LowRank, dense
 from tvbases_hf.algebra.interference import interference
-from tvbases_hf.algebra.linalg import polar_factor
-from tvbases_hf.algebra.svd import FAST_MIN_SIDE, SVD, svd
+from tvbases_hf.algebra.polar import polar_factor
+from tvbases_hf.algebra.svd import FAST_MIN_SIDE, svd
 from tvbases_hf.methods.tsv import assemble, default_rank, truncate, tsv_merge
 
 BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "bench_tsv.py"

@@ -48,6 +48,11 @@ class Dense:
         return self.tuned.dtype
 
     @property
+    def is_short(self) -> bool:
+        """Whether float32 holds the stored numbers with digits to spare: they are floats of 16 bits or eight."""
+        return all(x.is_floating_point() and x.dtype.itemsize <= 2 for x in (self.tuned, self.base) if x is not None)
+
+    @property
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that hold the change, beside those of the base."""
         return (self.tuned,)
@@ -300,13 +305,30 @@ def blocks(deltas: Sequence[Delta]) -> Iterator[Tensor]:
     size = math.prod(deltas[0].shape)
     step = max(1, block_numbers(deltas[0].device) // len(deltas))
     for start in range(0, size, step):
-        yield torch.stack([delta.block(start, min(start + step, size)) for delta in deltas])
+        yield _rows(deltas, start, min(start + step, size))
+
+
+def _rows(deltas: Sequence[Delta], start: int, stop: int) -> Tensor:
+    """[T, stop - start] float64; a base of several changes is converted once."""
+    bases: dict[int, Tensor] = {}
+    found = torch.empty(len(deltas), stop - start, dtype=torch.float64, device=deltas[0].device)
+    for row, delta in zip(found, deltas, strict=True):
+        if not isinstance(delta, Dense) or delta.base is None:
+            row.copy_(delta.block(start, stop))
+        else:
+            known = bases.get(id(delta.base))
+            known = delta.base.reshape(-1)[start:stop].to(torch.float64) if known is None else known
+            row.copy_(delta.tuned.reshape(-1)[start:stop]).sub_(bases.setdefault(id(delta.base), known))
+    return found
 
 
 def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The change as one tensor [*shape] of ``dtype``; differences of stored numbers are taken in float64 first."""
+    """The change as one tensor [*shape] of ``dtype``; differences are taken in float64, of 16-bit floats in float32."""
     if isinstance(delta, (LowRank, Stacked)):
         return delta.left.to(dtype) @ delta.right.to(dtype)
+    if isinstance(delta, Dense) and delta.is_short and dtype == torch.float32:
+        change = delta.tuned.to(dtype)
+        return change if delta.base is None else change.sub_(delta.base.to(dtype))
     return delta.block(0, math.prod(delta.shape)).reshape(delta.shape).to(dtype)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .components import SVD
 from .delta import Delta, premultiplied
-from .svd import SVD
 
 
 def interference(parts: Sequence[SVD]) -> float:

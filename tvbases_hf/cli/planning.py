@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from ..algebra.delta import ENCODE_BYTES, PIECE_BYTES
+from ..algebra.partial import EIGEN_OPERATIONS
 from ..bases import ae_bases
 from ..bases.weights import resolve_num_bases
 from ..defaults import NUM_BASES, Job
 from ..errors import CheckpointError, ParameterError, TvbasesError
+from ..merging.merge import whole_bytes
 from ..storage.checkpoint import DTYPES, Checkpoint, TensorInfo
 from ..storage.files import HUB_ID, local_path, without_revision
 from ..storage.json_files import read_object
@@ -34,6 +36,18 @@ PASSES: dict[Job, int] = {
     "ties": 3,
     "dare": 3,
     "ae_bases": 2,
+    "tsv": 1,
+    "tsv_compress": 1,
+    "devec_unique": 1,
+    "iso_c": 1,
+}
+# What these do to a matrix [n, m], n <= m, of T models: so many Gram matrices, n^2 m each, and eigendecompositions of
+# about 10 n^3; where a spectrum has a gap, or is not asked for, less.
+DECOMPOSED: dict[str, Callable[[int], int]] = {
+    "tsv": lambda models: models + 2,
+    "tsv_compress": lambda models: models,
+    "devec_unique": lambda models: models,
+    "iso_c": lambda models: 1,
 }
 # Of a thread, beside its pieces: the tables of ties per model.
 TABLES = {"ties": 2 * (1 << 16) * 8}
@@ -104,7 +118,11 @@ def plan(
         case _:
             written = file_bytes(stored)
     read = PASSES[job] * (models + 1) * size + (sum(i.nbytes for i in base.values()) - size if written else 0)
-    each = (ENCODE_BYTES if job == "compress" else PIECE_BYTES) + TABLES.get(job, 0) * models
+    workers = current().workers or default_workers()
+    if job in DECOMPOSED:  # as large as the largest tensors, of which each thread has one
+        held = sum(sorted((whole_bytes(models, info.numel) for info in floating.values()), reverse=True)[:workers])
+    else:
+        held = workers * ((ENCODE_BYTES if job == "compress" else PIECE_BYTES) + TABLES.get(job, 0) * models)
     parts = shares(list(floating.values()), lambda info: info.nbytes, processes)
     traffic = read + written
     return Plan(
@@ -113,8 +131,9 @@ def plan(
         numbers,
         read,
         written,
-        own_memory() + (current().workers or default_workers()) * each,
-        float(numbers) * operations_per_number(job, models, count),
+        own_memory() + held,
+        float(numbers) * operations_per_number(job, models, count)
+        + sum(_decompositions(job, models, info.shape) for info in floating.values()),
         bandwidth,
         traffic / bandwidth if bandwidth else None,
         tuple(PASSES[job] * (models + 1) * sum(info.nbytes for info in part) for part in parts),
@@ -135,6 +154,14 @@ def operations_per_number(job: str, models: int, num_bases: int) -> float:
             return 10 * models
         case _:
             return 3 * models
+
+
+def _decompositions(job: str, models: int, shape: tuple[int, ...]) -> float:
+    """Of one tensor; none of other shapes than matrices."""
+    if job not in DECOMPOSED or len(shape) != 2:
+        return 0.0
+    side, other = sorted(shape)
+    return DECOMPOSED[job](models) * (float(side) * side * other + EIGEN_OPERATIONS / 2 * float(side) ** 3)
 
 
 def own_memory() -> int:

@@ -123,7 +123,7 @@ class Merge:
             return 0
         if self.stream is not None and not self.vectors.are_adapters:
             return PIECE_BYTES + self.vectors.copied(name)
-        whole = (len(self.vectors) + WHOLE_AT_ONCE) * self.vectors.base.tensors[name].numel * BYTES
+        whole = whole_bytes(len(self.vectors), self.vectors.base.tensors[name].numel)
         return whole + self.vectors.copied(name)
 
     def job(self, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -153,6 +153,11 @@ class Merge:
             "missing": {task: len(names) for task, names in self.vectors.coverage.missing.items()},
             "warnings": self.vectors.coverage.notes(),
         }
+
+
+def whole_bytes(models: int, numel: int) -> int:
+    """About the bytes that a method takes of a weight that it merges as a whole."""
+    return (models + WHOLE_AT_ONCE) * numel * BYTES
 
 
 def leave_marker(directory: Path, report: dict[str, Any]) -> None:

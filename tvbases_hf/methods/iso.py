@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 
 from ..algebra.core import Core
-from ..algebra.delta import Delta, LowRank
-from ..algebra.linalg import polar_factor
+from ..algebra.delta import Delta, Dense, LowRank, dense
+from ..algebra.polar import polar, polar_factor
 from ..algebra.sums import total
 from ..algebra.svd import exact_svd, svd
 from .registry import method
@@ -30,11 +30,15 @@ def iso_c(deltas: Sequence[Delta], weights: Sequence[float], *, spectrum: Flatne
     between 0 and 1 the values are S^p, scaled to the same nuclear norm: half-flat, and at 1 task arithmetic.
 
     Of a sum of rank k below min(n, m) the other directions are not known, so the mean is over the k singular values
-    that are more than rounding noise, however the changes are stored. The nuclear norm is that of the sum.
+    that are more than rounding noise, however the changes are stored. The nuclear norm is that of the sum. U V^T of a
+    dense sum is its polar factor, for which no singular vectors are needed.
     """
     summed = total(deltas, weights)
     if len(summed.shape) != 2:
         return total(deltas, [weight / len(deltas) for weight in weights])
+    if isinstance(summed, Dense) and spectrum == 0:
+        factor, values = polar(dense(summed, torch.float32))
+        return Dense(factor * values.mean().to(factor.dtype)) if len(values) else summed
     parts = svd(summed)
     return LowRank(parts.U * flattened(parts.S, spectrum), parts.V.T) if parts.rank else parts.low_rank()
 

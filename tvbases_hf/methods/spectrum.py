@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..algebra.components import SVD
 from ..algebra.delta import Delta, LowRank, premultiplied
 from ..algebra.linalg import negligible
-from ..algebra.svd import SVD, svd
+from ..algebra.svd import svd
 
 Calibrate = Annotated[
     Literal["none", "svc"],

@@ -9,11 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..algebra.components import SVD
 from ..algebra.delta import Delta, Dense, LowRank, dense
-from ..algebra.linalg import polar_factor
+from ..algebra.polar import polar_factor
 from ..algebra.rank import Rank, RankRule
 from ..algebra.sums import total
-from ..algebra.svd import SVD, svd
+from ..algebra.svd import svd
 from .registry import method
 
 PAPER = "https://arxiv.org/abs/2412.00081"

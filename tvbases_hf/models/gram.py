@@ -1,4 +1,4 @@
-"""Streaming inner products of task vectors: one tensor at a time, float64."""
+"""Streaming inner products of task vectors: one tensor at a time, added up in float64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import PIECE_BYTES, Delta, Dense, blocks, gram, pieces
+from ..algebra.products import float32_products
 from ..errors import CheckpointError
 from ..storage.inputs import unchanged
 from ..storage.parallel import rows
@@ -22,6 +23,9 @@ from .vectors import Vectors
 # does: a change of the base's own length, in any direction, leaves a cosine of 0.7, and another base one of about 0.
 WRONG_BASE_COSINE = 0.5
 WRONG_BASE_OUTLIER = 5.0
+# Float32 knows inner products to some 1e-8 of the lengths. Where an eigenvalue of the cosines is below this, the error
+# that bases leave, which is a sum of eigenvalues, would be known to less than 1e-5 of itself: then float64 it is.
+CONDITIONED = 5e-3
 # Two sums of the same d products, in whatever order: eps sqrt(d) for d = 1e7, of squares.
 SAME = 1e-12
 
@@ -105,34 +109,53 @@ class Gram:
 def gram_matrix(vectors: Vectors) -> Gram:
     """Inner products of all task vectors, in one pass over the base and the T models.
 
-    Each tensor is mapped, subtracted and multiplied in blocks: O(T^2 d) operations, memory for one block per thread.
+    Each tensor is mapped, subtracted and multiplied in blocks: O(T^2 d) operations, memory for one block per thread. In
+    float32 where that is enough for the error of any bases; vectors that are nearly dependent (copies, checkpoints of
+    one run) take a second pass in float64.
 
     Raises:
         CheckpointError: NaN or infinity in a tensor, which is named; a file that was written to meanwhile.
     """
+    found, rounded = _one_pass(vectors, float32=True)
+    if not rounded or torch.linalg.eigvalsh(found.cosine)[0] > CONDITIONED:
+        return found
+    return _one_pass(vectors, float32=False)[0]
+
+
+def _one_pass(vectors: Vectors, float32: bool) -> tuple[Gram, bool]:
+    """``float32``: wherever that is faster, see algebra.products; and whether that was anywhere, in any process."""
     count = len(vectors)
 
     def products(name: str) -> list[float]:
-        deltas = vectors.deltas(name)
+        deltas, rounded = vectors.deltas(name), False
         if vectors.are_adapters:
             part, along, square = gram(deltas), torch.zeros(count), 0.0
         else:
             own = (delta.base for delta in deltas if isinstance(delta, Dense) and delta.base is not None)
             base = next(own, None)
-            part, along, square = _with_base(deltas, vectors.base.read(name) if base is None else base)
+            base = vectors.base.read(name) if base is None else base
+            known = float32_products(deltas, base) if float32 else None
+            rounded = known is not None
+            part, along, square = _with_base(deltas, base) if known is None else _parts(known)
         if not (torch.isfinite(part).all() and math.isfinite(square)):
             raise not_finite(vectors, name, deltas)
-        return [*part.flatten().tolist(), *along.tolist(), square]
+        return [*part.flatten().tolist(), *along.tolist(), square, float(rounded)]
 
     size = lambda name: vectors.base.tensors[name].nbytes * (count + 1)  # noqa: E731
-    width, need = count * count + count + 1, lambda name: PIECE_BYTES + vectors.copied(name)
+    width, need = count * count + count + 2, lambda name: PIECE_BYTES + vectors.copied(name)
     with unchanged():
         table = rows(vectors.names, products, width, "Gram matrix", size, need, vectors.stored)
     total = table.sum(dim=0)
     matrix = total[: count * count].reshape(count, count)
     if vectors.are_adapters:
-        return Gram(vectors.tasks, matrix, None)
-    return Gram(vectors.tasks, matrix, float(total[-1]) ** 0.5, total[count * count : -1])
+        return Gram(vectors.tasks, matrix, None), False
+    along, square, rounded = total[count * count : -2], float(total[-2]), bool(total[-1])
+    return Gram(vectors.tasks, matrix, square**0.5, along), rounded
+
+
+def _parts(products: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Of [T + 1, T + 1], the last being the base: what ``_with_base`` returns."""
+    return products[:-1, :-1], products[:-1, -1], float(products[-1, -1])
 
 
 def _with_base(deltas: list[Delta], base: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..algebra.components import SVD
 from ..algebra.delta import Delta, zeros
 from ..algebra.interference import interference, overlaps, own_interference
 from ..algebra.sums import total
-from ..algebra.svd import SVD, svd
+from ..algebra.svd import svd
 from .positions import in_order
 from .vectors import Vectors
 

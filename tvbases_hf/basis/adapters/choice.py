@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...algebra.components import SVD
 from ...algebra.delta import LowRank
 from ...algebra.rank import RankRule
-from ...algebra.svd import SVD
 from ...bases import BasisWeights
 from ...storage.run import track
 from .budget import Menu, spend

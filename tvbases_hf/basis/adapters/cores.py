@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...algebra.components import SVD
 from ...algebra.delta import LowRank
-from ...algebra.svd import SVD, factored_svd
+from ...algebra.svd import factored_svd
 
 # Widths of a shared subspace that are tried: all up to this many, then about as many, evenly spaced.
 WIDTHS = 32
