@@ -51,6 +51,7 @@ def _answer(study: str, question: Mapping[str, Any]) -> dict[str, Any]:
         "ablation": {"at_one": 80.0},
         "compression": {"share": 0.2 + (question.get("budget") or 0)},
         "ood": {"zero_shot": 50.0},
+        "devec_trained": {"own": 71.5, "coefficients": [0.3]},
         "fractions": {"rank": 38, "rows": 384, "shared": {"0.5": 0.02}, "chance": {"0.5": 0.01}},
         "adapters": {
             "own": 88.0,
