@@ -383,10 +383,11 @@ def test_devec_trains_a_coefficient_for_every_vector_and_every_shared_component(
     shared = [dense(part) for part in with_shared(vectors, options).deltas("layer.weight")[3:]]
     target = base.read("layer.weight") + sum(changes, torch.zeros(())) - 2 * shared[0]
     inputs = draw(64, 24)
-    data = [TaskData("any", [(inputs, (inputs @ target.T).argmax(1))], lambda asked, batch: asked(batch[0]))]
+    labels = (inputs @ target.T).argmax(1)
+    data = [TaskData("any", [(inputs, labels)], lambda asked, batch: (asked(batch[0]), batch[1]))]
 
     def loss(weight: Tensor) -> float:
-        return float(nn.functional.cross_entropy(inputs @ weight.T, (inputs @ target.T).argmax(1)))
+        return float(nn.functional.cross_entropy(inputs @ weight.T, labels))
 
     still = devec(vectors, model, data, options=options, lr=1e-30, epochs=1)
     assert torch.allclose(still.values[:, 0], torch.tensor([0.3] * 3 + [0.0] * 3, dtype=torch.float64), atol=1e-12)

@@ -27,6 +27,8 @@ from ..storage.output import transaction, write_json
 from ..storage.run import once
 from .build import build
 from .info import CONFIG_FILE, BasisInfo, is_basis_directory, model_card
+from .masks import METHOD as MASKS
+from .masks import StoredMasks
 from .reconstruction import Reconstruction
 from .request import Request
 from .router import Router
@@ -72,7 +74,8 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         Args:
             vectors: the task vectors; they must stay readable as long as the basis is.
             num_bases: M, or a fraction of T when below 1; None for half of them (``cluster`` chooses).
-            method: ``ae``, ``pca``, ``pca_positive``, ``cluster``, ``rand_select``, or ``tsv`` (every task truncated);
+            method: ``ae``, ``pca``, ``cluster``, ``nmf``, ``rand_select`` and others (see CONSTRUCTIONS), ``tsv``
+                (every task truncated) or ``masks`` (one bit an entry for each task over one vector);
                 of adapters also ``joint`` (shared factors), but not ``pca``. None: see Request.
             budget, rank, alpha: see Request; neither budget nor rank of ``tsv`` is 1/T of min(n, m), which stores T
                 tasks in about one's bytes.
@@ -239,6 +242,8 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
 
     @classmethod
     def _opened(cls, path: Path, info: BasisInfo, label: str) -> VectorSource:
+        if info.method == MASKS:
+            return StoredMasks.open(path, info, label)
         source = StoredVectors(Checkpoint.open(path), info.ranks, len(info.decoder))
         source.check(label)
         return source

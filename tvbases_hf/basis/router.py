@@ -65,8 +65,8 @@ class Router:
         Raises ParameterError where the pass reaches none of the layers.
         """
         found: list[Tensor] = []
-        base = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
-        with torch.no_grad(), base, self._watched(found, inputs.get("attention_mask")):  # type: ignore[operator]
+        base = getattr(model, "disable_adapter", contextlib.nullcontext)()
+        with torch.no_grad(), base, self._watched(found, inputs.get("attention_mask")):
             model(*given, **inputs)
         if not found:
             raise ParameterError("the pass reached no layer of the router; give the model that it was made of")

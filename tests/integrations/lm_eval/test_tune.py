@@ -236,7 +236,8 @@ def test_coefficients_of_parts_are_trained_on_the_data_that_tuning_is_given(
     options = ["--data", f"story={data}", "--alphas", "1,4", "--device", "cpu", "--quiet", "--json", report]
     tvbases("tune", file, out, *options)
     (line,) = [line for line in measured(report)["warnings"] if line.startswith("trained coefficients: ")]
-    found = dict(part.rsplit(" ", 1) for part in line.removeprefix("trained coefficients: ").split(", "))
+    parts = [part.rsplit(" ", 1) for part in line.removeprefix("trained coefficients: ").split(", ")]
+    found = {" & ".join(Path(own).name for own in label.split(" & ")): value for label, value in parts}
     assert list(found) == ["learnt", "spoilt", "learnt & spoilt"]
     assert float(found["learnt"]) > 0.3 > float(found["spoilt"])
     message = refused(
