@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import torch
 from tvbases_hf.defaults import KEEP, SCALES
 from tvbases_hf.errors import ParameterError, TvbasesError
 from tvbases_hf.learning.coefficients import coordinate_search
+from tvbases_hf.learning.data import TaskData
+from tvbases_hf.learning.devec import devec
 from tvbases_hf.learning.inplace import InPlace
 from tvbases_hf.learning.tuning import Tuning, tune
 from tvbases_hf.merging.fit import Limits
 from tvbases_hf.merging.merge import Merge
 from tvbases_hf.merging.write import check_adapter, write
+from tvbases_hf.methods.devec import Options
 from tvbases_hf.models.vectors import Vectors
 
 from .evaluate import Session
@@ -38,6 +42,7 @@ def tune_merge(
     limits: Limits | None = None,
     dtype: torch.dtype | None = None,
     summands: tuple[Vectors, float] | None = None,
+    trained: Options | None = None,
 ) -> dict[str, Any]:
     """Measure theta_0 + alpha * the merged change in place, and write it at the alpha that is best for the targets.
 
@@ -50,6 +55,8 @@ def tune_merge(
         as_adapter, limits, dtype: as ``write`` takes them.
         summands: vectors and the scale at which the merge is their sum: each then gets an alpha of its own, from the
             common one on and never worse than that (see coordinate_search).
+        trained: DeVec's protocol instead of the merge's own sum, decomposed so: a coefficient for each vector and for
+            what each pair shares, trained on the data of the targets before the scale is measured.
 
     Returns the report of the merge with ``alpha`` and ``tuning``, and ``coefficients`` by summand. Where no alpha helps
     there is no ``out`` in it, and nothing is written.
@@ -64,6 +71,9 @@ def tune_merge(
     session = Session.open(plan)
     variant = opened(BEFORE, merge.base.path or merge.base.label, Where(device))
     data, notes = session.data(variant)
+    if trained:
+        merge, learned = _trained(merge, variant.model, [task for task in data if task.name in targets], trained)
+        notes = [*notes, learned]
     change = functools.cache(merge.change)
     units: dict[str, str] = {}
 
@@ -94,6 +104,17 @@ def tune_merge(
         scaled = merge.summing(vectors, found.alphas)
     written = write(scaled, out, as_adapter=as_adapter, limits=limits, dtype=dtype)
     return report | written | {"warnings": [*notes, *written["warnings"]]}
+
+
+def _trained(merge: Merge, model: Any, data: Sequence[TaskData], options: Options) -> tuple[Merge, str]:
+    """With coefficients that are learned from data, and what they are."""
+    if not data:
+        raise ParameterError("pairs: trained needs the data of a target: --data NAME=FILE")
+    found = devec(merge.vectors, model, data, options=options)
+    names = dict(zip(found.vectors.labels, found.values[:, 0].tolist(), strict=True))
+    line = "trained coefficients: " + ", ".join(f"{name} {value:.3g}" for name, value in names.items())
+    recipe = f"{merge.recipe}# trained coefficients {names}\n"
+    return replace(merge, combine=lambda name, _: found.change(name), stream=None, recipe=recipe), line
 
 
 class DoNotMerge(TvbasesError):

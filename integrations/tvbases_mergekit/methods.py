@@ -41,11 +41,19 @@ OVER = Option(
     Annotated[Literal["bases", "reconstructions"], Field(description="which vectors are merged")],
     "bases",
 )
+CONSENSUS = Option(
+    "consensus",
+    Annotated[
+        Literal["mean", "sum"] | None, Field(description="merge: ties, what is made of the vectors that agree in sign")
+    ],
+    None,
+)
 OWN = (
     ParameterSpec(
         "merge", str, ParameterScope.SHARED, default="task_arithmetic", description="the method that merges the vectors"
     ),
     parameter(OVER),
+    parameter(CONSENSUS),
     LAMBDA,
     # Absent unless the user gives it, which switches to the weighted sum of the reconstructions.
     ParameterSpec("weight", Optional[float], ParameterScope.NON_BASE, default=None),  # noqa: UP045 (for pydantic on 3.10)
@@ -72,6 +80,7 @@ class BasisMerge(WholeMerge):
         inner = self.inner(parameters)
         given = [name for name in self.passed_on if _is_given(parameters[name])]
         _check_inner(inner, given, weighted)
+        _check_consensus(inner, parameters[CONSENSUS.name], given)
         if isinstance(inner, RegisteredMerge):
             inner.check({name: _only_value(name, _values(parameters[name])) for name in given})
         for count in sorted({fewest, most} if over_bases else {num_tasks}):
@@ -125,6 +134,8 @@ class BasisMerge(WholeMerge):
         mixing, task_weights = _mixing(weights, columns, parameters)
         ids, given = tuple(parameters["weight"]), {name: parameters[name] for name in self.passed_on}
         passed = _inner_parameters(inner, mixing, task_weights, ids, given)
+        if consensus := parameters[CONSENSUS.name]:
+            passed["normalize"] = consensus == "mean"  # mergekit's word for it
         if isinstance(inner, RegisteredMerge) and (density := inner.density(passed)):
             weighted = _is_weighted(parameters["weight"].values())
             limits = models.limits(density, weights, "reconstructions" if weighted else parameters["over"])
@@ -267,6 +278,17 @@ def _check_inner(inner: MergeMethod, given: Sequence[str], weighted: bool) -> No
     for name, spec in declared.items():
         if spec.required and name != "weight" and name not in given:
             raise ParameterError(f"merge: {inner.spec.name} needs the parameter {name}; add it under parameters")
+
+
+def _check_consensus(inner: MergeMethod, consensus: str | None, given: Sequence[str]) -> None:
+    """Raise ParameterError where a consensus is asked of a method that has none, or is said twice."""
+    CONSENSUS.check(consensus, inner.spec.name)
+    if consensus is None:
+        return
+    if not (isinstance(inner, GeneralizedTaskArithmeticMerge) and inner.consensus_method is not None):
+        raise ParameterError(f"consensus is what ties makes of vectors that agree; merge: {inner.spec.name} has none")
+    if "normalize" in given:
+        raise ParameterError("consensus: mean and sum are mergekit's normalize: true and false; give one of the two")
 
 
 def _is_given(value: Any) -> bool:

@@ -21,6 +21,7 @@ from tvbases_hf.errors import ParameterError
 from tvbases_hf.merging.fit import Limits
 from tvbases_hf.merging.merge import Merge, is_merge
 from tvbases_hf.merging.write import check_adapter, is_checkpoint_of_ours, write
+from tvbases_hf.methods.devec import Options
 from tvbases_hf.models.travel import beside
 from tvbases_hf.storage import run
 from tvbases_hf.storage.output import check_output, preview
@@ -103,6 +104,17 @@ class Job:
         if not self.request.adapter:
             return {"dtype": self.dtype}
         return {"as_adapter": True, "limits": self.request.limits(self.dtype or torch.float32)}
+
+    @property
+    def trained(self) -> Options | None:
+        """How the vectors are decomposed, where the coefficients of the parts are trained on data (devec_unique)."""
+        if self.method.spec.name != "devec_unique":
+            return None
+        names = self.inputs.vectors.names[:1]
+        found = resolve(self.config, self.method, self.inputs, names)[names[0]]
+        if found["pairs"] != "trained":
+            return None
+        return Options(found["threshold"], found["subspace"], "pairs", found["side"], found["rank"])
 
     def plan(self) -> Merge:
         planned = plan(self.config, self.method, self.inputs, self.recipe, self.request)

@@ -49,7 +49,7 @@ def test_what_is_declared_is_complete(name: str) -> None:
 def test_help_shows_every_method_and_every_option_with_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "600")  # a line for each
     shown = " ".join(tvbases("compress", "--help").out.replace("│", " ").split())
-    assert set(all_options()) == {*CONSTRUCTIONS, *PER_TASK}
+    assert set(all_options()) == {*CONSTRUCTIONS, *PER_TASK, "masks"}
     squeezed = shown.replace(" ", "")
     for name, options in all_options().items():
         assert name in squeezed

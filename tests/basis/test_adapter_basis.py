@@ -55,6 +55,8 @@ REQUESTS = {
     "cluster": dict(method="cluster"),
     "cluster_budget": dict(method="cluster", budget=0.5),
     "pca_positive": dict(method="pca_positive", num_bases=2),
+    "nmf": dict(method="nmf", num_bases=2),
+    "dictionary": dict(method="dictionary", num_bases=2),
     "best": dict(budget=0.6),
 }
 

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 from evidence import runner, sources
 from evidence.claims import Claim
 from text import addition, command, finetune, kinds, models, negation, with_data
-from text.report import results
+from text.report import more, results
 from text.report.addition import product
 from text.report.claims import claims
 from text.report.sections import sections
-from text.settings import EVERYTHING, FULL, QUICK, Recipe, Settings
+from text.settings import EVERYTHING, FULL, MANY, QUICK, Recipe, Settings
 from text.workshop import Workshop
 
 from tvbases_hf.errors import CheckpointError, ParameterError
@@ -58,6 +58,29 @@ def test_labels_that_are_words_find_their_descriptions():
 
 def test_every_task_has_a_source_on_the_hub():
     assert set(sources.HUB) == {*FULL.tasks, *FULL.unseen}
+
+
+def test_parts_of_a_task_are_tasks_of_their_own(tmp_path):
+    rows = {split: [[f"{split} {i}", i % 6] for i in range(12)] for split in sources.SPLITS}
+    file = tmp_path / sources.FILE
+    with gzip.open(file, "wt") as stream:
+        json.dump({"trec": {"labels": list("abcdef"), **rows}, "cr": {"labels": ["x", "y"], **rows}}, stream)
+    found = sources.load_tasks(["trec_things", "cr", "trec_places"], str(file))
+    assert list(found) == ["trec_things", "cr", "trec_places"]
+    assert found["trec_things"]["labels"] == ["c", "d"] and found["trec_places"]["labels"] == ["e", "f"]
+    assert found["trec_things"]["val"] == [["val 2", 0], ["val 3", 1], ["val 8", 0], ["val 9", 1]]
+    with pytest.raises(ParameterError, match="odd: trec has no labels 4, 6"):
+        sources.split({"trec": {"labels": list("abcdef"), **rows}}, {"odd": ("trec", (4, 6))})
+
+
+def test_more_tasks_share_no_labels_and_are_as_many_as_is_said():
+    for settings in MANY:
+        assert settings.name == f"tasks{len(settings.tasks)}" and len(set(settings.tasks)) in (14, 20)
+        parts = [sources.PARTS[name] for name in settings.tasks if name in sources.PARTS]
+        labels = [(source, label) for source, kept in parts for label in kept]
+        assert len(labels) == len(set(labels))
+        assert not {source for source, _ in labels} & set(settings.tasks), "a whole beside its parts"
+        assert all(1 < m < len(settings.tasks) for m in settings.num_bases)
 
 
 def test_a_file_that_lacks_a_task_or_is_no_file_says_so(tmp_path):
@@ -167,6 +190,19 @@ def test_the_table_of_all_methods_has_every_cell_that_is_asked():
     empty = sum(cell.isspace() for line in lines[1:] for cell in line.split("|")[1:-1])
     missing = len(with_data.TITLES) * (len(with_data.ASKED) + 4)  # their reconstructions at 25 %, and all over "even"
     assert empty == missing
+
+
+def test_the_report_of_more_tasks_and_of_trained_coefficients(tmp_path):
+    results.write(made_up(MANY[0]), MANY[0], tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert "ARGS='--many 14'" in text and "fine-tuned on 14 text tasks" in text
+    rows = more.trained_coefficients(made_up(EVERYTHING), EVERYTHING).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[-1] for row in cells if row[-1]] == ["69.0", "73.6"], "all tasks, alone and with what pairs share"
+    left_out = [row for row in cells if "left out" in row[0]]
+    assert len(left_out) == 2 * len(EVERYTHING.tasks) and all(row[2] == "71.5" for row in left_out)
+    assert sum("unseen" in row[0] for row in cells) == 2 * len(EVERYTHING.unseen)
+    assert len(cells) == 2 + len(left_out) + 2 * len(EVERYTHING.unseen) + 5
 
 
 @pytest.mark.parametrize("settings", [FULL, EVERYTHING], ids=["full", "all"])

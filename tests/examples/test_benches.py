@@ -46,6 +46,28 @@ def test_bench_of_autoencoder_bases_reports_every_solver(
     assert "varpro, free" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("bench", ["constructions"], indirect=True)
+def test_bench_of_constructions_says_what_each_loses_at_equal_bytes(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gram = bench.synthetic_gram("groups", 6)
+    monkeypatch.setattr(bench, "cases", lambda: [("six", gram, 1), ("six", gram, 3)])
+    rows = bench.main(["--json", str(tmp_path / "x.json")])
+    assert rows == json.loads((tmp_path / "x.json").read_text())
+    assert len(rows) == 2 * len(bench.KINDS) - 1, "there is no PCA of one stored vector, which is the mean"
+    for row in rows:
+        assert 0 <= row["tasks"] <= row["worst"] < 1 + 1e-6 and 0 <= row["sum"] <= 1
+        if row["bases"] == "autoencoder, balanced":
+            assert row["sum"] < 1e-12 and row["convex"]
+    # the sum of the bases and of all tasks, from the inner products of vectors that have this Gram matrix
+    bases = bench.bases_of("random choice", gram, 3)
+    chosen = bases.encoder.sum(1)
+    cosine = float(chosen @ gram.sum(1)) ** 2 / float(chosen @ gram @ chosen) / float(gram.sum())
+    assert next(r for r in rows[len(bench.KINDS) - 1 :] if r["bases"] == "random choice")["sum"] == pytest.approx(
+        1 - cosine
+    )
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("bench", ["memory"], indirect=True)
 def test_bench_of_memory_measures_processes_and_removes_its_models(

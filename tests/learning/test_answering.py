@@ -22,10 +22,11 @@ from tvbases_hf.learning.data import IGNORED, LABELS, TaskData
 from tvbases_hf.learning.fisher import diagonal_fisher
 from tvbases_hf.learning.inplace import Reparametrised, weights_of
 from tvbases_hf.learning.learned import gradients, moved
-from tvbases_hf.learning.regmean import input_products, linear_layers
+from tvbases_hf.learning.regmean import input_products
 from tvbases_hf.learning.taskfiles import TaskModel
 from tvbases_hf.learning.zeroshot import ZeroShot
 from tvbases_hf.merging.changes import Edit
+from tvbases_hf.models.linear import linear_layers
 from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.answering import ANSWERING, CLASSES, END, NAMING, SEEING, WRITING, data_file, images, make, save_folder
 from zoo.models import tune

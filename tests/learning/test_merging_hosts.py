@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adamerging_task": {"steps": 2},
     "atlas": {"epochs": 1},
     "atlas_nonnegative": {"epochs": 1},
+    "devec": {"epochs": 1},
 }
 EPS = torch.finfo(torch.float32).eps
 

@@ -16,8 +16,10 @@ from tvbases_hf.learning.adamerging import adamerging, with_shared
 from tvbases_hf.learning.atlas import atlas
 from tvbases_hf.learning.combination import Mixture, blocks_of, loss_and_gradient
 from tvbases_hf.learning.data import TaskData
+from tvbases_hf.learning.devec import devec
 from tvbases_hf.learning.localize import localize, share_masks, stitch, stitch_twice
 from tvbases_hf.learning.masked import Csr, MaskedVectors
+from tvbases_hf.methods.devec import Options
 from tvbases_hf.storage.checkpoint import Checkpoint
 from zoo.merging_models import NAMES, answers, changes, labelled_data, one_hot, random_states, unlabelled, vectors_of
 
@@ -172,8 +174,6 @@ def test_shared_components_of_pairs_become_vectors() -> None:
         return torch.cat([common, own], 1) @ torch.randn(4, 40, generator=generator)
 
     models = {n: Checkpoint.from_state_dict({"weight": base.read("weight") + change()}) for n in NAMES}
-    from tvbases_hf.methods.devec import Options
-
     vectors = with_shared(Vectors.of_models(base, models), Options(pool="pairs", rank=4.0))
     assert vectors.labels == (*NAMES, "math & code", "math & chat", "code & chat")
     assert vectors.encoder[:, 3].tolist() == [0.5, 0.5, 0.0]
@@ -354,3 +354,48 @@ def test_bad_options_of_masks_are_refused() -> None:
             localize(vectors, model, data, **option)  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match='"math" is empty'):
         localize(vectors, model, [TaskData("math", [], answers), *data[1:]], epochs=1)
+
+
+# --- DeVec's protocol ---
+
+
+class Matrix(nn.Module):
+    """Logits of one matrix, large enough to be decomposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 20, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_devec_trains_a_coefficient_for_every_vector_and_every_shared_component() -> None:
+    """The labels are those of a model that only such coefficients make: what two tasks share is taken away from it."""
+    torch.manual_seed(0)
+    model, generator = Matrix(), torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    base, common = Checkpoint.from_state_dict({"layer.weight": model.layer.weight.detach()}), draw(20, 2)
+    changes = [torch.cat([common, draw(20, 2)], dim=1) @ draw(4, 24) / 5 for _ in NAMES]
+    states = {n: {"layer.weight": base.read("layer.weight") + c} for n, c in zip(NAMES, changes, strict=True)}
+    vectors = Vectors.of_models(base, {n: Checkpoint.from_state_dict(state) for n, state in states.items()})
+    options = Options(pool="pairs", rank=4.0)
+    shared = [dense(part) for part in with_shared(vectors, options).deltas("layer.weight")[3:]]
+    target = base.read("layer.weight") + sum(changes, torch.zeros(())) - 2 * shared[0]
+    inputs = draw(64, 24)
+    labels = (inputs @ target.T).argmax(1)
+    data = [TaskData("any", [(inputs, labels)], lambda asked, batch: (asked(batch[0]), batch[1]))]
+
+    def loss(weight: Tensor) -> float:
+        return float(nn.functional.cross_entropy(inputs @ weight.T, labels))
+
+    still = devec(vectors, model, data, options=options, lr=1e-30, epochs=1)
+    assert torch.allclose(still.values[:, 0], torch.tensor([0.3] * 3 + [0.0] * 3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(dense(still.change("layer.weight")), 0.3 * sum(changes, torch.zeros(())), atol=1e-6)
+    found = devec(vectors, model, data, options=options, lr=0.1, epochs=150)
+    assert found.vectors.labels == (*NAMES, "math & code", "math & chat", "code & chat") and found.method == "devec"
+    weights = base.read("layer.weight")
+    alone = atlas(vectors, model, data, per="task", start=0.3, lr=0.1, weight_decay=0.0, epochs=150)
+    reached, without = (loss(weights + dense(one.change("layer.weight"))) for one in (found, alone))
+    assert reached < 0.8 * without < loss(weights + 0.3 * sum(changes, torch.zeros(())))
+    assert found.values[3, 0] < 0

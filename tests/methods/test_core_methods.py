@@ -160,6 +160,24 @@ def test_an_equation_of_both_sides_that_the_steps_do_not_solve_is_said(
     assert caplog.text.count("of the equation of both sides is left (first: a weight [24, 16])") == 1
 
 
+@pytest.mark.parametrize("ridge", [0.01, 1e-4])
+def test_an_equation_of_both_sides_of_decaying_spectra_is_solved(
+    ridge: float, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Singular values from 1 to 1/80, which plain conjugate gradients leave unsolved."""
+    monkeypatch.setattr(sys.modules[regmean_datafree.__module__], "_warned", set())
+    decay = 10 ** (-2 * torch.arange(16, dtype=torch.float64) / 16)
+    svds = [torch.linalg.svd(gaussian(seed, *SHAPE)[:24, :16], full_matrices=False) for seed in range(4)]
+    tasks = [left * decay @ right for left, _, right in svds]
+    share = ridge * len(tasks) / (24 * 16)
+    both = [(moments(task, "column"), moments(task, "row")) for task in tasks]
+    left = sum((torch.kron(a, c) for a, c in both), share * torch.eye(24 * 16, dtype=torch.float64))
+    right = sum((a @ task @ c for task, (a, c) in zip(tasks, both, strict=True)), share * torch.stack(tasks).mean(0))
+    expected = torch.linalg.solve(left, right.reshape(-1)).reshape(24, 16)
+    found = regmean_datafree([Dense(task) for task in tasks], [1.0] * 4, side="both", ridge=ridge)
+    assert close(dense(found), expected, 1e-3) and not caplog.text
+
+
 @pytest.mark.parametrize("side", ["row", "column", "both"])
 def test_regmean_adds_what_is_apart_and_does_not_count_copies(side: str) -> None:
     first, second = torch.zeros(2, *SHAPE, dtype=torch.float64)

@@ -5,6 +5,8 @@ import pkgutil
 
 from .ae import ae_bases
 from .cluster import Clusters, cluster_bases, find_clusters
+from .dictionary import dictionary_bases
+from .nmf import nmf_bases, pca_nonnegative
 from .pca import pca_bases, pca_positive
 from .random import rand_select
 from .registry import CONSTRUCTIONS, Construction
@@ -20,8 +22,11 @@ __all__ = [
     "Construction",
     "ae_bases",
     "cluster_bases",
+    "dictionary_bases",
     "find_clusters",
+    "nmf_bases",
     "pca_bases",
+    "pca_nonnegative",
     "pca_positive",
     "rand_select",
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import ModelHubMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import defaults
 from ..algebra.delta import Delta, dense, pieces
@@ -27,8 +27,11 @@ from ..storage.output import transaction, write_json
 from ..storage.run import once
 from .build import build
 from .info import CONFIG_FILE, BasisInfo, is_basis_directory, model_card
+from .masks import METHOD as MASKS
+from .masks import StoredMasks
 from .reconstruction import Reconstruction
 from .request import Request
+from .router import Router
 from .sources import StoredVectors, VectorSource
 
 if TYPE_CHECKING:
@@ -71,7 +74,8 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         Args:
             vectors: the task vectors; they must stay readable as long as the basis is.
             num_bases: M, or a fraction of T when below 1; None for half of them (``cluster`` chooses).
-            method: ``ae``, ``pca``, ``pca_positive``, ``cluster``, ``rand_select``, or ``tsv`` (every task truncated);
+            method: ``ae``, ``pca``, ``cluster``, ``nmf``, ``rand_select`` and others (see CONSTRUCTIONS), ``tsv``
+                (every task truncated) or ``masks`` (one bit an entry for each task over one vector);
                 of adapters also ``joint`` (shared factors), but not ``pca``. None: see Request.
             budget, rank, alpha: see Request; neither budget nor rank of ``tsv`` is 1/T of min(n, m), which stores T
                 tasks in about one's bytes.
@@ -140,6 +144,20 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
             return Vectors(model, self.tasks, basis_labels(num_bases), names, self.encoder, read)
         identity = torch.eye(num_tasks, dtype=torch.float64)
         return Vectors(model, self.tasks, self.tasks, names, identity, lambda n: self.reconstructions(n, model))
+
+    def router(
+        self, model: nn.Module, *, rank: str | float | RankRule = defaults.RANK, base: str | Path | None = None
+    ) -> Router:
+        """What finds the task of each row of a batch that does not say it; see Router. ``base``: for DoRA.
+
+        Args:
+            model: the base in memory, as it is before ``attach``; the router goes on working after that.
+            rank: how many input directions of a weight are compared: what this rule keeps of the task that needs least.
+
+        Raises ParameterError for a model that has adapters already, or has no layer that all tasks change.
+        """
+        found = self._base(base)
+        return Router.of(model, self.tasks, self.names, lambda name: self.reconstructions(name, found), rank)
 
     def terms(self, task: str, name: str, base: Checkpoint | None = None) -> list[tuple[float, Delta]]:
         """tau_hat's part of one weight as a sum of multiples of deltas; ``base`` as in VectorSource.own."""
@@ -224,6 +242,8 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
 
     @classmethod
     def _opened(cls, path: Path, info: BasisInfo, label: str) -> VectorSource:
+        if info.method == MASKS:
+            return StoredMasks.open(path, info, label)
         source = StoredVectors(Checkpoint.open(path), info.ranks, len(info.decoder))
         source.check(label)
         return source

@@ -13,6 +13,8 @@ from .adapters.compress import compress_adapters
 from .clusters import cluster_vectors
 from .info import BasisInfo, describe
 from .library.create import METHOD as LIBRARY
+from .masks import METHOD as MASKS
+from .masks import masked
 from .ranks import truncate
 from .request import Request
 from .sources import EncodedVectors, VectorSource, stored_encoder
@@ -34,6 +36,8 @@ def build(
     gram = gram or gram_matrix(vectors)
     if vectors.are_adapters:
         return compress_adapters(vectors, gram, request, dtype)
+    if request.method == MASKS:
+        return masked(vectors, gram, request.options, dtype)
     if request.method == "tsv":
         return truncate(vectors, gram, request.rank, request.budget, dtype)
     if request.merges_clusters:

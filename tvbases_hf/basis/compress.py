@@ -110,8 +110,8 @@ def _check_run(vectors: Vectors, request: Request) -> None:
     streamed = request.method in CONSTRUCTIONS and not (vectors.are_adapters or request.merges_clusters)
     if current().memory is not None and not streamed:
         raise ParameterError(
-            "a limit of memory is kept by bases that are sums of full checkpoints; adapters, method tsv and clusters "
-            "that are merged by another method take whole tensors: leave it out"
+            "a limit of memory is kept by bases that are sums of full checkpoints; adapters, methods tsv and masks, "
+            "and clusters that are merged by another method take whole tensors: leave it out"
         )
 
 

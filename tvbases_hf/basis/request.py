@@ -20,6 +20,8 @@ from ..methods.registry import METHODS, find_method
 from ..options import Option, checked
 from .adapters.pool import POOL_OPTIONS
 from .library.plan import LIBRARY_OPTIONS
+from .masks import MASK_OPTIONS
+from .masks import METHOD as MASKS
 
 # What keeps every task by itself: cut to a rank, or (adapters) over shared factors.
 PER_TASK = {
@@ -37,7 +39,7 @@ DEFAULT_BUDGET = 0.5
 def methods_of(adapters: bool) -> dict[str, Mapping[str, Option]]:
     """The options of every way to make a basis, of adapters or of full checkpoints, by name."""
     if not adapters:
-        return {**{name: found.options for name, found in CONSTRUCTIONS.items()}, "tsv": {}}
+        return {**{name: found.options for name, found in CONSTRUCTIONS.items()}, "tsv": {}, MASKS: MASK_OPTIONS}
     sums = {name: found.options | POOL_OPTIONS for name, found in CONSTRUCTIONS.items() if not found.has_mean}
     return {**sums, **dict.fromkeys(PER_TASK, POOL_OPTIONS), "library": LIBRARY_OPTIONS}
 
@@ -46,6 +48,7 @@ def all_options() -> dict[str, dict[str, Option]]:
     """Those of every method, whatever the models are, but for POOL_OPTIONS; ``inner`` may be any merging method."""
     found = {**{name: dict(made.options) for name, made in CONSTRUCTIONS.items()}, **{name: {} for name in PER_TASK}}
     found["library"] = {name: option for name, option in LIBRARY_OPTIONS.items() if name not in POOL_OPTIONS}
+    found[MASKS] = dict(MASK_OPTIONS)
     inner = found["cluster"]["inner"]
     words = (*inner.choices, *(name for name in METHODS if name not in inner.choices))
     described = Field(description=f"{inner.help}; of checkpoints by any merging method")
@@ -110,6 +113,8 @@ class Request:
             )
         if method in PER_TASK and method not in known:
             raise ParameterError(f"{method} is for adapters only, and these are full checkpoints; leave it out")
+        if adapters and method == MASKS:
+            raise ParameterError("masks are of full checkpoints, whose entries they pick; of adapters use tsv or joint")
         if method not in known:
             kind = " for adapters" if adapters else ""
             raise ParameterError(
@@ -119,6 +124,9 @@ class Request:
 
     def _check_sizes(self, adapters: bool) -> None:
         """Number of bases, rank, budget and alpha, by themselves and together."""
+        if self.method == MASKS and not (self.num_bases is None and self.rank is None and self.budget is None):
+            raise ParameterError("masks are one vector and one bit an entry for each task; num_bases, rank and budget "
+                                 "go with other methods: leave them out")  # fmt: skip
         if self.method in PER_TASK and self.num_bases is not None:
             raise ParameterError(f"{self.method} keeps every task: num_bases goes with ae; give a budget instead")
         if not adapters and self.method != "tsv" and (self.rank is not None or self.budget is not None):

@@ -32,8 +32,9 @@ def print_compression(found: dict[str, Any], console: Console) -> None:
     if "verdict" in found:
         print_adapter_compression(found, console)
         return
-    truncated = found["method"] == "tsv"
-    console.print(_headline_truncated(found) if truncated else _headline(found))
+    headlines = {"tsv": _headline_truncated, "masks": _headline_masked}
+    truncated = found["method"] in headlines
+    console.print(headlines.get(found["method"], _headline)(found))
     columns = {} if found["norm_ratio"] is None else {"norm / base": [f"{ratio:.2%}" for ratio in found["norm_ratio"]]}
     if not truncated:
         columns["weight in the sum"] = [f"{weight:.3f}" for weight in found["effective_weights"]]
@@ -78,6 +79,11 @@ def _headline(found: dict[str, Any]) -> str:
 def _headline_truncated(found: dict[str, Any]) -> str:
     vectors = count_of(len(found["tasks"]), "task vector", "task vectors")
     return f"{vectors}, truncated: {found['loss']:.2%} of their energy cut off, the least possible at these ranks"
+
+
+def _headline_masked(found: dict[str, Any]) -> str:
+    vectors = count_of(len(found["tasks"]), "task vector", "task vectors")
+    return f"{vectors}, each a mask over one vector: {found['loss']:.2%} of their energy differs"
 
 
 def count_of(number: int, one: str, many: str) -> str:

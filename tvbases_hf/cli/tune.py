@@ -98,7 +98,7 @@ def tune(
         return tell(merge(config, out, dry_run=True, **how), _show, json)
     job = open_merge(config, out, **how)
     choosing: dict[str, Any] = {"keep": keep, "alphas": tried, "summands": summands(job) if per_basis else None}
-    found = tune_merge(job.plan(), out, plan, device=device, **choosing, **job.how)
+    found = tune_merge(job.plan(), out, plan, device=device, trained=job.trained, **choosing, **job.how)
     if plot:
         from tvbases_lm_eval.plots import plot_tuning
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..algebra.layout import is_matrix, is_stack, of_experts
 from ..algebra.linalg import solve_psd
 from ..errors import ParameterError
 from ..merging.changes import Computed
+from ..models.linear import linear_layers
 from ..models.translation import Stored, Translation
 from ..models.vectors import Vectors
 from ..storage.run import bar
@@ -89,22 +89,6 @@ def regmean(
     return Computed(vectors, "regmean", tensors, report)
 
 
-def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """{stored weight: the linear layer that is given its inputs}, for those of ``names`` that are of linear layers.
-
-    Matrices that the model fuses, or that it holds in pieces, share their inputs: rows of one product.
-    """
-    translation, modules = Translation(model, names), dict(model.named_modules())
-    found = {}
-    for name, stored in translation.stored.items():
-        layers = [part.parameter.rpartition(".")[0] for part in stored.parts]
-        if all(_is_linear(modules.get(layer)) for layer in layers) and all(
-            part.parameter.endswith("weight") and part.is_of_rows for part in stored.parts
-        ):
-            found[name] = layers[0]
-    return found
-
-
 def expert_weights(model: nn.Module, names: Sequence[str]) -> dict[str, Stored]:
     """{stored weight: where it is} for those of ``names`` that the model holds in a parameter of all experts."""
     stored = Translation(model, names).stored
@@ -114,12 +98,6 @@ def expert_weights(model: nn.Module, names: Sequence[str]) -> dict[str, Stored]:
         if all(of_experts(part.parameter) for part in place.parts)
         and (is_stack(name, place.shape) or is_matrix(name, place.shape))
     }
-
-
-def _is_linear(module: nn.Module | None) -> bool:
-    """Conv1D is what transformers calls GPT-2's linear layers, whose weights are [in, out]."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # who has such a layer has imported it
-    return isinstance(module, nn.Linear) or (pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D))
 
 
 def input_products(

@@ -14,6 +14,7 @@ from ..models.vectors import Vectors
 from .adamerging import adamerging
 from .atlas import atlas
 from .data import TaskData
+from .devec import devec
 from .fisher import fisher
 from .localize import localize, stitch
 from .regmean import regmean
@@ -32,5 +33,6 @@ DATA_METHODS: dict[str, Callable[..., Made]] = {
     "adamerging": adamerging,
     "adamerging_task": functools.partial(adamerging, per="task"),
     "atlas": atlas,
+    "devec": devec,
     "atlas_nonnegative": functools.partial(atlas, nonnegative=True),
 }

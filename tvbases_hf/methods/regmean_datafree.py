@@ -65,33 +65,59 @@ def _of_rows(tasks: Sequence[Tensor], mean: Tensor, share: float) -> Tensor:
 
 
 def _of_both(tasks: Sequence[Tensor], mean: Tensor, share: float) -> Tensor:
-    ridge, squares = share * len(tasks), [task.square().sum() for task in tasks]
+    ridge, units = share * len(tasks), [task / task.norm() for task in tasks]
 
     def moments(matrix: Tensor) -> Tensor:
         """sum_t A_t X C_t."""
-        terms = (
-            task @ (task.T @ matrix @ task.T) @ task / square**2 for task, square in zip(tasks, squares, strict=True)
-        )
+        terms = (unit @ (unit.T @ matrix @ unit.T) @ unit for unit in units)
         return sum(terms, torch.zeros_like(matrix))
 
-    cubes = (task @ (task.T @ task @ task.T) @ task / square**2 for task, square in zip(tasks, squares, strict=True))
-    return _conjugate_gradients(lambda x: moments(x) + ridge * x, sum(cubes, ridge * mean), mean)
+    cubes = (unit @ (unit.T @ task @ unit.T) @ unit for unit, task in zip(units, tasks, strict=True))
+    inverse = _near_inverse([unit @ unit.T for unit in units], [unit.T @ unit for unit in units], ridge)
+    return _conjugate_gradients(lambda x: moments(x) + ridge * x, sum(cubes, ridge * mean), mean, inverse)
 
 
-def _conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, start: Tensor) -> Tensor:
-    """X with apply(X) = right, for a positive definite linear map of matrices."""
+def _near_inverse(rows: Sequence[Tensor], columns: Sequence[Tensor], ridge: float) -> Callable[[Tensor], Tensor]:
+    """About the inverse of X -> sum_t A_t X C_t + ridge X, for ``rows`` A_t [p, p] and ``columns`` C_t [q, q].
+
+    In bases F and G in which all A_t, and all C_t, are as diagonal as can be, the map is taken for its diagonal.
+    """
+    F, G = _shared_basis(rows, ridge**0.5), _shared_basis(columns, ridge**0.5)
+    diagonal = ridge * torch.outer(F.square().sum(dim=0), G.square().sum(dim=0))
+    for a, c in zip(rows, columns, strict=True):
+        diagonal += torch.outer((F * (a @ F)).sum(dim=0), (G * (c @ G)).sum(dim=0))
+    return lambda matrix: F @ ((F.T @ matrix @ G) / diagonal) @ G.T
+
+
+def _shared_basis(moments: Sequence[Tensor], floor: float) -> Tensor:
+    """[p, p] columns in which positive semidefinite matrices are about diagonal together.
+
+    Made white by their sum (plus ``floor``) the moments of tasks in directions of their own are projections, which
+    share eigenvectors: those of a sum with another weight for each.
+    """
+    values, vectors = torch.linalg.eigh(sum(moments[1:], moments[0]))
+    white = vectors / (values.clamp_min(0) + floor).sqrt()
+    apart = sum((weight * (white.T @ moment @ white) for weight, moment in enumerate(moments, 1)), white.new_zeros(()))
+    return white @ torch.linalg.eigh(apart).eigenvectors
+
+
+def _conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], right: Tensor, start: Tensor, inverse: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """X with apply(X) = right, for a positive definite linear map of matrices, whose inverse is about ``inverse``."""
     found, residual = start, right - apply(start)
-    direction, square = residual, residual.square().sum()
-    limit = TOLERANCE**2 * right.square().sum()
+    direction, limit = inverse(residual), TOLERANCE**2 * right.square().sum()
+    product = (residual * direction).sum()
     for _ in range(MOST_STEPS):
-        if square <= limit:
+        if residual.square().sum() <= limit:
             return found
         image = apply(direction)
-        step = square / (direction * image).sum()
+        step = product / (direction * image).sum()
         found, residual = found + step * direction, residual - step * image
-        before, square = square, residual.square().sum()
-        direction = residual + (square / before) * direction
-    _warn_of_rest(float((square / right.square().sum()).sqrt()), tuple(start.shape))
+        scaled = inverse(residual)
+        before, product = product, (residual * scaled).sum()
+        direction = scaled + (product / before) * direction
+    _warn_of_rest(float((residual.square().sum() / right.square().sum()).sqrt()), tuple(start.shape))
     return found
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ..algebra.delta import Delta
 from ..algebra.sums import total
+from ..errors import ParameterError
 from .devec import DenseRank, Options, Pool, Side, Subspace, Threshold, chance_limit, chance_share, decompose
 from .registry import method
 
 LOG = logging.getLogger("tvbases_hf")
+Pairs = Annotated[
+    Literal["together", "trained"],
+    Field(description="one weight for all that is shared, or (tvbases tune) a trained one for each part"),
+]
 SharedWeight = Annotated[float, Field(description="of the shared component, which is left out at 0")]
 
 
@@ -28,12 +33,19 @@ def devec_unique(
     side: Side = Options.side,
     rank: DenseRank = Options.rank,
     shared_weight: SharedWeight = 0.0,
+    pairs: Pairs = "together",
 ) -> Delta:
     """The sum of what the vectors do not share with one another.
 
     sum_i w_i unique_i + shared_weight * shared. A vector of weight 0 is compared with the others and not added.
-    Raises ParameterError for a vector that spans its whole space, with which everything would be shared.
+    ``pairs: trained`` is the paper's merging protocol: a coefficient for each vector, whole, and for what each pair
+    shares, which ``tvbases tune`` finds on data (learning.devec).
+
+    Raises ParameterError for a vector that spans its whole space, with which everything would be shared, and for
+    trained coefficients, which need data.
     """
+    if pairs == "trained":
+        raise ParameterError("pairs: trained needs data; use tvbases tune CONFIG OUT --data NAME=FILE")
     options = Options(threshold, subspace, pool, side, rank)
     split = decompose(deltas, options, [index for index, weight in enumerate(weights) if weight])
     _warn_of_chance(split.ranks, deltas[0].shape, options)

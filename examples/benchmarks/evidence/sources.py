@@ -38,6 +38,17 @@ class HubTask:
     config: str | None = None
 
 
+# Parts of the tasks of many labels, by pairs of labels or by domains: (the whole, the labels that stay).
+PARTS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "trec_definitions": ("trec", (0, 1)),
+    "trec_things": ("trec", (2, 3)),
+    "trec_places": ("trec", (4, 5)),
+    "news_events": ("agnews", (0, 1)),
+    "news_trade": ("agnews", (2, 3)),
+    "stars_extremes": ("sst5", (0, 4)),
+    "stars_middle": ("sst5", (1, 3)),
+    **{f"bank_{index}": ("bank", tuple(range(11 * index, 11 * index + 11))) for index in range(7)},
+}
 REVIEW = ("This is a negative {} review.", "This is a positive {} review.")
 HUB: dict[str, HubTask] = {
     "cr": HubTask("SetFit/CR", "text", "label", tuple(text.format("product") for text in REVIEW)),
@@ -117,7 +128,27 @@ def load_tasks(names: Sequence[str], source: str) -> dict[str, Task]:
             raise ParameterError(f"the generator has no task {unknown[0]!r}; it has {', '.join(TASKS)}")
         return {name: make_task(name) for name in names}
     file = found_file() if source == "auto" else None if source == "hub" else Path(source)
-    return _from_hub(names) if file is None else _from_file(names, file)
+    whole = [name for name in names if name not in PARTS]
+    needed = list(dict.fromkeys([*whole, *(PARTS[name][0] for name in names if name in PARTS)]))
+    read = _from_hub(needed) if file is None else _from_file(needed, file)
+    parts = split(read, {name: PARTS[name] for name in names if name in PARTS})
+    return {name: parts[name] if name in parts else read[name] for name in names}
+
+
+def split(tasks: Mapping[str, Task], parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Task]:
+    """More tasks of fewer labels: {name: (task, its labels that stay)}; a part of labels is a task of its own.
+
+    Labels are numbered anew. ParameterError for a task or a label that is not there, or fewer than two labels.
+    """
+    found = {}
+    for name, (source, labels) in parts.items():
+        task = tasks.get(source)
+        if task is None or len(set(labels)) < 2 or max(labels) >= len(task["labels"]):
+            raise ParameterError(f"{name}: {source} has no labels {', '.join(map(str, labels))} to make a task of")
+        place = {label: index for index, label in enumerate(labels)}
+        cut = {s: [[text, place[label]] for text, label in task[s] if label in place] for s in SPLITS}
+        found[name] = {"labels": [task["labels"][label] for label in labels], **cut}
+    return found
 
 
 def found_file() -> Path | None:

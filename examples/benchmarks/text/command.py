@@ -19,7 +19,7 @@ from . import adapters, addition, bounds, choices, devec, finetune, models, nega
 from . import with_data as methods
 from .report import results
 from .report.claims import claims
-from .settings import EVERYTHING, FULL, QUICK, Settings
+from .settings import EVERYTHING, FULL, MANY, QUICK, Settings
 from .workshop import Workshop
 
 WORKDIR = Path("~/.cache/tvbases-hf/text")
@@ -42,6 +42,7 @@ STUDIES: tuple[Study, ...] = (
     ood.STUDY,
     devec.FRACTIONS,
     devec.GAINS,
+    devec.TRAINED,
     adapters.STUDY,
     bounds.STUDY,
 )
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Claim]:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="less data, one seed, the main claims only: minutes")
+    size.add_argument("--many", type=int, choices=[len(m.tasks) for m in MANY], help="so many tasks, in addition alone")
     size.add_argument("--all", action="store_true", help="every cell of every table; goes on from a run without")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one per core (the default)")
     parser.add_argument("--workdir", type=Path, default=WORKDIR, help=f"models and answers (default: {WORKDIR})")
@@ -75,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Claim]:
     )
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else EVERYTHING if options.all else FULL
+    settings = next((many for many in MANY if len(many.tasks) == options.many), settings)
     workdir = options.workdir.expanduser().absolute()
-    out = options.out or (workdir / "quick" / RESULTS.name if options.quick else RESULTS)
+    out = options.out or (workdir / settings.name / RESULTS.name if settings.name != FULL.name else RESULTS)
     try:
         found = answers(workdir / settings.name, settings, options.tasks, options.processes)
     except TvbasesError as error:

@@ -17,10 +17,18 @@ ALPHAS = (
     *(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8),
     *(1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.5, 16.0, 20.0),
 )
-# A study that takes more than an hour of one core; asked if everything is.
-LONG = ("with_data",)
+# Studies that take more than an hour of one core; asked if everything is.
+LONG = ("with_data", "devec_trained")
 # A sum of T task vectors is best near this weight per task; a search starts there.
 START = 0.4
+
+
+# More tasks for the curve over T: where a task of many labels is there in parts, it is not there as a whole.
+FOURTEEN = (
+    *("cr", "mpqa", "sst2", "subj", "sms", "mr", "trec_definitions", "trec_things", "trec_places", "news_events"),
+    *("news_trade", "stars_extremes", "stars_middle", "bank"),
+)
+TWENTY = (*FOURTEEN[:-1], *(f"bank_{index}" for index in range(7)))
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,12 @@ class Settings:
 
 FULL = Settings()
 EVERYTHING = replace(FULL, everything=True)
+MANY = tuple(
+    replace(FULL, name=f"tasks{len(tasks)}", tasks=tasks, unseen=(), num_bases=(len(tasks) // 2, len(tasks) // 4),
+            seeds=(0,), studies=("addition", "losses", "untuned"))
+    for tasks in (FOURTEEN, TWENTY)
+)  # fmt: skip
+"""Addition with more tasks: for the curve over T."""
 QUICK = Settings(
     name="quick",
     train=400,

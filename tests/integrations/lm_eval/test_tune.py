@@ -221,3 +221,26 @@ def test_task_files_of_ones_own_are_measured_from_their_folder(family: Family, t
     assert 0 <= value["value"] <= 1 and value["stderr"] is not None
     message = refused(tmp_path, "evaluate", family.base, "--include-path", tmp_path / "none", "--target", "own_choice")
     assert "is no directory; --include-path takes one of lm-eval task files" in message
+
+
+def test_coefficients_of_parts_are_trained_on_the_data_that_tuning_is_given(
+    family: Family, text: Path, tmp_path: Path
+) -> None:
+    """The step down the loss gets more than the step up, which ``merge`` cannot know."""
+    data, report, out = tmp_path / "story.jsonl", tmp_path / "report.json", tmp_path / "out"
+    data.write_text("".join(json.dumps({"text": line}) + "\n" for line in text.read_text().splitlines()))
+    file = recipe(family, tmp_path, "learnt", "spoilt", pairs="trained", rank="fraction:0.2")
+    file.write_text(file.read_text().replace("task_arithmetic", "devec_unique"), encoding="utf-8")
+    message = refused(family.base.parent, "merge", file, out)
+    assert "pairs: trained needs data; use tvbases tune" in message
+    options = ["--data", f"story={data}", "--alphas", "1,4", "--device", "cpu", "--quiet", "--json", report]
+    tvbases("tune", file, out, *options)
+    (line,) = [line for line in measured(report)["warnings"] if line.startswith("trained coefficients: ")]
+    parts = [part.rsplit(" ", 1) for part in line.removeprefix("trained coefficients: ").split(", ")]
+    found = {" & ".join(Path(own).name for own in label.split(" & ")): value for label, value in parts}
+    assert list(found) == ["learnt", "spoilt", "learnt & spoilt"]
+    assert float(found["learnt"]) > 0.3 > float(found["spoilt"])
+    message = refused(
+        family.base.parent, "tune", file, tmp_path / "other", "--target", f"text:{text}", "--device", "cpu"
+    )
+    assert "pairs: trained needs the data of a target" in message

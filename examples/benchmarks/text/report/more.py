@@ -9,6 +9,7 @@ from evidence.markdown import megabytes, span, spread, table
 from evidence.runner import Answers
 
 from .. import negation, online, singular
+from ..devec import PUBLISHED
 from ..kinds import TITLES
 from ..settings import Settings
 from . import paper
@@ -143,9 +144,27 @@ def shared_gain(found: Found, settings: Settings) -> str:
     for question, answer in found["gains"]:
         title = {"task_arithmetic": "task arithmetic", "adamerging": "AdaMerging"}[question["method"]]
         added = "" if question["components"] == "none" else f"{question['rank']}, threshold {question['threshold']}"
-        published = paper.DEVEC[question["method"], question["components"]]
+        cell = question["method"], question["components"]
+        published = "another protocol" if cell == ("task_arithmetic", "shared") else paper.DEVEC[cell]
         rows.append([title, added or "vectors alone", f"{answer['accuracy']:.1f}", published])
     return table(["method", "with the shared components of pairs", "accuracy", "paper"], rows)
+
+
+def trained_coefficients(found: Found, settings: Settings) -> str:
+    """All tasks beside the paper's figures, then unseen tasks, vectors left out, and the sweeps."""
+    rows = []
+    for question, answer in found["devec_trained"]:
+        pairs = question["components"] == "pairs"
+        added = f"{question['rank']}, threshold {question['threshold']}" if pairs else "vectors alone"
+        asked, accuracy, published = "all tasks", answer["accuracy"], ""
+        if question["task"]:
+            asked = f"{question['task']}, unseen"
+        elif question["left_out"]:
+            asked, accuracy = f"{question['left_out']}, its vector left out", answer["own"]
+        elif not pairs or (question["rank"], question["threshold"]) == PUBLISHED:
+            published = f"{paper.DEVEC['task_arithmetic', 'shared' if pairs else 'none']:.1f}"
+        rows.append([asked, added, f"{accuracy:.1f}", published])
+    return table(["accuracy on", "with the shared components of pairs", "measured", "paper"], rows)
 
 
 def adapter_bases(found: Found, settings: Settings) -> str:

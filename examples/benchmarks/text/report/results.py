@@ -14,7 +14,7 @@ from evidence.runner import Answers
 from tvbases_hf import __version__
 
 from ..addition import FEW
-from ..settings import Settings
+from ..settings import MANY, Settings
 from . import figures
 from .claims import claims
 from .sections import sections
@@ -41,6 +41,7 @@ def head(found: Found, settings: Settings) -> str:
     recipe = settings.recipe
     fewer = "" if settings.everything else f" (for TIES and TSV-M {min(FEW, settings.draws)})"
     options = " ARGS=--quick" if settings.name == "quick" else " ARGS=--all" if settings.everything else ""
+    options = f" ARGS='--many {len(settings.tasks)}'" if settings in MANY else options
     return f"""# Results on real text
 
 Written by `make bench-text{options}`; do not edit.

@@ -97,8 +97,15 @@ def sections(settings: Settings) -> list[Section]:
             {"fractions", "gains"},
             "Per cent of two tasks' energy that lies in directions they share, mean over pairs; in brackets what "
             "random subspaces of the same ranks share. Then: merging with every pair's shared component as one more "
-            "vector.",
+            "vector; task arithmetic weighs all of them by one alpha, which is another experiment than the paper's.",
             [more.shared, more.shared_gain],
+        ),
+        Section(
+            "Trained coefficients (DeVec's protocol)",
+            {"devec_trained"},
+            f"A coefficient for every vector and for what every pair shares, trained on {settings.shots} sentences per "
+            "label: of all tasks, of a task without a vector (Table 2), of all with one vector left out (Table 3).",
+            [more.trained_coefficients],
         ),
         Section(
             "Bases of adapters",
