@@ -41,6 +41,7 @@ def run(base: Path, tasks: dict[str, str], out: Path, budget: float) -> dict[str
         "largest_error": max(found["task_error"]) ** 2,
         "share": found["share"],
         "bytes": found["bytes"],
+        "directory_bytes": found["directory_bytes"],
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
         "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -144,10 +145,12 @@ def of_planted(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     report["rivals"] = rivals(options.rivals, tasks, options.components, work) if options.rivals else []
     show([*report["ours"], *report["rivals"]], size_of(tasks))
     own, more = report["ours"][0], report["one more"]
+    whole = own["directory_bytes"] / size_of(tasks)
     print(
-        f"{own['tasks']} adapters in {own['clusters']} clusters: {own['seconds']:.0f} s ({own['cpu_seconds']:.0f} s of "
-        f"processors), {own['memory'] / 1e9:.2f} GB; one more {more['add_seconds']:.1f} s, the others unchanged: "
-        f"{more['others_unchanged']}; one back {more['restore_seconds']:.2f} s"
+        f"{own['tasks']} adapters in {own['clusters']} clusters, {whole:.2%} of their bytes with lists and card: "
+        f"{own['seconds']:.0f} s ({own['cpu_seconds']:.0f} s of processors), {own['memory'] / 1e9:.2f} GB; one more "
+        f"{more['add_seconds']:.1f} s, the others unchanged: {more['others_unchanged']}; one back "
+        f"{more['restore_seconds']:.2f} s"
     )
     return report
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,12 @@ from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.files import locate
 from ..storage.tied import is_token_matrix
 from .adapter_files import adapter_folder, host
-from .layouts import TRANSPOSED, Layout, find_layout
+from .layouts import TRANSPOSED, Layout, LoraModule, find_layout
 from .lora_config import CONFIG_FILE, WEIGHT_FILES, LoraOptions, is_lora, read_config
 from .lora_parts import BIAS, MAGNITUDE, PAIRS, Parts, check_parts
 from .names import Naming, is_shared, is_tied_away, twins_of
 from .parameters import Parameter, Place, check_factors, parameters_of, places_in
 from .skeleton import check_not_in_parts, names_meant, skeleton
-
-
-@dataclass(frozen=True)
-class LoraModule:
-    """Stored names of one module's factors; ``scaling`` is alpha / r, or alpha / sqrt(r) for rsLoRA."""
-
-    layout: Layout
-    scaling: float
-    parts: Mapping[str, str]
-
-    @property
-    def pair(self) -> tuple[str, str]:
-        """The stored names of A and B."""
-        first, second = PAIRS[self.layout.kind == "embedding"]
-        return self.parts[first], self.parts[second]
-
-    def product(self, a: Tensor, b: Tensor) -> LowRank:
-        """s B A as PEFT computes it, convolutions flattened: the transpose of what the base stores as [in, out]."""
-        return LowRank(self.scaling * b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1))
 
 
 class Adapter:

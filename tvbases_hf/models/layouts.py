@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from ..algebra.delta import LowRank
 from ..errors import CheckpointError, MismatchError
 from ..storage.checkpoint import Checkpoint
 from ..storage.tied import is_token_matrix
@@ -24,6 +27,25 @@ class Layout:
     module: str
     kind: str
     kernel: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """Stored names of one module's factors; ``scaling`` is alpha / r, or alpha / sqrt(r) for rsLoRA."""
+
+    layout: Layout
+    scaling: float
+    parts: Mapping[str, str]
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The stored names of A and B."""
+        first, second = PAIRS[self.layout.kind == "embedding"]
+        return self.parts[first], self.parts[second]
+
+    def product(self, a: Tensor, b: Tensor) -> LowRank:
+        """s B A as PEFT computes it, convolutions flattened: the transpose of what the base stores as [in, out]."""
+        return LowRank(self.scaling * b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1))
 
 
 def find_layout(

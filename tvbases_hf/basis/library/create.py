@@ -26,6 +26,8 @@ from .plan import Plan
 from .stock import cut_sum, stock_adapter
 
 METHOD = "library"
+# Weights that are encoded before the first of them has been written.
+AHEAD = 8
 SAMPLED_WEIGHTS, SAMPLED_NUMBERS = 4, 16
 
 
@@ -95,7 +97,9 @@ def _coded(plan: Plan) -> Iterator[tuple[str, dict[int, Coded]]]:
         return found
 
     size = lambda name: len(plan.opened.tasks) * sum(plan.opened.shape(name)) * plan.opened.rank  # noqa: E731
-    return each(plan.opened.names, encode, "Encoding", size)
+    names = plan.opened.names
+    for start in range(0, len(names), AHEAD):  # what waits to be written is in memory
+        yield from each(names[start : start + AHEAD], encode, "Encoding", size)
 
 
 def _add(

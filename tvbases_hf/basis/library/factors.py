@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ import torch
 from ...algebra.delta import LowRank, low_parts
 from ...algebra.finite import count_not_finite
 from ...errors import CheckpointError, ParameterError
-from ...models.adapter import Adapter, LoraModule
-from ...models.layouts import TRANSPOSED
+from ...models.adapter import Adapter
+from ...models.layouts import TRANSPOSED, LoraModule
 from ...models.lora_template import Template
 from ...models.vectors import Vectors, open_model
 from ...storage.checkpoint import Checkpoint
@@ -103,7 +104,7 @@ class Opened:
         """What the adapters take in their own dtypes."""
         return sum(one.nbytes for one in self.factors)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return max(one.rank for one in self.factors)
 

@@ -13,9 +13,9 @@ All that is stored are rows of numbers, each in 16, 8 or 4 bits. At a price per 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,19 @@ PRICES = tuple(1e-3 * 2.0**-step for step in range(44))
 WIDEST, EXACT = 64, 192
 STEPS = 2
 ALONE, RIGHT, LEFT, BOTH = range(4)
-TINY = 1e-30
+Value = TypeVar("Value")
+
+
+class _computed(Generic[Value]):
+    """functools.cached_property without its lock, which lets one thread compute at a time, for all objects of a class
+    together (before Python 3.12)."""
+
+    def __init__(self, compute: Callable[[Any], Value]) -> None:
+        self.compute = compute
+
+    def __get__(self, instance: Any, owner: Any = None) -> Value:
+        value = instance.__dict__[self.compute.__name__] = self.compute(instance)
+        return value
 
 
 @dataclass(frozen=True)
@@ -69,27 +81,27 @@ class Part:
     def shape(self) -> tuple[int, int]:
         return self.change.left.shape[1], self.change.right.shape[2]
 
-    @cached_property
+    @_computed
     def inner(self) -> Tensor:
         """[T, r, r] B^T B"""
         return self.change.left.mT @ self.change.left
 
-    @cached_property
+    @_computed
     def outer(self) -> Tensor:
         """[T, r, r] A A^T"""
         return self.change.right @ self.change.right.mT
 
-    @cached_property
+    @_computed
     def roots(self) -> tuple[Tensor, Tensor]:
         """[T, r, r] S with S S^T = B^T B, and the same of A A^T."""
         return _root(self.inner), _root(self.outer)
 
-    @cached_property
+    @_computed
     def squares(self) -> Tensor:
         """[T] squared norms of the changes, float64."""
         return (self.inner.double() * self.outer.double()).sum((1, 2)).clamp_min(0)
 
-    @cached_property
+    @_computed
     def axes(self) -> tuple[Tensor, Tensor]:
         """[n, W] and [m, W]: orthonormal directions by their share of the weighted energy, largest first."""
         if self.given is not None:
@@ -100,7 +112,7 @@ class Part:
         right = (scale * self.change.right.mT @ inner).transpose(0, 1).flatten(1)
         return _leading(left), _leading(right)
 
-    @cached_property
+    @_computed
     def core(self) -> Tensor:
         """[T, W, W] the changes in the coordinates of the axes."""
         left, right = self.axes
@@ -133,7 +145,7 @@ class Part:
         values = torch.linalg.eigvalsh((root.mT @ middle @ root).double()).flip(1).clamp_min(0)
         return self.weights[:, None] * values
 
-    @cached_property
+    @_computed
     def along(self) -> tuple[Tensor, Tensor]:
         """[W] and [W] weighted energies along the axes of both sides."""
         left, right = self.axes

@@ -145,7 +145,11 @@ def _grouped(
             lost[number] = -sum(float(menu.gain[index]) for menu, index in zip(menus, picked, strict=True))
         return lost[number]
 
-    best = min(sorted({min(count, 4**step) for step in range(count.bit_length() // 2 + 2)}), key=loss)
+    best = 1
+    for number in sorted({min(count, 4**step) for step in range(1, count.bit_length() // 2 + 2)} - {1}):
+        if loss(number) >= loss(best):
+            break  # more groups are ever more work, and share less
+        best = number
     for step in (2.0, 2**0.5, 2**0.25):
         near = {max(1, min(count, round(best * factor))) for factor in (1 / step, 1, step)}
         best = min(sorted(near), key=loss)
