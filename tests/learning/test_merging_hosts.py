@@ -123,7 +123,7 @@ def test_over_one_hot_bases_every_method_equals_its_task_vector_version(method) 
     for name, value in plain.items():
         # Bases are stored in float32: one rounding, which a few steps of a learner may carry on.
         assert torch.allclose(bases[name], value, rtol=0, atol=1e2 * EPS * float(value.abs().max()))
-    other = task_vectors.selected([0])
+    other = task_vectors.selected([0, 1])
     assert not torch.allclose(changes(method(other, model, data))["0.weight"], plain["0.weight"], rtol=1e-2)
 
 
@@ -157,7 +157,7 @@ def test_data_that_does_not_fit_is_refused_by_name(method, request: pytest.Fixtu
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
     vectors, data = vectors_of(model, random_states(model, 3)), labelled_data(5, 3)
     name = request.node.callspec.params["method"]
-    if not name.startswith("atlas"):  # which learns from data of any task
+    if not name.startswith(("atlas", "devec")):  # which learns from data of any task
         with pytest.raises(ParameterError, match=r"1 of 3 tasks have no data \(first: chat\)"):
             method(vectors, model, data[:2])
         with pytest.raises(
@@ -167,7 +167,7 @@ def test_data_that_does_not_fit_is_refused_by_name(method, request: pytest.Fixtu
         with pytest.raises(ParameterError, match='2 data sets are named "math"'):
             method(vectors, model, [*data, data[0]])
     bare = [TaskData(t.name, t.batches, lambda m, b: (m(b[0]), None)) for t in data]
-    if name in ("localize", "atlas", "atlas_nonnegative", "fisher_empirical"):
+    if name in ("localize", "atlas", "atlas_nonnegative", "devec", "fisher_empirical"):
         with pytest.raises(ParameterError, match='"math" has no labels, which this needs'):
             method(vectors, model, bare)
     else:
@@ -187,9 +187,9 @@ def test_a_weight_with_two_names_is_refused_where_the_base_has_it_twice(method) 
     model, make = llama()
     seed = torch.Generator().manual_seed(0)
     base = Checkpoint.from_state_dict(model.state_dict())
-    vectors = Vectors.of_models(base, {"math": base})
+    vectors = Vectors.of_models(base, {"math": base, "code": base})
     with pytest.raises(MismatchError, match=r"embed_tokens\.weight and lm_head\.weight are one weight in the model"):
-        method(vectors, model, [TaskData("math", [make(seed)])])  # type: ignore[arg-type]
+        method(vectors, model, [TaskData(task, [make(seed)]) for task in vectors.tasks])  # type: ignore[arg-type]
 
 
 def test_a_task_without_a_share_needs_no_data(method) -> None:
