@@ -107,7 +107,8 @@ def test_lines_end_at_spaces_and_paths_stay_whole() -> None:
 
 def test_what_is_piped_is_not_wrapped(pair: Family) -> None:
     tasks = [part for name in LONG for part in ("--task", f"{name}={pair.tasks['math']}")]
-    done = tvbases("inspect", "--base", pair.base, *tasks)
+    with patch.object(console, "_width", None):  # COLUMNS may have set one
+        done = tvbases("inspect", "--base", pair.base, *tasks)
     assert done.code == 0, done.err
     head = next(line for line in done.out.splitlines() if LONG[0] in line and LONG[11] in line)
     assert all(name in head for name in LONG), "one matrix, with whole names"

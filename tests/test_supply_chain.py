@@ -35,7 +35,7 @@ CODE |= {
 }
 CODE |= {"pickle.Unpickler", "joblib.load", "shelve.open", "jsonpickle.decode", "pandas.read_pickle", "pd.read_pickle"}
 CODE |= {"yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "yaml.full_load_all"}
-# Modules that import by a name that is not written there: their own submodules, and what --scorer names.
+# Modules that import by a name that is not written there: their own submodules, mergekit's, and what --scorer names.
 IMPORTING = {
     "tvbases_hf/__init__.py",
     "tvbases_hf/bases/__init__.py",
@@ -43,6 +43,7 @@ IMPORTING = {
     "integrations/tvbases_lm_eval/__init__.py",
     "integrations/tvbases_lm_eval/scorers.py",
     "integrations/tvbases_diffusers/__init__.py",
+    "integrations/tvbases_mergekit/light.py",
 }
 
 

@@ -77,8 +77,9 @@ def test_a_language_model_needs_text_only(llama: Family, tmp_path: Path) -> None
 
 
 def test_the_loss_on_a_file_is_transformers_own(classifiers: Family, llama: Family, tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "a.jsonl", 5)
-    for family in (classifiers, llama):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"word1 word2 word{n}"}) + "\n" for n in range(5)))
+    for family, file in ((classifiers, write_rows(tmp_path / "a.jsonl", 5)), (llama, texts)):
         loaded = TaskModel.load(Checkpoint.open(family.base))
         data = loaded.data("t", str(file), Columns(batch_size=5))
         (batch,) = data.batches
@@ -108,7 +109,8 @@ def test_labels_are_numbers_or_the_models_names(classifiers: Family, tmp_path: P
 def test_a_tokenizer_without_padding_gets_one(llama: Family, tmp_path: Path) -> None:
     loaded = TaskModel.load(Checkpoint.open(llama.base))
     loaded.tokenizer.pad_token = None
-    batches = list(loaded.data("t", str(write_rows(tmp_path / "a.jsonl", 2))).batches)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "word1 word2"}, {"text": "word3"}]))
+    batches = list(loaded.data("t", str(tmp_path / "a.json")).batches)
     assert len(batches) == 1 and loaded.tokenizer.pad_token == loaded.tokenizer.eos_token
 
 

@@ -16,7 +16,7 @@ from .classes import Classes
 from .data import IGNORED, LABELS, decodes, writes
 from .images import opened
 from .rows import IMAGE, LABEL, Row, Rows
-from .texts import CHOICES, Written, is_written
+from .texts import CHOICES, MESSAGES, Written, is_written
 
 Inputs = Callable[[list[Row]], dict[str, Tensor]]
 
@@ -120,9 +120,11 @@ def collator(loaded: Asked, name: str, rows: Rows, columns: Columns) -> Inputs:
 
 def _answers(loaded: Asked, name: str, rows: Rows, columns: Columns) -> bool:
     """Whether the rows say what a causal language model is to write."""
-    if not writes(loaded.model) or decodes(loaded.model) or rows.arrays:
+    if loaded.input != "input_ids" or not writes(loaded.model) or decodes(loaded.model) or rows.arrays:
         return False
     if any(is_written(row, columns.label) for row in rows.values):
+        if any(row.get(MESSAGES) is None for row in rows.values):
+            _check_column(name, rows, columns.text)
         return True
     if rows.has(columns.label):
         raise ParameterError(

@@ -25,7 +25,7 @@ from .changes import Made, digest
 
 MARKER = "tvbases_merge.json"
 # Where a method needs whole tensors: how many float32 ones a thread holds beside one per model.
-WHOLE_AT_ONCE, BYTES = 3, 4
+WHOLE_AT_ONCE, BYTES = 5, 4
 
 
 # The flattened merged change of one weight in consecutive pieces, from the models' changes in full.
