@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 
-class Workshop:
+class Workshop(ABC):
     """One process's view of a work directory. A copy that goes to another process reads everything anew there."""
 
     def __init__(self, workdir: Path, settings: Any, source: str) -> None:
@@ -16,6 +17,6 @@ class Workshop:
         return type(self), (self.workdir, self.settings, self.source)
 
     @property
+    @abstractmethod
     def key(self) -> str:
         """Digest of all that decides an answer beside the question."""
-        raise NotImplementedError
