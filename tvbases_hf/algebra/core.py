@@ -32,7 +32,7 @@ class Core:
     @classmethod
     def of(cls, deltas: Sequence[Delta], weights: Sequence[float]) -> Core:
         """The changes of one matrix, each times its weight."""
-        low = [delta for delta in deltas if isinstance(delta, LowRank)]
+        low = [delta.factors for delta in deltas if delta.factors is not None]
         dtype = work_dtype(deltas)
         if len(low) < len(deltas):
             return cls([w * dense(d) for d, w in zip(deltas, weights, strict=True)], None, None, dtype)

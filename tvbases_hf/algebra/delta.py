@@ -3,7 +3,8 @@
 ``Dense`` is the difference of two stored tensors, subtracted block by block so that it never has to exist as a whole;
 ``LowRank`` stays in its factors; ``Dora`` is a low-rank change plus a scaling of the base's rows, kept apart. Every
 function here, and every sum in ``sums``, takes any mix of the three: nobody needs to ask which one a change is. What a
-change has is asked for instead: ``low``, its low-rank part, and ``row_scale``, both None where there is none.
+change has is asked for instead, None where there is none: ``low``, its low-rank part, and ``row_scale``; ``factors``,
+the whole change as two factors; ``parts``, the matrices' changes of a stack of factors.
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ class Dense:
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that hold the change, beside those of the base."""
         return (self.tuned,)
+
+    @property
+    def factors(self) -> None:
+        return None
+
+    @property
+    def parts(self) -> None:
+        return None
 
     @property
     def low(self) -> None:
@@ -114,6 +123,14 @@ class LowRank:
     @property
     def stored(self) -> tuple[Tensor, ...]:
         return (self.left, self.right)
+
+    @property
+    def factors(self) -> LowRank:
+        return self
+
+    @property
+    def parts(self) -> None:
+        return None
 
     @property
     def low(self) -> LowRank:
@@ -178,6 +195,14 @@ class Dora:
         return (self.row_scale, *self.low.stored)
 
     @property
+    def factors(self) -> None:
+        return None
+
+    @property
+    def parts(self) -> None:
+        return None
+
+    @property
     def T(self) -> Dense:
         """Whole, float32: its columns are scaled, for which there is no form."""
         return Dense(dense(self, torch.float32).T)
@@ -220,6 +245,10 @@ class Stacked:
     @property
     def stored(self) -> tuple[Tensor, ...]:
         return (self.left, self.right)
+
+    @property
+    def factors(self) -> None:
+        return None
 
     @property
     def low(self) -> None:
@@ -273,6 +302,16 @@ def zeros(shape: Sequence[int], device: torch.device | None = None) -> LowRank |
 def reshaped(delta: Delta, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Delta:
     """The change in the shape of its weight: factors of a convolution, which make a matrix, as a whole tensor."""
     return delta if delta.shape == tuple(shape) else Dense(dense(delta, dtype).reshape(*shape))
+
+
+def matrix_of(delta: Delta, index: int) -> Dense | LowRank:
+    """The change of one matrix of a weight [E, n, m]."""
+    match delta:
+        case Stacked():
+            return LowRank(delta.left[index], delta.right[index])
+        case Dense():
+            return Dense(delta.tuned[index], None if delta.base is None else delta.base[index])
+    raise ValueError(f"a change of shape {list(delta.shape)} is one matrix")
 
 
 def low_parts(deltas: Sequence[Delta]) -> list[LowRank]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .delta import Delta, Dense, LowRank, Stacked, dense, reshaped, work_dtype
+from .delta import Delta, Dense, dense, matrix_of, reshaped, work_dtype
 
 # gpt-oss, Llama-4, and what transformers 5 and mergekit make of Mixtral and its kin: mlp.experts.down_proj; Aria:
 # experts.fc1.weight; Granite-MoE and JetMoE: block_sparse_moe.input_linear.weight, mlp.output_linear.weight; Step-3:
@@ -46,7 +46,7 @@ def unstacked(deltas: Sequence[Delta], shape: Sequence[int]) -> list[list[Delta]
     256 x 512, and 0.9 times for 8 of 512 x 768 or 4 of 768 x 2048, as experts of published models are.
     """
     whole = [reshaped(delta, shape, torch.float32) for delta in deltas]
-    return [[_part(delta, index) for delta in whole] for index in range(shape[0])]
+    return [[matrix_of(delta, index) for delta in whole] for index in range(shape[0])]
 
 
 def stacked(parts: Sequence[Delta]) -> Dense:
@@ -56,10 +56,3 @@ def stacked(parts: Sequence[Delta]) -> Dense:
     for row, part in zip(out, parts, strict=True):
         row.copy_(dense(part, dtype))
     return Dense(out)
-
-
-def _part(delta: Delta, index: int) -> Dense | LowRank:
-    if isinstance(delta, Stacked):
-        return delta.parts[index]
-    assert isinstance(delta, Dense)  # of three dimensions
-    return Dense(delta.tuned[index], None if delta.base is None else delta.base[index])

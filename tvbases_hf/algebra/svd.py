@@ -35,8 +35,9 @@ def svd(delta: Delta | Tensor, rank: str | float | RankRule | None = None, *, ro
     if route not in ("auto", "exact", "fast"):
         raise ParameterError(f"unknown route {route!r}; choose auto, exact or fast")
     rule = None if rank is None else RankRule.parse(rank)
-    if isinstance(delta, LowRank):
-        return factored_svd(delta, rule)
+    low = None if isinstance(delta, Tensor) else delta.factors
+    if low is not None:
+        return factored_svd(low, rule)
     if len(delta.shape) != 2:
         raise ParameterError(f"a singular value decomposition needs a matrix; got shape {list(delta.shape)}")
     matrix = delta if isinstance(delta, Tensor) else dense(delta, torch.float32)
@@ -94,8 +95,9 @@ def exact_svd(matrix: Tensor, rank: RankRule | None = None) -> SVD:
 
 def singular_values(delta: Delta | Tensor) -> Tensor:
     """All min(n, m) singular values (r of a low-rank delta), descending, float64."""
-    if isinstance(delta, LowRank):
-        return factored_svd(delta).S.to(torch.float64)
+    low = None if isinstance(delta, Tensor) else delta.factors
+    if low is not None:
+        return factored_svd(low).S.to(torch.float64)
     matrix = delta.to(torch.float64) if isinstance(delta, Tensor) else dense(delta)
     small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     return torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0).sqrt()

@@ -104,7 +104,8 @@ class _Part:
     @classmethod
     def of(cls, deltas: Sequence[Delta], weight: Tensor) -> _Part:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        factored = {k: delta.to(weight.device, dtype) for k, delta in enumerate(deltas) if isinstance(delta, LowRank)}
+        low = {k: delta.factors for k, delta in enumerate(deltas)}
+        factored = {k: delta.to(weight.device, dtype) for k, delta in low.items() if delta is not None}
         where = [k for k in range(len(deltas)) if k not in factored]
         stacked = torch.stack([dense(deltas[k], dtype).reshape(-1) for k in where]) if where else None
         return cls(where, None if stacked is None else stacked.to(weight.device), factored)

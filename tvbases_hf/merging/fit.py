@@ -60,7 +60,7 @@ class Limits:
 
     def _stacked(self, change: Delta, inputs: Sequence[Delta]) -> Delta:
         """Matrix by matrix; a matrix that is stored whole as one that a LoRA could make."""
-        if isinstance(change, Stacked):
+        if change.parts is not None:
             return change if self.rank is None else change.with_low(self._cut)
         if len(change.shape) != 3:
             return self._truncated(change, inputs)

@@ -159,8 +159,8 @@ def column_space(
     delta: Delta, rank: str | float | RankRule, factored_rank: str | float | RankRule | None = None
 ) -> Tensor:
     """[n, r] orthonormal basis of a change's column space: the numerical one if low-rank, else by the rank rule."""
-    if isinstance(delta, LowRank):
-        return factored_range(delta, None if factored_rank is None else RankRule.parse(factored_rank))
+    if delta.factors is not None:
+        return factored_range(delta.factors, None if factored_rank is None else RankRule.parse(factored_rank))
     return svd(delta, rank).U
 
 
@@ -213,9 +213,9 @@ def project(space: Tensor, delta: Delta) -> LowRank:
 
 def subtract(delta: Delta, shared: LowRank, space: Tensor) -> Delta:
     """W - Z Z^T W; a low-rank W keeps its rank."""
-    if isinstance(delta, LowRank):
-        left = delta.left.to(space.dtype)
-        return LowRank(left - space @ (space.T @ left), delta.right)
+    if delta.factors is not None:
+        left = delta.factors.left.to(space.dtype)
+        return LowRank(left - space @ (space.T @ left), delta.factors.right)
     return Dense((dense(delta) - dense(shared)).to(torch.float32))
 
 

@@ -149,16 +149,15 @@ def assembled(places: Mapping[str, Place], changes: Mapping[str, Delta]) -> dict
 
 def _pieces(name: str, delta: Delta, place: Place) -> list[tuple[int, slice, slice, LowRank]]:
     whole = slice(None)
-    if place.part.inner is None and isinstance(delta, Stacked):
-        parts = [LowRank(left, right) for left, right in zip(delta.left, delta.right, strict=True)]
-        return [(expert, whole, whole, low) for expert, low in enumerate(parts)]
-    if isinstance(delta, LowRank):
+    if place.part.inner is None and delta.parts is not None:
+        return [(expert, whole, whole, low) for expert, low in enumerate(delta.parts)]
+    if (low := delta.factors) is not None:
         if place.part.inner is None:
-            return [(0, whole, whole, delta)]
+            return [(0, whole, whole, low)]
         spans = None if place.part.outer is not None else _spans(place.part.inner, place.parameter)
         if spans is not None:
             expert, rows, columns, turned = spans
-            return [(expert, rows, columns, delta.T if turned else delta)]
+            return [(expert, rows, columns, low.T if turned else low)]
     raise ParameterError(f"the change of {name} has no factors that PEFT could keep; write a full checkpoint")
 
 

@@ -220,8 +220,8 @@ def _of_change(change: Delta, rows: Rows) -> Delta:
     def level(own: Tensor) -> Tensor:
         return rows.level(own, lambda size: own.new_zeros(rows.shape(own.shape, rows.count - size)))
 
-    if isinstance(change, LowRank) and rows.axis == 0:
-        return LowRank(level(change.left), change.right)
+    if change.factors is not None and rows.axis == 0:
+        return LowRank(level(change.factors.left), change.factors.right)
     return Dense(level(dense(change)))
 
 

@@ -56,7 +56,8 @@ class StyleMethod:
             return LowRank.zeros(shape)
         merged = self._change(name, shape, deltas, scales)
         most = self.rank(shape, [change.rank for style, change in changes.items() if style in deltas])
-        low = merged if isinstance(merged, LowRank) and merged.rank <= most else _trivial_factors(dense(merged))
+        low = merged.factors
+        low = _trivial_factors(dense(merged)) if low is None or low.rank > most else low
         return LowRank(low.left.to(torch.float32), low.right.to(torch.float32))
 
     def mixed_bias(self, name: str, biases: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
