@@ -5,6 +5,7 @@ The floors are those of the table in CONTRIBUTING.md.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -67,3 +68,23 @@ def test_a_planted_circle_is_named_with_file_and_line(copy: Path) -> None:
     place = plant(copy, "tvbases_hf/algebra/linalg.py", "from .svd import svd")
     (found,) = circles(imports(copy))
     assert found.startswith(("tvbases_hf/algebra/", place)) and "tvbases_hf.algebra.svd" in found
+
+
+KIND = re.compile(r"\b(isinstance\(.*|case )\b(Dense|LowRank|Dora|Stacked)\b")
+
+
+def test_the_kinds_of_a_change_are_told_apart_in_one_place() -> None:
+    """Elsewhere a change is asked for what it has (``low``, ``factors``, ...); a few need stored differences."""
+    files = [file for root in ("tvbases_hf", "integrations") for file in sorted((ROOT / root).rglob("*.py"))]
+    found = {
+        file.relative_to(ROOT).as_posix(): len(lines)
+        for file in files
+        if (lines := [line for line in file.read_text("utf-8").splitlines() if KIND.search(line)])
+    }
+    assert found.pop("tvbases_hf/algebra/delta.py")
+    assert sum(found.values()) <= 12, found
+
+
+def test_no_file_of_the_library_is_long() -> None:
+    files = [file for root in ("tvbases_hf", "integrations") for file in (ROOT / root).rglob("*.py")]
+    assert [file.name for file in files if len(file.read_text("utf-8").splitlines()) > 400] == []

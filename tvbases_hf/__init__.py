@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, which cannot follow the table below; a test compares the two
-    from .algebra.delta import Delta as Delta, Dense as Dense, dense as dense, square_norm as square_norm
+    from .algebra.delta import Delta as Delta, Dense as Dense, dense as dense
+    from .algebra.products import square_norm as square_norm
     from .bases import ae_bases as ae_bases
     from .basis import Basis as Basis, LoraBasis as LoraBasis
     from .basis.online import OnlineBasis as OnlineBasis
@@ -41,7 +42,8 @@ if TYPE_CHECKING:  # for type checkers, which cannot follow the table below; a t
 
 # Names are loaded when they are first used: `tvbases --help` and the start-up hook must not wait for torch.
 _NAMES = {
-    "algebra.delta": "Delta Dense dense square_norm",
+    "algebra.delta": "Delta Dense dense",
+    "algebra.products": "square_norm",
     "bases": "ae_bases",
     "basis": "Basis LoraBasis",
     "basis.online": "OnlineBasis",

@@ -10,23 +10,8 @@ from torch import Tensor
 
 from tvbases_hf import Dense
 from tvbases_hf.algebra import delta as delta_module
-from tvbases_hf.algebra.delta import (
-    Delta,
-    Dora,
-    LowRank,
-    blocks,
-    dense,
-    gram,
-    inner,
-    low_parts,
-    pieces,
-    premultiplied,
-    reshaped,
-    square_distance,
-    square_norm,
-    work_dtype,
-    zeros,
-)
+from tvbases_hf.algebra.delta import Delta, Dora, LowRank, blocks, dense, low_parts, pieces, reshaped, work_dtype, zeros
+from tvbases_hf.algebra.products import gram, inner, premultiplied, square_distance, square_norm
 
 EPS = torch.finfo(torch.float64).eps
 FORMS = ("dense", "difference", "half", "low_rank", "dora")

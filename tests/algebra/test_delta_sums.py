@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from oracles.matrices import EPS, Largest, gaussian
-from tvbases_hf.algebra.delta import Delta, Dense, Dora, LowRank, dense, square_norm
+from tvbases_hf.algebra.delta import Delta, Dense, Dora, LowRank, dense
+from tvbases_hf.algebra.products import square_norm
 from tvbases_hf.algebra.sums import mix, scale, total
 
 ROWS, COLUMNS = 24, 17

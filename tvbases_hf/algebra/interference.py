@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .components import SVD
-from .delta import Delta, premultiplied
+from .delta import Delta
+from .products import premultiplied
 
 
 def interference(parts: Sequence[SVD]) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, dense, square_norm
+from ..algebra.delta import Delta, dense
 from ..algebra.finite import count_not_finite
+from ..algebra.products import square_norm
 from ..methods.devec import Decomposition, Options
 from ..models.positions import groups_of, in_order
 from ..models.travel import Files, beside

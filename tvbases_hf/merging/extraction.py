@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import defaults
-from ..algebra.delta import PIECE_BYTES, Delta, Dense, LowRank, dense, pieces, square_distance
+from ..algebra.delta import PIECE_BYTES, Delta, Dense, LowRank, dense, pieces
 from ..algebra.finite import count_not_finite
+from ..algebra.products import square_distance
 from ..algebra.rank import RankRule, within_budget
 from ..algebra.svd import singular_values, svd
 from ..errors import ParameterError

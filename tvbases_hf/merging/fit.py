@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import defaults
-from ..algebra.delta import Delta, Dense, LowRank, Stacked, dense, low_parts, square_distance
+from ..algebra.delta import Delta, Dense, LowRank, Stacked, dense, low_parts
+from ..algebra.products import square_distance
 from ..algebra.rank import RankRule
 from ..algebra.svd import svd
 from ..models.adapter import Adapter

@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import defaults
-from ..algebra.delta import Delta, Dense, LowRank, dense, premultiplied, reshaped, square_norm, zeros
+from ..algebra.delta import Delta, Dense, LowRank, dense, reshaped, zeros
 from ..algebra.layout import is_matrix, is_stack, stacked, unstacked
 from ..algebra.linalg import orthonormal_columns
+from ..algebra.products import premultiplied, square_norm
 from ..algebra.rank import Rank, RankRule
 from ..algebra.sums import side_by_side, total
 from ..algebra.svd import factored_range, svd

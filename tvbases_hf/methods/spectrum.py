@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..algebra.components import SVD
-from ..algebra.delta import Delta, LowRank, premultiplied
+from ..algebra.delta import Delta, LowRank
 from ..algebra.linalg import negligible
+from ..algebra.products import premultiplied
 from ..algebra.svd import svd
 
 Calibrate = Annotated[

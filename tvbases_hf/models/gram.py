@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra.delta import PIECE_BYTES, Delta, Dense, blocks, gram, pieces
-from ..algebra.products import float32_products
+from ..algebra.delta import PIECE_BYTES, Delta, Dense, blocks, pieces
+from ..algebra.products import float32_products, gram
 from ..errors import CheckpointError
 from ..storage.inputs import unchanged
 from ..storage.parallel import rows

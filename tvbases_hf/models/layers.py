@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..algebra.delta import square_norm
+from ..algebra.products import square_norm
 from ..algebra.svd import singular_values, svd
 from ..methods.devec import MIN_SIDE, Options, chance_share, column_space, project, shared_subspace
 from ..methods.tsv import default_rank

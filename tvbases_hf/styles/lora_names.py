@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..algebra.delta import LowRank, square_norm
+from ..algebra.delta import LowRank
+from ..algebra.products import square_norm
 from ..errors import CheckpointError
 
 ALPHA_SUFFIX = ".alpha"

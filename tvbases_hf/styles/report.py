@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..algebra.delta import LowRank, square_norm
+from ..algebra.delta import LowRank
+from ..algebra.products import square_norm
 from ..errors import ParameterError
 from ..methods.devec import Options, WholeSpaceError, chance_limit, chance_share, decompose
 from ..sheet import Sheet

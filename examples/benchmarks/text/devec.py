@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from evidence.runner import Answer, Question, Study
 
-from tvbases_hf.algebra.delta import square_norm
+from tvbases_hf.algebra.products import square_norm
 from tvbases_hf.learning.adamerging import START as DEVEC_START
 from tvbases_hf.learning.adamerging import adamerging, with_shared
 from tvbases_hf.learning.atlas import atlas

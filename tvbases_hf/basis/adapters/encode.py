@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...algebra.delta import LowRank, inner
+from ...algebra.delta import LowRank
+from ...algebra.products import inner
 from ...storage.run import track
 from ..sources import refit
 from .choice import Plan

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ...algebra.delta import LowRank, inner
+from ...algebra.delta import LowRank
+from ...algebra.products import inner
 from ...errors import CheckpointError, ParameterError
 from ...storage.run import track
 from ..info import BasisInfo
