@@ -62,6 +62,10 @@ class Kernel:
         """What the method adds to the base."""
         raise NotImplementedError
 
+    def by_rows(self, settings: Settings) -> bool:
+        """Whether it needs a block of rows only of a tall matrix."""
+        return False
+
     def streams(self, settings: Settings) -> bool:
         return False
 
@@ -119,6 +123,9 @@ class Own(Kernel):
         base = None if self.models is None else self.models.vectors.base
         change = self.method.change(weight.name, weight.shape, deltas, list(settings["weight"]), settings, base)
         return scale(change, settings["lambda"])
+
+    def by_rows(self, settings: Settings) -> bool:
+        return self.method.by_rows(settings)
 
     def _with_limits(self, settings: Settings) -> Settings:
         density = self.method.density(settings)

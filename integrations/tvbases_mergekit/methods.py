@@ -23,7 +23,8 @@ from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskAr
 from pydantic import Field
 from torch import Tensor
 
-from tvbases_hf.algebra.delta import BLOCK_NUMBERS, Dense, dense
+from tvbases_hf.algebra.blocks import BLOCK_NUMBERS
+from tvbases_hf.algebra.delta import Dense, dense
 from tvbases_hf.algebra.dtypes import promoted
 from tvbases_hf.algebra.sums import mix
 from tvbases_hf.bases import CONSTRUCTIONS, BasisWeights

@@ -189,8 +189,18 @@ def plan(config: MergeConfiguration, method: MergeMethod, inputs: Inputs, recipe
         return kernel.pieces(Pieces(deltas), settings[name], weights[name])
 
     streams = bool(names) and kernel.streams(settings[names[0]])
-    stream_of = stream if streams else None
-    return Merge(vectors, combine, tuple(names), method.spec.name, recipe, stream_of, request.seed, inputs.made)
+    by_rows = bool(names) and all(kernel.by_rows(settings[name]) for name in names)
+    return Merge(
+        vectors,
+        combine,
+        tuple(names),
+        method.spec.name,
+        recipe,
+        stream=stream if streams else None,
+        seed=request.seed,
+        by_rows=by_rows,
+        tokenizer=inputs.made,
+    )
 
 
 def _in_order(method: MergeMethod, bound: Mapping[str, Bound]) -> dict[str, Bound]:

@@ -62,6 +62,10 @@ class RegisteredMerge(WholeMerge):
         """The share of entries to keep where the thresholds are those of the whole model."""
         return self.method.of_whole_model(self._own(parameters))
 
+    def by_rows(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether a block of rows of a tall matrix is all that it needs, the last step included."""
+        return self.method.is_by_rows(self._own(parameters))
+
     def change(
         self,
         name: str,

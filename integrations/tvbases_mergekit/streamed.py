@@ -18,7 +18,8 @@ from mergekit.merge_methods.generalized_task_arithmetic import ConsensusMethod, 
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from tvbases_hf.algebra.delta import Dense, block_numbers, work_dtype
+from tvbases_hf.algebra.blocks import block_numbers
+from tvbases_hf.algebra.delta import Dense, work_dtype
 from tvbases_hf.methods.sparse import elected
 from tvbases_hf.methods.sums import NO_SUM
 from tvbases_hf.methods.threshold import cuts, largest

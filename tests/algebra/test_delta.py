@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tvbases_hf import Dense
-from tvbases_hf.algebra import delta as delta_module
-from tvbases_hf.algebra.delta import Delta, Dora, LowRank, blocks, dense, low_parts, pieces, reshaped, work_dtype, zeros
+from tvbases_hf.algebra import blocks as blocks_module
+from tvbases_hf.algebra.blocks import blocks, pieces
+from tvbases_hf.algebra.delta import Delta, Dora, LowRank, dense, low_parts, reshaped, work_dtype, zeros
 from tvbases_hf.algebra.products import gram, inner, premultiplied, square_distance, square_norm
 
 EPS = torch.finfo(torch.float64).eps
@@ -78,7 +79,7 @@ def test_gram_of_any_mix_of_forms_is_that_of_the_dense_changes_for_any_block_siz
     made = [make(form, seed, rows, columns) for seed, form in enumerate(forms)]
     matrix = torch.stack([change.reshape(-1) for _, change in made], dim=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(delta_module, "BLOCK_NUMBERS", block)
+        patch.setattr(blocks_module, "BLOCK_NUMBERS", block)
         found = gram([change for change, _ in made])
     assert torch.allclose(found, matrix.T @ matrix, rtol=0, atol=tolerance(matrix, matrix))
 
@@ -87,7 +88,7 @@ def test_gram_of_any_mix_of_forms_is_that_of_the_dense_changes_for_any_block_siz
 @pytest.mark.parametrize("block", [1, 3, 5, 8, 34, 35, 1000])
 def test_blocks_are_the_flattened_change_in_order(form: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     change, expected = make(form, 4)
-    monkeypatch.setattr(delta_module, "BLOCK_NUMBERS", 2 * block)
+    monkeypatch.setattr(blocks_module, "BLOCK_NUMBERS", 2 * block)
     pieces = list(blocks([change, change]))
     assert all(0 < piece.shape[1] <= block for piece in pieces)
     whole = torch.cat(pieces, dim=1)

@@ -126,7 +126,7 @@ def test_a_dense_sum_keeps_wider_numbers_and_the_shape_of_the_weight() -> None:
 def test_small_blocks_give_the_same_dense_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     deltas: list[Delta] = [full(1), low_rank(2), dora(3)]
     whole = dense(total(deltas, [1.0, 2.0, 3.0]))
-    monkeypatch.setattr("tvbases_hf.algebra.delta.BLOCK_NUMBERS", 3 * 29)  # ends within a row
+    monkeypatch.setattr("tvbases_hf.algebra.blocks.BLOCK_NUMBERS", 3 * 29)  # ends within a row
     assert torch.allclose(dense(total(deltas, [1.0, 2.0, 3.0])), whole, rtol=8 * EPS, atol=8 * EPS)
 
 

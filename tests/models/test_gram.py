@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tvbases_hf import Vectors, gram_matrix
-from tvbases_hf.algebra import delta as delta_module
+from tvbases_hf.algebra import blocks as blocks_module
 from tvbases_hf.errors import CheckpointError
 from tvbases_hf.models.gram import Gram
 from tvbases_hf.storage.checkpoint import Checkpoint
@@ -82,7 +82,7 @@ def test_gram_does_not_depend_on_the_block_size(block: int, monkeypatch: pytest.
     shapes = {"a": (13, 5), "b": (7,), "c": ()}
     base = random_state(1, shapes=shapes)
     states = {f"task{i}": tune(base, i) for i in range(3)}
-    monkeypatch.setattr(delta_module, "BLOCK_NUMBERS", block)
+    monkeypatch.setattr(blocks_module, "BLOCK_NUMBERS", block)
     gram = gram_matrix(in_memory(base, states))
     assert close(gram.matrix, dense_task_matrix(base, states))
     expected = sum(float(t.double().square().sum()) for t in base.values() if t.is_floating_point()) ** 0.5

@@ -1,8 +1,9 @@
 """One weight's change, in the form it is stored in.
 
 ``Dense`` is the difference of two stored tensors, subtracted block by block so that it never has to exist as a whole;
-``LowRank`` stays in its factors; ``Dora`` is a low-rank change plus a scaling of the base's rows, kept apart. Every
-function here, and every sum in ``sums``, takes any mix of the three: nobody needs to ask which one a change is. What a
+``LowRank`` stays in its factors, as the many of ``Stacked`` do; ``Dora`` is a low-rank change plus a scaling of the
+base's rows, kept apart; ``Images`` is made of the rows of stored changes when it is read. Every function here, and
+every sum in ``sums``, takes any mix of them: nobody needs to ask which one a change is. What a
 change has is asked for instead, None where there is none: ``low``, its low-rank part, and ``row_scale``; ``factors``,
 the whole change as two factors; ``parts``, the matrices' changes of a stack of factors.
 """
@@ -10,23 +11,13 @@ the whole change as two factors; ``parts``, the matrices' changes of a stack of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .dtypes import promoted
-
-# Numbers of all tasks together in one block: float64 work space of a few copies of 2 MB, whatever the tensor's size.
-# Blocks that stay in the processor's cache are several times faster than ones of 32 MB.
-BLOCK_NUMBERS = 1 << 18
-# On a GPU, which has no such cache and takes a moment to begin with each operation.
-GPU_BLOCK_NUMBERS = 1 << 24
-# What a thread takes that goes through the pieces of all tasks: a few float64 copies of one.
-PIECE_BYTES = 8 * 8 * BLOCK_NUMBERS
-# And that writes pieces of bases as well, rounded, with their products (measured: 28 to 48 MB).
-ENCODE_BYTES = 5 * PIECE_BYTES // 2
 
 
 @dataclass(frozen=True)
@@ -80,6 +71,10 @@ class Dense:
 
     def to(self, device: torch.device) -> Dense:
         return Dense(self.tuned.to(device), None if self.base is None else self.base.to(device))
+
+    def rows(self, start: int, stop: int) -> Dense:
+        """Of the change, those from start to stop."""
+        return Dense(self.tuned[start:stop], None if self.base is None else self.base[start:stop])
 
     def with_low(self, change: Callable[[LowRank], LowRank]) -> Dense:
         """The same change: there is no low-rank part to replace."""
@@ -291,7 +286,77 @@ class Stacked:
         return torch.cat(parts)[start - first * n * m : stop - first * n * m]
 
 
-Delta = Dense | LowRank | Dora | Stacked
+@dataclass(frozen=True)
+class Images:
+    """[D_1 P_1, ..., D_T P_T] ``right``, float32: the rows of stored changes D_i [n, m] times ``maps`` P_i [m, k_i].
+
+    For a left factor [n, r] that is as large as the change itself: ``right`` is [r, m], and rows are made as they are
+    read.
+    """
+
+    deltas: tuple[Dense, ...]
+    maps: tuple[Tensor, ...]
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.deltas[0].shape[0], self.right.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.right.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.right.dtype
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        return (*(delta.tuned for delta in self.deltas), *self.maps, self.right)
+
+    @property
+    def factors(self) -> None:
+        return None
+
+    @property
+    def parts(self) -> None:
+        return None
+
+    @property
+    def low(self) -> None:
+        return None
+
+    @property
+    def row_scale(self) -> None:
+        return None
+
+    @property
+    def T(self) -> Dense:
+        """Whole, float32."""
+        return Dense(dense(self, torch.float32).T)
+
+    def to(self, device: torch.device) -> Images:
+        moved = tuple(delta.to(device) for delta in self.deltas)
+        return Images(moved, tuple(part.to(device) for part in self.maps), self.right.to(device))
+
+    def with_low(self, change: Callable[[LowRank], LowRank]) -> Images:
+        """The same change: there is no low-rank part to replace."""
+        return self
+
+    def times(self, factor: float) -> Images:
+        return Images(self.deltas, self.maps, self.right * factor)
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Elements start..stop of the flattened change, float64; only the rows that hold them are formed."""
+        columns = self.shape[1]
+        first, last = start // columns, math.ceil(stop / columns)
+        own = [dense(delta.rows(first, last), torch.float32) for delta in self.deltas]
+        images = [rows @ part for rows, part in zip(own, self.maps, strict=True)]
+        found = (torch.cat(images, dim=1) @ self.right).to(torch.float64)
+        return found.reshape(-1)[start - first * columns : stop - first * columns]
+
+
+Delta = Dense | LowRank | Dora | Stacked | Images
 
 
 def zeros(shape: Sequence[int], device: torch.device | None = None) -> LowRank | Dense:
@@ -325,42 +390,6 @@ def work_dtype(deltas: Sequence[Delta]) -> torch.dtype:
     return promoted(torch.float32, *stored)
 
 
-def block_numbers(device: torch.device) -> int:
-    """How many numbers of all tasks together are worked on at a time."""
-    return BLOCK_NUMBERS if device.type == "cpu" else GPU_BLOCK_NUMBERS
-
-
-def pieces(delta: Delta, factor: float = 1.0) -> Iterator[Tensor]:
-    """``factor`` times the flattened change in consecutive float64 pieces, whole rows of a factored one."""
-    size, columns = math.prod(delta.shape), delta.shape[-1] if delta.shape else 1
-    block = block_numbers(delta.device)
-    step = block if isinstance(delta, Dense) else max(1, block // max(1, columns)) * columns
-    for start in range(0, size, max(1, step)):
-        yield factor * delta.block(start, min(start + step, size))
-
-
-def blocks(deltas: Sequence[Delta]) -> Iterator[Tensor]:
-    """[T, k] float64 pieces of the flattened deltas, in order; k is bounded by block_numbers / T."""
-    size = math.prod(deltas[0].shape)
-    step = max(1, block_numbers(deltas[0].device) // len(deltas))
-    for start in range(0, size, step):
-        yield _rows(deltas, start, min(start + step, size))
-
-
-def _rows(deltas: Sequence[Delta], start: int, stop: int) -> Tensor:
-    """[T, stop - start] float64; a base of several changes is converted once."""
-    bases: dict[int, Tensor] = {}
-    found = torch.empty(len(deltas), stop - start, dtype=torch.float64, device=deltas[0].device)
-    for row, delta in zip(found, deltas, strict=True):
-        if not isinstance(delta, Dense) or delta.base is None:
-            row.copy_(delta.block(start, stop))
-        else:
-            known = bases.get(id(delta.base))
-            known = delta.base.reshape(-1)[start:stop].to(torch.float64) if known is None else known
-            row.copy_(delta.tuned.reshape(-1)[start:stop]).sub_(bases.setdefault(id(delta.base), known))
-    return found
-
-
 def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
     """The change as one tensor [*shape] of ``dtype``; differences are taken in float64, of 16-bit floats in float32."""
     if isinstance(delta, (LowRank, Stacked)):
@@ -369,14 +398,3 @@ def dense(delta: Delta, dtype: torch.dtype = torch.float64) -> Tensor:
         change = delta.tuned.to(dtype)
         return change if delta.base is None else change.sub_(delta.base.to(dtype))
     return delta.block(0, math.prod(delta.shape)).reshape(delta.shape).to(dtype)
-
-
-def is_zero(delta: Delta) -> bool:
-    """Whether nothing changes, up to the rounding of what a Dora scales its rows with."""
-    if isinstance(delta, Stacked):
-        return all(map(is_zero, delta.parts))
-    if delta.low is None:
-        return not any(piece.any() for piece in pieces(delta))
-    rows = torch.zeros(()) if delta.row_scale is None else delta.row_scale
-    noise = 8 * torch.finfo(torch.float32).eps
-    return not (delta.low.left.any() and delta.low.right.any()) and not (rows.abs() > noise).any()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .delta import BLOCK_NUMBERS
+from .blocks import BLOCK_NUMBERS
 
 
 def is_finite(tensor: Tensor) -> bool:

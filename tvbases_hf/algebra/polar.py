@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,13 +54,18 @@ def exact_polar(matrix: Tensor) -> Polar:
     if matrix.shape[1] == 0:
         return Polar(matrix, matrix.new_zeros(0, dtype=torch.float64))
     exact = matrix.to(torch.float64)
-    squares, vectors = torch.linalg.eigh(exact.T @ exact)
-    # Eigenvalues come with an error of r eps of the largest, singular values with its square root.
-    noise = max(negligible(matrix.shape, matrix.dtype) ** 2, matrix.shape[1] * torch.finfo(torch.float64).eps)
-    keep = (squares > noise * squares[-1]) & (squares > 0)
-    vectors, values = vectors[:, keep], squares[keep].sqrt()
-    root = (vectors / values) @ vectors.T
+    root, values = inverse_root(exact.T @ exact, matrix.shape, matrix.dtype)
     return Polar((exact @ root).to(matrix.dtype), values)
+
+
+def inverse_root(gram: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Polar:
+    """(X^T X)^{-1/2} [r, r] of X^T X, float64, for an X of this shape and dtype, zero along what is rounding noise."""
+    squares, vectors = torch.linalg.eigh(gram)
+    # Eigenvalues come with an error of r eps of the largest, singular values with its square root.
+    noise = max(negligible(shape, dtype) ** 2, shape[1] * torch.finfo(torch.float64).eps)
+    keep = (squares > noise * squares[-1:]) & (squares > 0)
+    vectors, values = vectors[:, keep], squares[keep].sqrt()
+    return Polar((vectors / values) @ vectors.T, values)
 
 
 def refined_polar(matrix: Tensor) -> Polar | None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .delta import Delta, Dense, blocks, dense
+from .blocks import blocks
+from .delta import Delta, Dense, dense
 
 # So many products are added in float32 at a time: of a million numbers the sum is then known to 2e-8.
 PIECE = 256

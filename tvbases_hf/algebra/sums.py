@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .delta import Delta, Dense, Dora, LowRank, Stacked, blocks, low_parts, work_dtype
+from .blocks import blocks
+from .delta import Delta, Dense, Dora, Images, LowRank, Stacked, low_parts, work_dtype
 
 
 def total(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delta:
@@ -26,6 +27,8 @@ def total(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> De
     if weights == [1.0]:
         return deltas[0]
     terms = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight != 0]
+    if len(terms) == 1 and isinstance(terms[0][0], Images):
+        return terms[0][0].times(terms[0][1])
     stacks = [(delta, weight) for delta, weight in terms if isinstance(delta, Stacked)]
     if stacks and all(isinstance(d, Stacked) or (isinstance(d, LowRank) and not d.rank) for d, _ in terms):
         lefts, rights = [delta.left * weight for delta, weight in stacks], [delta.right for delta, _ in stacks]

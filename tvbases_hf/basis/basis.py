@@ -12,7 +12,8 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from .. import defaults
-from ..algebra.delta import Delta, dense, pieces
+from ..algebra.blocks import pieces
+from ..algebra.delta import Delta, dense
 from ..algebra.rank import RankRule
 from ..algebra.sums import total
 from ..errors import CheckpointError, MismatchError, ParameterError

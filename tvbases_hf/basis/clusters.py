@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, blocks, dense
+from ..algebra.blocks import blocks
+from ..algebra.delta import Delta, Dense, dense
 from ..bases import BasisWeights, Clusters, find_clusters
 from ..bases.weights import squared_error
 from ..errors import ParameterError

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, blocks
+from ..algebra.blocks import blocks
+from ..algebra.delta import Delta, Dense
 from ..bases import BasisWeights
 from ..errors import CheckpointError, ParameterError
 from ..models.finite import read_finite

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, blocks
+from ..algebra.blocks import blocks
+from ..algebra.delta import Delta
 from ..algebra.sums import scale
 from ..bases import CONSTRUCTIONS
 from ..bases.buffer import LINEAR, METHODS, RUNNING, Buffer, Step, check_budget, follow, next_step

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..algebra.delta import ENCODE_BYTES, Delta, Dense, LowRank, blocks, dense, low_parts
+from ..algebra.blocks import ENCODE_BYTES, blocks
+from ..algebra.delta import Delta, Dense, LowRank, dense, low_parts
 from ..algebra.linalg import GRAM_CUTOFF, solve_psd
 from ..algebra.svd import svd
 from ..bases import BasisWeights

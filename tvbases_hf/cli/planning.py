@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from ..algebra.delta import ENCODE_BYTES, PIECE_BYTES
+from ..algebra.blocks import ENCODE_BYTES, PIECE_BYTES
 from ..algebra.partial import EIGEN_OPERATIONS
 from ..bases import ae_bases
 from ..bases.weights import resolve_num_bases
 from ..defaults import NUM_BASES, Job
 from ..errors import CheckpointError, ParameterError, TvbasesError
 from ..merging.merge import whole_bytes
+from ..methods.registry import METHODS
 from ..storage.checkpoint import DTYPES, Checkpoint, TensorInfo
 from ..storage.files import HUB_ID, local_path, without_revision
 from ..storage.json_files import read_object
@@ -120,7 +121,9 @@ def plan(
     read = PASSES[job] * (models + 1) * size + (sum(i.nbytes for i in base.values()) - size if written else 0)
     workers = current().workers or default_workers()
     if job in DECOMPOSED:  # as large as the largest tensors, of which each thread has one
-        held = sum(sorted((whole_bytes(models, info.numel) for info in floating.values()), reverse=True)[:workers])
+        by_rows = METHODS[job].by_rows
+        each = (whole_bytes(models, info.shape, by_rows) for info in floating.values())
+        held = sum(sorted(each, reverse=True)[:workers])
     else:
         held = workers * ((ENCODE_BYTES if job == "compress" else PIECE_BYTES) + TABLES.get(job, 0) * models)
     parts = shares(list(floating.values()), lambda info: info.nbytes, processes)

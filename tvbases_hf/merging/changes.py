@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..algebra.delta import PIECE_BYTES, Delta, Dense, pieces
+from ..algebra.blocks import PIECE_BYTES, pieces
+from ..algebra.delta import Delta, Dense
 from ..algebra.sums import scale
 from ..models.vectors import Model, Vectors
 from ..storage.checkpoint import Checkpoint

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import defaults
-from ..algebra.delta import PIECE_BYTES, Delta, Dense, LowRank, dense, pieces
+from ..algebra.blocks import PIECE_BYTES, pieces
+from ..algebra.delta import Delta, Dense, LowRank, dense
 from ..algebra.finite import count_not_finite
 from ..algebra.products import square_distance
 from ..algebra.rank import RankRule, within_budget

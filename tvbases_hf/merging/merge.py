@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import PIECE_BYTES, Delta, Dense, pieces
+from ..algebra.blocks import PIECE_BYTES, pieces
+from ..algebra.delta import Delta, Dense
 from ..algebra.finite import is_finite
 from ..algebra.sums import scale, total
+from ..algebra.tall import bytes_by_rows, is_tall
 from ..errors import ParameterError
 from ..models.gram import not_finite
 from ..models.vectors import Vectors
@@ -48,6 +51,8 @@ class Merge:
     recipe: str
     stream: Stream | None = None
     seed: int = 0
+    by_rows: bool = False
+    """Whether of tall matrices a block of rows is in memory (see methods.registry)."""
     tokenizer: Mapping[str, Path | bytes] | None = None
     """Files of a tokenizer, or a chat template, that were made for the result; None for the models' own."""
 
@@ -123,7 +128,7 @@ class Merge:
             return 0
         if self.stream is not None and not self.vectors.are_adapters:
             return PIECE_BYTES + self.vectors.copied(name)
-        whole = whole_bytes(len(self.vectors), self.vectors.base.tensors[name].numel)
+        whole = whole_bytes(len(self.vectors), self.vectors.base.tensors[name].shape, self.by_rows)
         return whole + self.vectors.copied(name)
 
     def job(self, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -155,9 +160,11 @@ class Merge:
         }
 
 
-def whole_bytes(models: int, numel: int) -> int:
-    """About the bytes that a method takes of a weight that it merges as a whole."""
-    return (models + WHOLE_AT_ONCE) * numel * BYTES
+def whole_bytes(models: int, shape: Sequence[int], by_rows: bool = False) -> int:
+    """About the bytes that a method takes of a weight that it merges as a whole, or where it can by its rows."""
+    if by_rows and is_tall(shape):
+        return bytes_by_rows(models, shape[1])
+    return (models + WHOLE_AT_ONCE) * math.prod(shape) * BYTES
 
 
 def leave_marker(directory: Path, report: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ class Method:
 
     ``of_matrices``: it treats matrices otherwise than other shapes. ``sum_only``: given the weights, the result depends
     on the vectors through their weighted sum alone, so that it is the same over balanced bases, up to the scale.
+    ``by_rows``: of large matrices that are tall (algebra.tall) it never holds one as a whole.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     combine: Callable[..., Delta]
     of_matrices: bool = False
     sum_only: bool = False
+    by_rows: bool = False
 
     @property
     def summary(self) -> str:
@@ -89,6 +91,10 @@ class Method:
         """The share of entries to keep, where the thresholds are those of the whole model; else None."""
         complete = self.defaults | dict(options)
         return complete["density"] if self.trims and complete[SCOPE.name] == "model" else None
+
+    def is_by_rows(self, options: Mapping[str, Any]) -> bool:
+        """Whether it is with these options; a last step needs the whole."""
+        return self.by_rows and not self._last_step(self.checked(options)).changes
 
     def change(
         self,
@@ -184,12 +190,12 @@ METHODS = Methods()
 
 
 def method(
-    name: str, *, title: str, source: str = "", of_matrices: bool = False, sum_only: bool = False
+    name: str, *, title: str, source: str = "", of_matrices: bool = False, sum_only: bool = False, by_rows: bool = False
 ) -> Callable[[Callable[P, D]], Callable[P, D]]:
     """Declare a function to be the merging method ``name``; ``title`` and ``source`` (an address) are for readers."""
 
     def declare(function: Callable[P, D]) -> Callable[P, D]:
-        METHODS.add(Method(name, title, source, function, of_matrices, sum_only))
+        METHODS.add(Method(name, title, source, function, of_matrices, sum_only, by_rows))
         return function
 
     return declare

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, blocks
+from ..algebra.blocks import blocks
+from ..algebra.delta import Delta
 
 HALF = 16
 BINS = 1 << HALF

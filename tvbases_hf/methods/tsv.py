@@ -10,11 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from ..algebra.components import SVD
-from ..algebra.delta import Delta, Dense, LowRank, dense
-from ..algebra.polar import polar_factor
+from ..algebra.delta import Delta, Dense, Images, LowRank, dense
+from ..algebra.polar import inverse_root, polar_factor
 from ..algebra.rank import Rank, RankRule
 from ..algebra.sums import total
 from ..algebra.svd import svd
+from ..algebra.tall import by_rows, gram_of_images, right_components
 from .registry import method
 
 PAPER = "https://arxiv.org/abs/2412.00081"
@@ -28,7 +29,7 @@ def default_rank(num_tasks: int) -> RankRule:
     return RankRule("fraction", 1 / num_tasks)
 
 
-@method("tsv", title="TSV-Merge", source=PAPER, of_matrices=True)
+@method("tsv", title="TSV-Merge", source=PAPER, of_matrices=True, by_rows=True)
 def tsv_merge(
     deltas: Sequence[Delta],
     weights: Sequence[float] | None = None,
@@ -46,7 +47,8 @@ def tsv_merge(
         low_rank, orthogonalize: False switches the step off (the ablation of Table 4); with neither it is the sum.
 
     Returns:
-        U' S V'^T as a LowRank delta for matrices (rank: the components of all tasks), else a Dense one.
+        U' S V'^T as a LowRank delta for matrices (rank: the components of all tasks), as Images for large ones with
+        many more rows than columns, else a Dense one.
 
     Duplicated tasks share their directions (see polar_factor): merging a task with its copy gives that task.
     """
@@ -54,6 +56,8 @@ def tsv_merge(
     if len(deltas[0].shape) != 2:
         return _mean(deltas, weights)
     rule = _rule(rank, len(deltas)) if low_rank else None
+    if (tall := by_rows(deltas)) and (found := right_components(tall, rule)) is not None:
+        return _assembled_by_rows(tall, found, weights, orthogonalize)
     parts = [svd(delta, rule) for delta in deltas]
     return assemble(parts, weights, orthogonalize=orthogonalize)
 
@@ -76,6 +80,20 @@ def assemble(parts: Sequence[SVD], weights: Sequence[float], *, orthogonalize: b
     if orthogonalize:
         left, right = polar_factor(left), polar_factor(right)
     return LowRank(left * values, right.T)
+
+
+def _assembled_by_rows(
+    deltas: Sequence[Dense], parts: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], orthogonalize: bool
+) -> Images:
+    """The same of (S, V) of tall changes: U = [D_i V_i S_i^-1], and its polar factor U (U^T U)^{-1/2}."""
+    maps = [vectors / values for values, vectors in parts]
+    values = torch.cat([values * weight for (values, _), weight in zip(parts, weights, strict=True)])
+    right = torch.cat([vectors for _, vectors in parts], dim=1)
+    if not orthogonalize:
+        return Images(tuple(deltas), tuple(maps), values[:, None] * right.T)
+    shape = (deltas[0].shape[0], len(values))
+    root = inverse_root(gram_of_images(deltas, maps), shape, torch.float32).factor
+    return Images(tuple(deltas), tuple(maps), (root.to(torch.float32) * values) @ polar_factor(right).T)
 
 
 def truncate(delta: Delta, rank: str | float | RankRule) -> Delta:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.delta import Delta, Dense, Dora, LowRank, dense, is_zero
+from ..algebra.blocks import is_zero
+from ..algebra.delta import Delta, Dense, Dora, LowRank, dense
 from ..algebra.finite import count_not_finite
 from ..errors import CheckpointError, MismatchError, TvbasesError
 from ..storage.checkpoint import Checkpoint, TensorInfo

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra.delta import PIECE_BYTES, Delta, Dense, blocks, pieces
+from ..algebra.blocks import PIECE_BYTES, blocks, pieces
+from ..algebra.delta import Delta, Dense
 from ..algebra.products import float32_products, gram
 from ..errors import CheckpointError
 from ..storage.inputs import unchanged

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..algebra.delta import BLOCK_NUMBERS
+from ..algebra.blocks import BLOCK_NUMBERS
 from ..algebra.dtypes import promoted
 from ..algebra.finite import count_not_finite
 from ..errors import CheckpointError, ParameterError, TvbasesError

@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from commands.command_line import refused
+from tvbases_hf.algebra import tall
 from tvbases_hf.methods.devec import Options
 from tvbases_mergekit import register
 from tvbases_mergekit.command import merge
@@ -68,10 +69,14 @@ def dense_tsv(parts: list[Tensor], weights: list[float], kept: int) -> Tensor:
     return (pu @ qu * values) @ (pv @ qv).T
 
 
+@pytest.mark.parametrize("by_rows", [False, True], ids=["whole", "by rows"])
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1.0, -0.5, 0.0]], ids=["added", "negative"])
 def test_tsv_in_mergekit_is_algorithm_1_on_matrices_and_the_mean_elsewhere(
-    llama: Family, tmp_path: Path, weights: list[float]
+    llama: Family, tmp_path: Path, weights: list[float], by_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if by_rows:
+        monkeypatch.setattr(tall, "TALL", 1)
+        monkeypatch.setattr(tall, "LARGE", 1)
     tasks = len(llama.tasks)
     weights = (weights + [1.0] * tasks)[:tasks]
     merged = run(llama, tmp_path / "merged", "tsv", weights)

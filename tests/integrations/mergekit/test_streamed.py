@@ -14,7 +14,7 @@ from mergekit.merge_methods import registry
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tvbases_hf.algebra import delta as delta_module
+from tvbases_hf.algebra import blocks as blocks_module
 from tvbases_hf.algebra.delta import Dense
 from tvbases_hf.errors import CheckpointError
 from tvbases_hf.merging.merge import Merge
@@ -34,7 +34,7 @@ EPS = torch.finfo(torch.float32).eps
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that every tensor has many, the last one shorter."""
-    monkeypatch.setattr(delta_module, "BLOCK_NUMBERS", 300)
+    monkeypatch.setattr(blocks_module, "BLOCK_NUMBERS", 300)
 
 
 def models(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, list[Tensor]]:

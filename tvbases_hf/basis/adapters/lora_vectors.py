@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ... import defaults
-from ...algebra.delta import Delta, Dense, Dora, LowRank, blocks, zeros
+from ...algebra.blocks import blocks
+from ...algebra.delta import Delta, Dense, Dora, LowRank, zeros
 from ...algebra.sums import total
 from ...errors import CheckpointError, ParameterError
 from ...models.adapter import Adapter
