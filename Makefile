@@ -76,7 +76,7 @@ compatibility: $(STAMP)  ## every command on small models of every architecture;
 	PYTHONPATH=examples $(BIN)/python -m compatibility $(ARGS)
 
 bench: $(STAMP)  ## run every benchmark in turn, but for those on text and on a language model
-	@set -e; for script in $(filter-out %/bench_text.py %/bench_llm.py,$(wildcard examples/benchmarks/bench_*.py)); do \
+	@set -e; for script in $(filter-out %/bench_text.py %/bench_llm.py %/bench_gpu.py,$(wildcard examples/benchmarks/bench_*.py)); do \
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from zoo.demo_miniature import MINIATURE, small_base
 from zoo.trained_adapters import trained_adapters
@@ -257,3 +258,23 @@ def test_bench_of_libraries_adds_one_adapter_beside_the_others(
     bench.main([*folder, "--json", str(tmp_path / "b.json")])
     assert json.loads((tmp_path / "b.json").read_text())["ours"][0]["tasks"] == 5
     assert "the others unchanged: True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bench", ["gpu"], indirect=True)
+def test_bench_of_a_gpu_compares_what_every_command_writes(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the CPU with itself: nothing differs, and a difference would be seen."""
+    monkeypatch.setattr(bench, "MERGES", {name: bench.MERGES[name] for name in ("tsv", "ae_bases, iso_c")})
+    monkeypatch.setattr(bench, "TIMED_MERGES", ("tsv",))
+    report = bench.main(["--device", "cpu", "--quick", "--json", str(tmp_path / "report.json")])
+    assert json.loads((tmp_path / "report.json").read_text())["device"] == "cpu"
+    commands = {row["command"].partition(":")[0] for row in report["equality"]}
+    assert commands == {"merge", "inspect", "compress", "decompose", "extract"}
+    assert all(row["difference"] == 0 for row in report["equality"])
+    assert {row["method"] for row in report["layers"]} == {"TSV-Merge", "DeVec", "Iso-C"}
+    ones = torch.ones(3, 3)
+    assert bench.difference({"a": 1.001 * ones}, {"a": ones}) > bench.TOLERANCE
+    assert bench.difference({"a": 1.001 * ones.bfloat16()}, {"a": ones.bfloat16()}) <= bench.TOLERANCE
+    with pytest.raises(SystemExit, match="other tensors"):
+        bench.difference({"a": ones}, {"b": ones})
