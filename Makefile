@@ -3,7 +3,7 @@
 PYTHON    ?= python3
 # Passed to pip, e.g. PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
 PIP_FLAGS ?=
-EXTRAS    := mergekit,peft,diffusers,demo,eval,llm,test
+EXTRAS    := mergekit,peft,diffusers,demo,eval,llm,app,test
 BIN       := .venv/bin
 STAMP     := .venv/.installed
 SMOLLM    := .venv/.smollm

@@ -164,6 +164,13 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         """tau_hat's part of one weight as a sum of multiples of deltas; ``base`` as in VectorSource.own."""
         return self._terms(self.info.index(task), name, self.deltas(name), base)
 
+    def weighted(
+        self, tasks: str | Mapping[str, float], name: str, base: Checkpoint | None = None
+    ) -> list[tuple[float, Delta]]:
+        """The same of one task, or of the sum of several times their weights."""
+        weights = {tasks: 1.0} if isinstance(tasks, str) else tasks
+        return [(w * share, part) for task, w in weights.items() for share, part in self.terms(task, name, base) if w]
+
     def reconstructions(self, name: str, base: Checkpoint | None = None) -> list[Delta]:
         """[T] tau_hat's part of one weight for every task, in factors where the vectors are; ``base`` as above."""
         parts = self.deltas(name)
@@ -177,19 +184,23 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
         shared = [(share, part) for share, part in zip(shares, parts, strict=bool(parts)) if share]
         return shared + [(1.0, part) for part in self._source.own(name, index, base)]
 
-    def restore(self, task: str, base: str | Path, out: str | Path, *, alpha: float = 1.0) -> Path:
+    def restore(
+        self, task: str | Mapping[str, float], base: str | Path, out: str | Path, *, alpha: float = 1.0
+    ) -> Path:
         """Write the checkpoint theta_0 + alpha * tau_hat of one task; a negative alpha forgets the task.
+
+        ``task`` may also be weights by task: theta_0 + alpha * sum_t w_t tau_hat_t.
 
         Raises:
             MismatchError: ``base`` is not the model this basis was built on.
             OutputError: ``out`` exists and is not ours, or the disk is full.
         """
-        self.info.index(task)
+        label = self.info.called(task)
         model = self._base(base)
         assert model is not None
 
         def terms(name: str) -> list[tuple[float, Delta]]:
-            return self.terms(task, name, model) or [(0.0, self.deltas(name)[0])]
+            return self.weighted(task, name, model) or [(0.0, self.deltas(name)[0])]
 
         def read(name: str) -> Delta:
             return total([delta for _, delta in terms(name)], [share for share, _ in terms(name)])
@@ -198,7 +209,7 @@ class Basis(ModelHubMixin, library_name="tvbases-hf", tags=["task-arithmetic", "
             parts = (pieces(delta, alpha * share) for share, delta in terms(name))
             return (torch.stack(found).sum(dim=0) for found in zip(*parts, strict=True))
 
-        note = f"{task} restored from a basis of {len(self.tasks)} tasks, alpha {alpha:g}"
+        note = f"{label} restored from a basis of {len(self.tasks)} tasks, alpha {alpha:g}"
         write(Edit(model, self.names, read, note, alpha, stream=stream), out)
         return Path(out)
 

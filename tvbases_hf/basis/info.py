@@ -92,6 +92,14 @@ class BasisInfo:
             raise ParameterError(f'no task "{task}" in this basis; it has {", ".join(self.tasks)}')
         return self.tasks.index(task)
 
+    def called(self, tasks: str | Mapping[str, float]) -> str:
+        """A task, or several with their weights, in words; ParameterError as ``index``, or where there is none."""
+        if isinstance(tasks, str):
+            return self.tasks[self.index(tasks)]
+        if not tasks:
+            raise ParameterError(f"no task is chosen; this basis has {', '.join(self.tasks)}")
+        return " + ".join(f"{weight:g} {self.tasks[self.index(task)]}" for task, weight in tasks.items())
+
     def refitted(self, decoder: Tensor, saved: Tensor) -> BasisInfo:
         """With the decoder fitted to the stored vectors, which takes ``saved`` [T] off the squared norms."""
         norms = torch.tensor(self.gram, dtype=torch.float64).diagonal()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -78,7 +78,7 @@ class LoraBasis(Basis):
 
     def adapter(
         self,
-        task: str,
+        task: str | Mapping[str, float],
         *,
         alpha: float = 1.0,
         base: str | Path | None = None,
@@ -89,17 +89,18 @@ class LoraBasis(Basis):
         """alpha * tau_hat of one task as a LoRA of its own. ``base`` is read for DoRA and for saved modules only.
 
         Args:
+            task: or weights by task, for the LoRA of alpha * sum_t w_t tau_hat_t.
             rank: a rank rule for every module; None for the rank that the reconstruction has, and in a library for that
                 of the adapter which it was made of.
             equal_rank: one rank in all modules, padded with zeros.
             host: what will load it (vllm, llama.cpp, diffusers, peft). ParameterError for what that cannot read.
         """
-        place = self.info.index(task)
-        if rank is None and self.info.library:
-            rank = self.info.library.members[place].rank or None
+        label = self.info.called(task)
+        if rank is None and self.info.library and isinstance(task, str):
+            rank = self.info.library.members[self.info.index(task)].rank or None
         model = self._base(base)
-        terms = lambda name: self.terms(task, name, model)  # noqa: E731
-        return task_adapter(self.info, self._source, task, terms, alpha, model, rank, equal_rank, host)
+        terms = lambda name: self.weighted(task, name, model)  # noqa: E731
+        return task_adapter(self.info, self._source, label, terms, alpha, model, rank, equal_rank, host)
 
     def negate(self, task: str, alpha: float, **how: Any) -> TaskAdapter:
         """The LoRA that forgets a task: theta_0 - alpha * tau_hat; ``how`` as in ``adapter``."""

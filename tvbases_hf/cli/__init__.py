@@ -11,7 +11,22 @@ import typer
 
 from ..errors import ParameterError, TvbasesError
 from ..text import printable
-from . import compress, evaluate, extract, inspect, library, merge, negate, online, plan, schema, styles, system, tune  # noqa: F401  they register their commands
+from . import (  # noqa: F401  they register their commands
+    compress,
+    evaluate,
+    extract,
+    inspect,
+    library,
+    live,
+    merge,
+    negate,
+    online,
+    plan,
+    schema,
+    styles,
+    system,
+    tune,
+)
 from .app import app
 from .processes import team
 

