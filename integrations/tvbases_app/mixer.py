@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from tvbases_hf.models.gram import gram_matrix
 from tvbases_hf.models.layers import examine_layers
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.run import find_device
+
+from .beside import beside, can_be_beside
 
 TOKENS = 60
 METHOD = "task_arithmetic"
@@ -105,7 +108,7 @@ class Mixer:
         change = self.change(weights)
         with self._turn:
             before = self._before(prompt, tokens)
-            with self._in_place.changed(change):
+            with self._changed(change):
                 return before, self._continued(prompt, tokens)
 
     def recipe(self, weights: Mapping[str, float]) -> str:
@@ -175,6 +178,13 @@ class Mixer:
             raise silent
         found.model.to(find_device(self.device))
         return found
+
+    def _changed(self, change: Change) -> AbstractContextManager[Any]:
+        """The model with the change: beside its layers where that can be, else in its weights."""
+        model, names = self._model.model, self.vectors.names
+        if self.holds_adapters and can_be_beside(model, names, change):
+            return beside(model, names, change)
+        return self._in_place.changed(change)
 
     @functools.cached_property
     def _in_place(self) -> InPlace:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from commands.command_line import refused, snapshot, tvbases
 from tvbases_app import Mixer, build
+from tvbases_app.beside import beside, can_be_beside
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.basis import Basis
 from tvbases_hf.errors import MissingExtraError, OutputError, ParameterError
@@ -102,10 +103,13 @@ def test_the_recipe_writes_what_is_saved(
     assert relative(read(tmp_path / "merged"), read(tmp_path / "saved")) < 4 * EPS
 
 
-def test_generations_are_those_of_the_saved_model_and_the_model_is_as_it_was(zoo: Zoo, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_generations_are_those_of_the_saved_model_and_the_model_is_as_it_was(
+    kind: str, zoo: Zoo, bases: dict[str, Path], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    mixer = Mixer.open(str(zoo.base), {task: str(path) for task, path in zoo.full.items()})
+    mixer = opened(zoo, bases, kind)
     before, after = mixer.compare("word1 word2 word3", WEIGHTS, 6)
     kept = {name: tensor.clone() for name, tensor in mixer._model.model.state_dict().items()}
     assert mixer.compare("word1 word2 word3", WEIGHTS, 6) == (before, after)
@@ -120,6 +124,22 @@ def test_generations_are_those_of_the_saved_model_and_the_model_is_as_it_was(zoo
         return tokenizer.decode(said, skip_special_tokens=True).strip()
 
     assert (before, after) == (written(zoo.base), written(tmp_path / "mix")) and before != after
+
+
+@pytest.mark.parametrize("kind", ["adapters", "basis of adapters"])
+def test_factors_beside_the_layers_are_the_change_in_the_weights(kind: str, zoo: Zoo, bases: dict[str, Path]) -> None:
+    mixer, ids = opened(zoo, bases, kind), torch.arange(4, 24).reshape(2, 10)
+    model: Any = mixer._model.model.double()
+    change, names = mixer.change(WEIGHTS), mixer.vectors.names
+    plain = model(ids).logits
+    assert can_be_beside(model, names, change)
+    with beside(model, names, change):
+        found = model(ids).logits
+    with mixer._in_place.changed(change):
+        expected = model(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert (expected - plain).norm() > 0.01 * plain.norm() and model(ids).logits.equal(plain)
+    assert not can_be_beside(model, names, Mixer.open(str(zoo.base), {"math": str(zoo.full["math"])}).change({}))
 
 
 def test_what_is_wrong_is_said(zoo: Zoo, bases: dict[str, Path], tmp_path: Path) -> None:
