@@ -1,13 +1,14 @@
 """Merging LoRA adapters with `tvbases merge`, next to mergekit's route through full models: time and memory.
 
-    python examples/benchmarks/bench_merge_adapters.py [--quick] [--mergekit] [--json FILE]
+    python examples/benchmarks/bench_merge_adapters.py [--model 1B | 8B] [--quick] [--mergekit] [--json FILE]
 
 The base has the shapes of Llama-3.2-1B (1.2 billion parameters, bfloat16) and random weights; eight adapters of rank 16
 change all its attention and MLP matrices. Every merge is a process of its own. "anonymous" is the most memory that it
 had for itself (RssAnon of /proc/PID/status, asked every few milliseconds; Linux only), "resident" the kernel's own
 record, mapped files included; "CPU seconds" leave out what other processes take. mergekit builds every model in full
 first, which needs 25 GB of disk for a base of this size: it is compared with --quick (4 small layers), and at full size
-with --mergekit.
+with --mergekit. With --model 8B (the shapes of Llama-3-8B) adapters come out, and of the base, whose numbers nothing
+needs then, only the files' headers are there.
 """
 
 from __future__ import annotations
@@ -69,11 +70,16 @@ class Shape:
 
 
 FULL = Shape(hidden=2048, intermediate=8192, layers=16, heads=32, key_value_heads=8, vocabulary=128256)
+LARGE = Shape(hidden=4096, intermediate=14336, layers=32, heads=32, key_value_heads=8, vocabulary=128256)
+MODELS = {"1B": FULL, "8B": LARGE}
 QUICK = Shape(hidden=512, intermediate=2048, layers=4, heads=8, key_value_heads=2, vocabulary=8192)
 
 
-def make_base(directory: Path, shape: Shape) -> None:
-    """Random bfloat16 weights, written one at a time, and the configuration of a Llama with tied embeddings."""
+def make_base(directory: Path, shape: Shape, empty: bool = False) -> None:
+    """Random bfloat16 weights, written one at a time, and the configuration of a Llama with tied embeddings.
+
+    ``empty``: files with a hole where the numbers would be.
+    """
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -89,7 +95,7 @@ def make_base(directory: Path, shape: Shape) -> None:
     config.save_pretrained(directory)
     infos = {name: TensorInfo(size, torch.bfloat16) for name, size in shape.tensors().items()}
     files, generator = TensorFiles(directory, "model", infos), torch.Generator().manual_seed(0)
-    for name, info in infos.items():
+    for name, info in infos.items() if not empty else ():
         files.write(name, torch.empty(info.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
 
 
@@ -152,7 +158,7 @@ class Bench:
     def __init__(self, scratch: Path, shape: Shape) -> None:
         self.scratch, self.base = scratch, scratch / "base"
         self.base.mkdir()
-        make_base(self.base, shape)
+        make_base(self.base, shape, empty=shape is LARGE)
         self.adapters = [scratch / f"lora{index}" for index in range(ADAPTERS)]
         for seed, path in enumerate(self.adapters, 1):
             make_adapter(path, self.base, shape, seed)
@@ -193,8 +199,9 @@ def run(scratch: Path, shape: Shape, stock: bool, report: Callable[[dict[str, An
         ("task_arithmetic", ["--adapter"], False, {}),
         ("task_arithmetic", ["--adapter", "--rank", str(RANK)], False, {}),
         ("tsv", ["--adapter"], False, {}),
+        ("iso_c", ["--adapter"], False, {}),
         ("ae_bases", ["--adapter"], False, {"num_bases": 4}),
-        ("task_arithmetic", [], False, {}),
+        *([("task_arithmetic", [], False, {})] if shape is not LARGE else []),
         *([("task_arithmetic", [], True, {})] if stock else []),
         *([("ties", [], False, {"density": 0.2}), ("ties", [], True, {"density": 0.2})] if stock else []),
     ]
@@ -218,11 +225,15 @@ def show(rows: Sequence[dict[str, Any]], shape: Shape) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a base of 4 small layers, and mergekit's route")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--model", choices=MODELS, default="1B", help="whose shapes the base has (default: 1B)")
+    size.add_argument("--quick", action="store_true", help="a base of 4 small layers, and mergekit's route")
     parser.add_argument("--mergekit", action="store_true", help="mergekit's route at full size, too (25 GB of disk)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    shape = QUICK if options.quick else FULL
+    shape = QUICK if options.quick else MODELS[options.model]
+    if shape is LARGE and options.mergekit:
+        parser.error("--mergekit needs a base with numbers; take --model 1B")
     with tempfile.TemporaryDirectory() as scratch:
         rows = run(Path(scratch), shape, options.quick or options.mergekit, lambda row: print(f"... {row['command']}"))
     show(rows, shape)

@@ -20,6 +20,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
 from evidence import runner
+from evidence.runner import Answers
 from llm import (
     abilities,
     addition,
@@ -35,7 +36,7 @@ from llm import (
     prompts,
     unlearning,
 )
-from llm.report import forgetting, tables
+from llm.report import forgetting, more, tables
 from llm.report.claims import claims
 from llm.settings import EVERYTHING, FULL, QUICK, Recipe
 from llm.workshop import Workshop
@@ -256,6 +257,14 @@ def test_every_study_answers_its_first_question(found, place, monkeypatch, study
             assert worst <= 1e-4 * max(1.0, answer["range"])
         case _:
             assert answer["accuracy"] == sum(answer["tasks"].values()) / len(answer["tasks"])
+
+
+def test_the_report_says_how_much_of_what_is_lost_was_the_odds_of_words() -> None:
+    own, tsv = ({"accuracy": a, "calibrated": c, "tasks": {}, "tasks_calibrated": {}} for a, c in ((80, 79), (70, 78)))
+    both = Answers([({"model": "own", "seed": 0}, own), ({"model": "tsv", "seed": 0}, tsv)])
+    told = more.causes({"causes": both}, SMALL)
+    assert "is 10.0 points behind the own adapters, and 1.0 behind once both are calibrated" in told
+    assert "points behind" not in more.causes({"causes": Answers(both.found[:1])}, SMALL)
 
 
 @pytest.mark.parametrize("way", ["plain", "unique_half"])
