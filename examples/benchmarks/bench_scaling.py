@@ -61,6 +61,15 @@ def factors(count: int, side: int, rank: int) -> list[Delta]:
     return [LowRank(numbers(side, rank), numbers(rank, side)) for _ in range(count)]
 
 
+def tall(rows: int, columns: int) -> list[Delta]:
+    """Four fine-tunes of an embedding in bfloat16; large ones are merged by their rows."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(rows, columns, generator=generator).mul_(0.02)
+    tuned = (torch.randn(rows, columns, generator=generator).mul_(1e-3).add_(base) for _ in range(4))
+    stored = base.to(torch.bfloat16)
+    return [Dense(model.to(torch.bfloat16), stored) for model in tuned]
+
+
 def products(count: int) -> Tensor:
     """The Gram matrix of so many vectors that overlap."""
     vectors = torch.randn(4 * count, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -120,6 +129,7 @@ def series(root: Path, quick: bool) -> list[Series]:
         Series("balanced bases", "M", sizes(2, 32), 1, of_bases),
         Series("TSV-Merge", "n", sizes(least, 8 * least), 3, of_changes(tsv, square)),
         Series("TSV-Merge", "T", sizes(2, 32), 1, of_changes(tsv, lambda n: changes(n, side))),
+        Series("TSV-Merge, embedding", "rows", sizes(1 << 14, 1 << 17), 1, of_changes(tsv, lambda n: tall(n, side))),
         Series("TSV-Merge, factors", "r", sizes(8, 64), 2, of_changes(tsv, lambda n: factors(tasks, side, n))),
         Series("DeVec", "n", sizes(least, 4 * least), 3, of_changes(split, square)),
         Series("Iso-C", "n", sizes(least, 8 * least), 3, of_changes(flat, square)),

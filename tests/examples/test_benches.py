@@ -284,6 +284,6 @@ def test_bench_of_a_gpu_compares_what_every_command_writes(
 def test_bench_of_scaling_fits_the_exponent_of_every_series(bench: ModuleType, tmp_path: Path) -> None:
     assert math.isclose(bench.exponent([1, 2, 4, 8], [9.0, 9.0, 32.0, 256.0]), 3.0)
     report = bench.main(["--quick", "--json", str(tmp_path / "report.json")])
-    assert {row["variable"] for row in report} == {"T", "M", "n", "r", "tensors"}
+    assert {row["variable"] for row in report} == {"T", "M", "n", "r", "rows", "tensors"}
     assert all(len(row["points"]) == len(row["sizes"]) and math.isfinite(row["exponent"]) for row in report)
     assert json.loads((tmp_path / "report.json").read_text())[0]["work"] == report[0]["work"]
