@@ -164,8 +164,9 @@ def _add_one(
         change = changes.get(name, LowRank.zeros(source.shape(name)))
         directions = _directions(source, cluster, place)
         parts = _encoded(change, directions, weight, library.price, allowed)
-        counts = torch.stack([part.counts[0] for part in parts])
-        packer.add(b"".join(p.codes[0] for p in parts), b"".join(p.scales[0] for p in parts), counts)
+        stored = [part.stored for part in parts]
+        counts = torch.stack([one.counts[0] for one in stored])
+        packer.add(b"".join(one.codes[0] for one in stored), b"".join(one.scales[0] for one in stored), counts)
         lost += float(parts[-1].lost[0])
         kept_parts = [part.made(0) for part in parts]
         made[name] = LowRank(
