@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import defaults
 from ..algebra.rank import RankRule
-from ..errors import MismatchError, ParameterError
+from ..errors import MismatchError, OutputError, ParameterError
 from ..merging.changes import Edit
 from ..merging.write import is_checkpoint_of_ours, write
 from ..models.hosts import host_notes
@@ -88,6 +88,8 @@ def export(
     basis.info.index(name)
     check_output(out, is_adapter_directory)
     check_apart(out, [str(directory)])
+    if Path(directory).resolve() in Path(out).expanduser().resolve().parents:
+        raise OutputError(f'"{out}" is in "{directory}", which is written anew as a whole; choose another directory')
     if dry_run:
         return preview(out, None, None)
     adapter = basis.adapter(name, alpha=alpha, rank=rank, equal_rank=equal_rank, host=host)
@@ -99,6 +101,7 @@ def export(
         "task": name,
         "bytes": size,
         "task_error": error,
+        "cut": adapter.cut,
         "loading": host_notes(host, adapter.config),
     }
 

@@ -28,7 +28,7 @@ from .stock import Cut, cut_sum, stock_adapter
 
 METHOD = "library"
 # Weights that are encoded before the first of them has been written.
-AHEAD = 8
+AHEAD = 48
 SAMPLED_WEIGHTS, SAMPLED_NUMBERS = 4, 16
 
 

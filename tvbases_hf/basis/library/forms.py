@@ -111,9 +111,8 @@ class Part:
             return self.given
         scale = self.weights.sqrt().to(torch.float32)[:, None, None]
         inner, outer = self.roots
-        left = (scale * self.change.left @ outer).transpose(0, 1).flatten(1)
-        right = (scale * self.change.right.mT @ inner).transpose(0, 1).flatten(1)
-        return _leading(left, self.widest), _leading(right, self.widest)
+        left, right = (scale * outer).mT @ self.change.left.mT, (scale * inner).mT @ self.change.right
+        return _leading(left.flatten(0, 1), self.widest), _leading(right.flatten(0, 1), self.widest)
 
     @_computed
     def core(self) -> Tensor:
@@ -276,20 +275,20 @@ def _root(square: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()[:, None, :]
 
 
-def _leading(stack: Tensor, widest: int) -> Tensor:
-    """[d, W] orthonormal: the leading left singular vectors of [d, N]; of large ones by subspace iteration.
+def _leading(rows: Tensor, widest: int) -> Tensor:
+    """[d, W] orthonormal: the leading right singular vectors of [N, d]; of large ones by subspace iteration.
 
     The iterate is started from a fixed random one: the same numbers give the same axes.
     """
-    side, count = stack.shape
+    count, side = rows.shape
     if count <= EXACT or side <= EXACT:
-        small = stack.T @ stack if count < side else stack @ stack.T
+        small = rows @ rows.T if count < side else rows.T @ rows
         vectors = torch.linalg.eigh(small).eigenvectors.flip(1)[:, :widest]
-        return torch.linalg.qr(stack @ vectors).Q if count < side else vectors
+        return torch.linalg.qr(rows.T @ vectors).Q if count < side else vectors
     generator = torch.Generator().manual_seed(0)
-    block = stack @ torch.randn(count, widest + EXTRA, generator=generator)
+    block = rows.T @ torch.randn(count, widest + EXTRA, generator=generator)
     for _ in range(STEPS):
-        block = stack @ (stack.T @ torch.linalg.qr(block).Q)
+        block = rows.T @ (rows @ torch.linalg.qr(block).Q)
     basis = torch.linalg.qr(block).Q
-    inside = basis.T @ stack
-    return basis @ torch.linalg.eigh(inside @ inside.T).eigenvectors.flip(1)[:, :widest]
+    inside = rows @ basis
+    return basis @ torch.linalg.eigh(inside.T @ inside).eigenvectors.flip(1)[:, :widest]
