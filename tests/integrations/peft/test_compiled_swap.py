@@ -10,6 +10,7 @@ import torch
 from tvbases_hf import LoraBasis
 from tvbases_hf.basis import libraries
 from zoo.adapter_families import random_adapters
+from zoo.peft_models import edit_config
 
 
 def test_tasks_of_equal_rank_keep_the_compiled_graph_and_another_scale_does_not(tmp_path: Path) -> None:
@@ -20,8 +21,9 @@ def test_tasks_of_equal_rank_keep_the_compiled_graph_and_another_scale_does_not(
     adapters = random_adapters(tmp_path / "adapters", tasks=("math", "code"))
     libraries.add(tmp_path / "library", adapters.base, adapters.tasks, budget=0.9)
     library = LoraBasis.from_pretrained(tmp_path / "library")
-    for folder, task, alpha in (("math", "math", 1.0), ("code", "code", 1.0), ("half", "code", 0.5)):
-        library.adapter(task, alpha=alpha, rank=4, equal_rank=True).save_pretrained(tmp_path / folder)
+    for folder, task in (("math", "math"), ("code", "code"), ("twice", "code")):
+        library.adapter(task, rank=4, equal_rank=True).save_pretrained(tmp_path / folder)
+    edit_config(tmp_path / "twice", lora_alpha=8)
     ids = torch.arange(12).reshape(2, 6)
 
     def served(folder: str) -> PeftModel:
@@ -36,7 +38,7 @@ def test_tasks_of_equal_rank_keep_the_compiled_graph_and_another_scale_does_not(
             hotswap_adapter(model, str(tmp_path / "code"), adapter_name="default")
             after = compiled(ids).logits
             assert torch.equal(after, served("code")(ids).logits) and not torch.allclose(after, before, atol=1e-3)
-            hotswap_adapter(model, str(tmp_path / "half"), adapter_name="default")  # the scale is a part of the graph
+            hotswap_adapter(model, str(tmp_path / "twice"), adapter_name="default")  # the scale is a part of the graph
             with pytest.raises(RuntimeError, match="recompile"):
                 compiled(ids)
     torch.compiler.reset()
