@@ -101,6 +101,36 @@ def test_task_vector_bases_come_out_as_checkpoints(tmp_path: Path) -> None:
             assert torch.allclose(found[name].double(), tensor.double() + change, atol=1e-6)
 
 
+def damaged_vlora(root: Path, **changes: Tensor | None) -> None:
+    """With some tensors of the second task others, or gone."""
+    vlora(root)
+    stored = load_file(root / "task_1.safetensors") | changes
+    save_file({name: tensor for name, tensor in stored.items() if tensor is not None}, root / "task_1.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({f"{MODULES[1]}.loadings_a": None}, {}),
+        ({f"{MODULES[1]}.loadings_a": numbers(COUNT + 1)}, {}),
+        ({f"{MODULES[1]}.loadings_a": torch.full((COUNT,), torch.nan)}, {}),
+        ({}, {"task_ids": [1, 2]}),
+        ({}, {"task_ids": []}),
+        ({}, {"rank": "two", "shapes_a": {module: [1, RANK * IN] for module in MODULES}}),
+        ({}, {"task_filenames": {"code": "../../x"}}),
+    ],
+)
+def test_no_task_is_written_where_one_is_damaged(
+    changes: dict[str, Tensor | None], words: dict[str, object], tmp_path: Path
+) -> None:
+    damaged_vlora(tmp_path / "there", **changes)
+    meta = tmp_path / "there" / "subspace_meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | words))
+    done = tvbases("library", "import", tmp_path / "there", "--out", tmp_path / "out")
+    assert done.code == 2 and done.err.count("\n") == 1, done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     vlora(tmp_path / "nf4", format="nf4_packed")

@@ -141,6 +141,8 @@ def convert(
         return preview(out, None, None)
     if isinstance(found, ForeignAdapters):
         for task in found.tasks:
+            found.read(task)  # before any is written
+        for task in found.tasks:
             TaskAdapter(*found.read(task)).save_pretrained(Path(out) / task)
     else:
         _write_checkpoints(found, source, out, base)
