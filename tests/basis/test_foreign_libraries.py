@@ -93,6 +93,11 @@ def test_task_vector_bases_come_out_as_checkpoints(tmp_path: Path) -> None:
     torch.save({"A": decoder, "B": decoder, "W": decoder, "metadata": metadata}, root / "AWB.pt")
     with pytest.raises(TvbasesError, match="give its base"):
         libraries.convert(root, tmp_path / "out")
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file(weights | {"w": numbers(4, 2)}, other / "model.safetensors")
+    with pytest.raises(TvbasesError, match=r"1 of 2 weights are not in .* with the shape"):
+        libraries.convert(root, tmp_path / "out", other)
     libraries.convert(root, tmp_path / "out", base)
     for place, task in enumerate(metadata["datasets"]):  # type: ignore[arg-type]
         found = load_file(tmp_path / "out" / task / "model.safetensors")

@@ -51,6 +51,14 @@ def test_a_library_from_its_beginning_to_a_task_taken_out(adapters: Adapters, tm
     assert removed.code == 0 and "math removed" in removed.out and "2 tasks" in removed.out, removed.err
 
 
+def test_compress_prints_a_library_as_library_add_does(adapters: Adapters, tmp_path: Path) -> None:
+    base, tasks = ["--base", adapters.base], [*task(adapters, "math"), *task(adapters, "code")]
+    begun = tvbases("library", "add", tmp_path / "a", *base, *tasks, "--budget", 0.6)
+    made = tvbases("compress", *base, *tasks, "--out", tmp_path / "a", "--method", "library", "--budget", 0.6)
+    assert (begun.code, made.code) == (0, 0), made.err
+    assert made.out == begun.out and "2 tasks in " in made.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

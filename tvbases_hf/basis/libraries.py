@@ -154,14 +154,17 @@ def _write_checkpoints(found: ForeignVectors, source: str | Path, out: str | Pat
     if base is None:
         raise ParameterError(f'"{source}": of TaskVectorBasis, whose tasks are changes of a checkpoint: give its base')
     model = Checkpoint.open(base)
-    absent = [name for name in found.names if name not in model.tensors]
-    if absent:
+    stored = {name: tuple(info.shape) for name, info in model.tensors.items()}
+    odd = [name for name, shape in found.shapes.items() if stored.get(name) != shape]
+    if odd:
         raise MismatchError(
-            f'"{source}": {len(absent)} of {len(found.names)} weights are not in "{model.label}" (first: {absent[0]}); '
-            "give the base by the names that the vectors have"
+            f'"{source}": {len(odd)} of {len(found.shapes)} weights are not in "{model.label}" with the shape that '
+            f"they have there (first: {odd[0]}); give the base that the vectors are of, by the names that they have"
         )
     for place, task in enumerate(found.tasks):
-        edit = Edit(model, found.names, lambda name, place=place: found.read(name)[place], f"{task} of {source}")
+        edit = Edit(
+            model, tuple(found.shapes), lambda name, place=place: found.read(name)[place], f"{task} of {source}"
+        )
         write(edit, Path(out) / task)
 
 

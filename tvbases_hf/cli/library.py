@@ -174,7 +174,7 @@ def _print_converted(found: Mapping[str, Any], where: Any) -> None:
 
 
 def _print_change(found: Mapping[str, Any], where: Any) -> None:
-    from ..storage.system import readable_size
+    from .tables import print_library
 
     for word in ("added", "removed"):
         for task in found.get(word, ()):
@@ -182,11 +182,7 @@ def _print_change(found: Mapping[str, Any], where: Any) -> None:
                 f", {found['task_error'][found['tasks'].index(task)]:.1%} from its adapter" if word == "added" else ""
             )
             where.print(f"{task} {word}{error}")
-    where.print(
-        f"{found['out']}: {len(found['tasks'])} tasks in {found['clusters']} clusters, {readable_size(found['bytes'])} "
-        f"({found['share']:.1%} of the adapters), mean squared error {found['mean_square_error']:.2g}",
-        soft_wrap=True,
-    )
+    print_library(found, where)
 
 
 def _print_list(found: Mapping[str, Any], where: Any) -> None:

@@ -35,10 +35,10 @@ class ForeignAdapters:
 
 @dataclass(frozen=True)
 class ForeignVectors:
-    """Full task vectors: ``read(name)`` gives one weight's for all tasks, [T, *shape] float32."""
+    """Full task vectors: ``read(name)`` gives one weight's for all tasks, [T, *shape] float32; ``shapes`` by name."""
 
     tasks: tuple[str, ...]
-    names: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
 
 
@@ -113,13 +113,13 @@ def _task_vector_basis(directory: Path) -> ForeignVectors:
     vectors, decoder, tasks = held["basis_vectors"], state["W"].float(), state["metadata"]["datasets"]
     if state["metadata"].get("softmax_w") or decoder.shape != (len(vectors), len(tasks)):
         raise ValueError(f"W is {list(decoder.shape)} of {len(vectors)} vectors and {len(tasks)} tasks, or a softmax")
-    names = tuple(name for name, tensor in vectors[0].items() if tensor.is_floating_point())
+    shapes = {name: tuple(tensor.shape) for name, tensor in vectors[0].items() if tensor.is_floating_point()}
 
     def read(name: str) -> Tensor:
         stacked = torch.stack([vector[name].float() for vector in vectors])
         return torch.tensordot(decoder.T, stacked, dims=1)
 
-    return ForeignVectors(_tasks(tasks), names, read)
+    return ForeignVectors(_tasks(tasks), shapes, read)
 
 
 def _key(module: str, side: str) -> str:
