@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -28,13 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import planted
+import torch
 from library_table import results, show
+from rivals import most_memory
 
 from tvbases_hf.basis import LoraBasis, libraries
 from tvbases_hf.basis.compress import compress
 
 Row = dict[str, Any]
-RIVALS = {"vlora-dev": (1, 4), "vlora-dev nf4": (6,), "lorashare": (16, 64)}
+RIVALS = ("vlora-dev=1", "vlora-dev=4", "vlora-dev nf4=6", "lorashare=16", "lorashare=64")
 # Of the bytes that a rival takes; what is chosen seldom comes closer.
 LESS = 0.998
 FOUR_BITS = {"budget": 0.15, "bits": "4"}
@@ -52,7 +53,7 @@ def ours(request: Mapping[str, Any]) -> Row:
         "bytes": found["directory_bytes"],
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
-        "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "memory": most_memory(),
     }
     start = time.perf_counter()
     library = LoraBasis.from_pretrained(out)
@@ -113,14 +114,14 @@ class Comparison:
         show(row)
         return row
 
-    def all(self, budgets: Sequence[float], python: str | None) -> list[Row]:
+    def all(self, budgets: Sequence[float], python: str | None, rivals: Sequence[str]) -> list[Row]:
         """Ours at every budget; then every rival, each followed by ours at the same share of the bytes."""
         rows = [self.ours(budget=budget) for budget in budgets]
-        for package, counts in RIVALS.items() if python else ():
-            for count in counts:
-                rows.append(self.rival(python or "", package, count))
-                if rows[-1].get("share", 1.0) < 1:
-                    rows.append(self.ours(budget=LESS * rows[-1]["share"]) | {"beside": len(rows) - 1})
+        for asked in rivals if python else ():
+            package, _, count = asked.partition("=")
+            rows.append(self.rival(python or "", package, int(count)))
+            if rows[-1].get("share", 1.0) < 1:
+                rows.append(self.ours(budget=LESS * rows[-1]["share"]) | {"beside": len(rows) - 1})
         return rows
 
 
@@ -146,15 +147,16 @@ _workshops: dict[Path, Any] = {}
 
 
 def of_planted(options: argparse.Namespace, work: Path) -> Row:
-    how = {"layers": options.layers, "families": options.families}
+    how = {"layers": options.layers, "families": options.families, "dtype": getattr(torch, options.dtype)}
     base = planted.write_base(work / "base", options.layers)
     folders = [work / f"t{index:04d}" for index in range(options.count + 1)]
     for index, folder in enumerate(folders):
         if not (folder / "adapter_config.json").exists():
             planted.write_adapter(folder, index, **how)
     tried = Comparison(base, {folder.name: str(folder) for folder in folders}, work)
-    what = f"{options.count} planted adapters of rank 16 in {options.families} families, bfloat16"
-    return {"what": what, "whole": tried.whole, "rows": tried.all([options.budget], options.rivals)}
+    size = f"{options.families} families, {options.layers} layers, {options.dtype}"
+    what = f"{options.count} planted adapters of rank 16 in {size}"
+    return {"what": what, "whole": tried.whole, "rows": tried.all([options.budget], options.rivals, options.components)}
 
 
 def of_directory(options: argparse.Namespace, work: Path) -> Row:
@@ -167,7 +169,7 @@ def of_directory(options: argparse.Namespace, work: Path) -> Row:
     if options.accuracy:
         own = {task: Path(path) for task, path in tried.request["adapters"].items()}
         report["accuracy"] = accuracy(options.accuracy, own)
-    report["rows"] = [tried.ours(**FOUR_BITS), *tried.all(options.budgets, options.rivals)]
+    report["rows"] = [*tried.all(options.budgets, options.rivals, options.components), tried.ours(**FOUR_BITS)]
     return report
 
 
@@ -182,6 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, help="their base")
     parser.add_argument("--accuracy", type=Path, help="the work directory of bench_llm.py (with its full tasks)")
     parser.add_argument("--rivals", help="a Python that has vlora-dev and lorashare")
+    parser.add_argument("--components", nargs="+", default=RIVALS, help="PACKAGE=COMPONENTS of rivals")
+    parser.add_argument("--dtype", default="bfloat16", help="of planted adapters; vlora-dev reads float32 alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--workdir", type=Path, help="keep adapters here for the next run")
     parser.add_argument("--write", type=Path, nargs="+", help="a table, and the files of figures that it is of")
