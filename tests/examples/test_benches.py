@@ -262,7 +262,7 @@ def test_bench_of_libraries_adds_one_adapter_beside_the_others(
     bench.main(["--write", str(tmp_path / "page.md"), str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     page = (tmp_path / "page.md").read_text()
     assert "## 4 planted adapters" in page and "Our error is at most a tenth of theirs at 1 of 1 shares." in page
-    assert "rival" in capsys.readouterr().out
+    assert "tvbases-hf, 4 bits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bench", ["gpu"], indirect=True)
