@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ... import defaults
-from ...algebra.delta import Delta, LowRank, inner, zeros
+from ...algebra.delta import Delta, LowRank, zeros
+from ...algebra.products import inner
 from ...algebra.rank import RankRule
 from ...algebra.sums import total
 from ...algebra.svd import svd

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...models.hosts import check_host
 from ...storage.output import check_apart, check_output, preview, transaction
-from ...storage.parallel import default_workers
-from ...storage.run import current, using
 from ..info import is_basis_directory
 from ..request import Request
 from .create import create
@@ -18,9 +15,6 @@ from .factors import open_factors
 from .notes import few, notes
 from .plan import make_plan
 from .report import library_report
-
-# Threads per processor: of thousands of small reads some wait for the disk.
-READERS = 2
 
 
 def compress_library(
@@ -35,11 +29,10 @@ def compress_library(
     needed = int(request.budget * opened.nbytes)
     if dry_run:
         return preview(out, None, needed) | {"warnings": few(opened.warnings)}
+    plan = make_plan(opened, request.budget, **request.options)
     options = {"budget": request.budget, **request.options}
-    with using(replace(current(), workers=current().workers or READERS * default_workers())):
-        plan = make_plan(opened, **options)
-        with transaction(out, is_basis_directory, needed) as work:
-            info = create(plan, work, request.alpha, options)
+    with transaction(out, is_basis_directory, needed) as work:
+        info = create(plan, work, request.alpha, options)
     return library_report(info, Path(out)) | {
         "similarity_error": plan.similarity_error,
         "warnings": few([*opened.warnings, *notes(info, set(tasks))]),
