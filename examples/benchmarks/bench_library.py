@@ -1,13 +1,15 @@
 """A library of many adapters: error, bytes, time and memory, beside vlora-dev and lorashare.
 
     python examples/benchmarks/bench_library.py [--count 1000] [--budget 0.08] [--layers 30] [--workdir DIR]
-    python examples/benchmarks/bench_library.py --adapters DIR --base BASE [--budgets 0.5 0.25 0.15]
+    python examples/benchmarks/bench_library.py --adapters DIR --base BASE [--budgets 0.5 0.25] [--accuracy WORKDIR]
     ... --rivals PYTHON    # of an environment with vlora-dev and lorashare: the same adapters through them
+    python examples/benchmarks/bench_library.py --write RESULTS-LIBRARY.md FILE.json ...    # of runs with --json
 
 Without --adapters, adapters with planted common subspaces in the shapes of SmolLM2-135M (planted.py) are written to the
-work directory and compressed in a process of its own, whose memory is measured. Then one more adapter is added, which
-must leave the others' files alone, and one is restored. With --adapters, those in the directory's folders are
-compressed at every budget. Errors are means over the adapters of the squared relative error of what comes back.
+work directory. Each program compresses all adapters but the last in a process of its own, whose memory is measured,
+gives one back, and takes the last one in; ours once more at every share of the bytes that a rival comes to. Errors are
+means over the adapters of the squared relative error of what comes back. --accuracy: the adapters are those of
+bench_llm.py in its work directory, and each task's accuracy is measured with what comes back.
 """
 
 from __future__ import annotations
@@ -15,65 +17,55 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import planted
+import torch
+from library_table import results, show
+from rivals import most_memory
 
 from tvbases_hf.basis import LoraBasis, libraries
 from tvbases_hf.basis.compress import compress
 
+Row = dict[str, Any]
+RIVALS = ("vlora-dev=1", "vlora-dev=4", "vlora-dev nf4=6", "lorashare=16", "lorashare=64")
+# Of the bytes that a rival takes; what is chosen seldom comes closer.
+LESS = 0.998
+FOUR_BITS = {"budget": 0.15, "bits": "4"}
 
-def run(base: Path, tasks: dict[str, str], out: Path, budget: float) -> dict[str, Any]:
-    """Compress, in this process: what came out, and what it took."""
+
+def ours(request: Mapping[str, Any]) -> Row:
+    """Compress, restore one and add one, in this process: what came out, and what it took."""
+    base, tasks, out = Path(request["base"]), request["adapters"], Path(request["out"])
     start, cpu = time.perf_counter(), time.process_time()
-    found = compress(base, tasks, out, method="library", budget=budget)
-    return {
-        "tasks": len(tasks),
-        "clusters": found["clusters"],
+    found = compress(base, tasks, out, method="library", **request["options"])
+    row = {
         "error": found["mean_square_error"],
         "largest_error": max(found["task_error"]) ** 2,
-        "share": found["share"],
-        "bytes": found["bytes"],
-        "directory_bytes": found["directory_bytes"],
+        "clusters": found["clusters"],
+        "bytes": found["directory_bytes"],
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
-        "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "memory": most_memory(),
     }
-
-
-def alone(base: Path, tasks: dict[str, str], out: Path, budget: float) -> dict[str, Any]:
-    """The same in a process of its own, so that the memory is its."""
-    request = out.with_suffix(".json")
-    request.write_text(json.dumps({"base": str(base), "tasks": tasks, "out": str(out), "budget": budget}))
-    done = subprocess.run([sys.executable, __file__, "--request", str(request)], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def one_more(base: Path, out: Path, name: str, adapter: Path) -> dict[str, Any]:
-    """Add an adapter to a library, and restore one: seconds, and whether the others' files are the same."""
-    before = _digests(out)
     start = time.perf_counter()
-    found = libraries.add(out, base, {name: adapter})
-    added = time.perf_counter() - start
+    library = LoraBasis.from_pretrained(out)
+    library.adapter(next(iter(tasks)))
+    row["restore_seconds"] = time.perf_counter() - start
+    for task in tasks if request["restored"] else ():
+        library.adapter(task).save_pretrained(Path(request["restored"]) / task)
+    before, start = _digests(out), time.perf_counter()
+    found = libraries.add(out, base, request["more"])
+    row |= {"add_seconds": time.perf_counter() - start, "added_error": found["task_error"][-1] ** 2}
     after = _digests(out)
-    start = time.perf_counter()
-    LoraBasis.from_pretrained(out).adapter(name)
-    return {
-        "add_seconds": added,
-        "others_unchanged": all(after.get(file) == digest for file, digest in before.items()),
-        "added_error": found["task_error"][-1] ** 2,
-        "added_bytes": found["task_bytes"][-1],
-        "restore_seconds": time.perf_counter() - start,
-    }
+    return row | {"others_unchanged": all(after.get(file) == digest for file, digest in before.items())}
 
 
 def _digests(directory: Path) -> dict[str, str]:
@@ -81,27 +73,104 @@ def _digests(directory: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def rivals(python: str, tasks: dict[str, str], components: Sequence[int], work: Path) -> list[dict[str, Any]]:
-    request = work / "rivals.json"
-    request.write_text(json.dumps({"adapters": tasks, "components": list(components), "work": str(work)}))
-    script = Path(__file__).with_name("rivals.py")
-    done = subprocess.run([python, str(script), str(request)], capture_output=True, text=True)
+def alone(command: Sequence[str], request: Mapping[str, Any]) -> Row:
+    """A line of JSON from a process of its own, so that the memory is its."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(request, file)
+        file.flush()
+        done = subprocess.run([*command, file.name], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return [json.loads(line) for line in lines] or [{"failed": done.stderr[-300:]}]
+    return json.loads(lines[-1]) if lines else {"failed": done.stderr.strip()[-200:] or f"ended with {done.returncode}"}
 
 
-def show(rows: list[dict[str, Any]], whole: int) -> None:
-    print(f"{'':24} {'bytes':>7} {'error':>10} {'seconds':>8}")
-    for row in rows:
-        name = f"{row.get('package', 'tvbases-hf')} {row.get('components', '')}"
-        if "failed" in row:
-            print(f"{name:24} {row['failed']}")
-        else:
-            print(f"{name:24} {row['bytes'] / whole:7.1%} {row['error']:10.2g} {row['seconds']:8.1f}")
+class Comparison:
+    """The same adapters through every program."""
+
+    def __init__(self, base: Path, adapters: dict[str, str], work: Path, accuracy: Path | None = None) -> None:
+        self.base, self.work, self.accuracy = base, work, accuracy
+        *many, last = adapters.items()
+        self.request = {"base": str(base), "adapters": dict(many), "more": dict([last])}
+        self.whole = sum((Path(path) / "adapter_model.safetensors").stat().st_size for _, path in many)
+
+    def ours(self, **options: Any) -> Row:
+        command = [sys.executable, __file__, "--request"]
+        return self._row("tvbases-hf", command, {"options": options}, bits=options.get("bits"))
+
+    def rival(self, python: str, package: str, components: int) -> Row:
+        command = [python, str(Path(__file__).with_name("rivals.py"))]
+        asked = {"package": package, "components": components}
+        return self._row(package, command, asked, components=components)
+
+    def _row(self, package: str, command: Sequence[str], asked: Mapping[str, Any], **told: Any) -> Row:
+        out, restored = self.work / "made", self.work / "restored"
+        for folder in (out, restored):
+            shutil.rmtree(folder, ignore_errors=True)
+        places = {"out": str(out), "restored": str(restored) if self.accuracy else None}
+        row = {"package": package, **told, **alone(command, {**self.request, **asked, **places})}
+        if "failed" not in row:
+            row["share"] = row["bytes"] / self.whole
+            if self.accuracy:
+                row["accuracy"] = accuracy(self.accuracy, {task: restored / task for task in self.request["adapters"]})
+        show(row)
+        return row
+
+    def all(self, budgets: Sequence[float], python: str | None, rivals: Sequence[str]) -> list[Row]:
+        """Ours at every budget; then every rival, each followed by ours at the same share of the bytes."""
+        rows = [self.ours(budget=budget) for budget in budgets]
+        for asked in rivals if python else ():
+            package, _, count = asked.partition("=")
+            rows.append(self.rival(python or "", package, int(count)))
+            if rows[-1].get("share", 1.0) < 1:
+                rows.append(self.ours(budget=LESS * rows[-1]["share"]) | {"beside": len(rows) - 1})
+        return rows
 
 
-def size_of(tasks: dict[str, str]) -> int:
-    return sum((Path(path) / "adapter_model.safetensors").stat().st_size for path in tasks.values())
+def accuracy(workdir: Path, adapters: Mapping[str, Path]) -> float:
+    """Mean per cent right of bench_llm's tasks, each with its own adapter."""
+    from llm.settings import FULL
+    from llm.workshop import Workshop, mean
+
+    from tvbases_hf import Vectors
+    from tvbases_hf.learning.inplace import InPlace
+
+    shop = _workshops.setdefault(workdir, Workshop(workdir, FULL, "auto|auto"))
+    own = {task: path for task, path in adapters.items() if task in FULL.tasks}
+    vectors = Vectors.open(shop.base, {task: str(path) for task, path in own.items()})
+    place, right = InPlace(shop.model, vectors.names), {}
+    for index, task in enumerate(own):
+        with place.changed(lambda name, k=index: vectors.deltas(name)[k]) as model:
+            right |= shop.accuracies(model, "test", [task])[0]
+    return mean(right)
+
+
+_workshops: dict[Path, Any] = {}
+
+
+def of_planted(options: argparse.Namespace, work: Path) -> Row:
+    how = {"layers": options.layers, "families": options.families, "dtype": getattr(torch, options.dtype)}
+    base = planted.write_base(work / "base", options.layers)
+    folders = [work / f"t{index:04d}" for index in range(options.count + 1)]
+    for index, folder in enumerate(folders):
+        if not (folder / "adapter_config.json").exists():
+            planted.write_adapter(folder, index, **how)
+    tried = Comparison(base, {folder.name: str(folder) for folder in folders}, work)
+    size = f"{options.families} families, {options.layers} layers, {options.dtype}"
+    what = f"{options.count} planted adapters of rank 16 in {size}"
+    return {"what": what, "whole": tried.whole, "rows": tried.all([options.budget], options.rivals, options.components)}
+
+
+def of_directory(options: argparse.Namespace, work: Path) -> Row:
+    """The last adapter of all, by name, is the one that is added."""
+    folders = sorted(file.parent for file in options.adapters.rglob("adapter_config.json"))
+    adapters = {folder.relative_to(options.adapters).as_posix().replace("/", "-"): str(folder) for folder in folders}
+    tried = Comparison(options.base, adapters, work, options.accuracy)
+    what = f"{len(folders) - 1} trained adapters of {options.base.name}"
+    report: Row = {"what": what, "whole": tried.whole, "rows": []}
+    if options.accuracy:
+        own = {task: Path(path) for task, path in tried.request["adapters"].items()}
+        report["accuracy"] = accuracy(options.accuracy, own)
+    report["rows"] = [*tried.all(options.budgets, options.rivals, options.components), tried.ours(**FOUR_BITS)]
+    return report
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -109,61 +178,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=1000, help="planted adapters")
     parser.add_argument("--layers", type=int, default=30, help="of the planted model")
     parser.add_argument("--families", type=int, default=20)
-    parser.add_argument("--budget", type=float, default=0.08)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25, 0.15])
+    parser.add_argument("--budget", type=float, default=0.08, help="of planted adapters")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0.5, 0.25, 0.15], help="of trained ones")
     parser.add_argument("--adapters", type=Path, help="a folder of adapters, instead of planted ones")
     parser.add_argument("--base", type=Path, help="their base")
+    parser.add_argument("--accuracy", type=Path, help="the work directory of bench_llm.py (with its full tasks)")
     parser.add_argument("--rivals", help="a Python that has vlora-dev and lorashare")
-    parser.add_argument("--components", type=int, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--components", nargs="+", default=RIVALS, help="PACKAGE=COMPONENTS of rivals")
+    parser.add_argument("--dtype", default="bfloat16", help="of planted adapters; vlora-dev reads float32 alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--workdir", type=Path, help="keep adapters here for the next run")
+    parser.add_argument("--write", type=Path, nargs="+", help="a table, and the files of figures that it is of")
     parser.add_argument("--request", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.request:
-        asked = json.loads(options.request.read_text())
-        print(json.dumps(run(Path(asked["base"]), asked["tasks"], Path(asked["out"]), asked["budget"])))
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        work = options.workdir or Path(scratch)
-        work.mkdir(parents=True, exist_ok=True)
-        report = of_directory(options, work) if options.adapters else of_planted(options, work)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def of_planted(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    how = {"layers": options.layers, "families": options.families}
-    base = planted.write_base(work / "base", options.layers)
-    folders = [work / f"t{index:04d}" for index in range(options.count + 1)]
-    for index, folder in enumerate(folders):
-        if not (folder / "adapter_config.json").exists():
-            planted.write_adapter(folder, index, **how)
-    *many, last = folders
-    tasks = {folder.name: str(folder) for folder in many}
-    report: dict[str, Any] = {"ours": [alone(base, tasks, work / "library", options.budget)]}
-    report["one more"] = one_more(base, work / "library", last.name, last)
-    report["rivals"] = rivals(options.rivals, tasks, options.components, work) if options.rivals else []
-    show([*report["ours"], *report["rivals"]], size_of(tasks))
-    own, more = report["ours"][0], report["one more"]
-    whole = own["directory_bytes"] / size_of(tasks)
-    print(
-        f"{own['tasks']} adapters in {own['clusters']} clusters, {whole:.2%} of their bytes with lists and card: "
-        f"{own['seconds']:.0f} s ({own['cpu_seconds']:.0f} s of processors), {own['memory'] / 1e9:.2f} GB; one more "
-        f"{more['add_seconds']:.1f} s, the others unchanged: {more['others_unchanged']}; one back "
-        f"{more['restore_seconds']:.2f} s"
-    )
-    return report
-
-
-def of_directory(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    folders = sorted(file.parent for file in options.adapters.rglob("adapter_config.json"))
-    tasks = {folder.relative_to(options.adapters).as_posix().replace("/", "-"): str(folder) for folder in folders}
-    report: dict[str, Any] = {"ours": []}
-    for budget in options.budgets:
-        report["ours"].append(run(options.base, tasks, work / f"library-{budget:g}", budget))
-    report["rivals"] = rivals(options.rivals, tasks, options.components, work) if options.rivals else []
-    show([*report["ours"], *report["rivals"]], size_of(tasks))
-    return report
+        print(json.dumps(ours(json.loads(options.request.read_text()))))
+    elif options.write:
+        reports = [json.loads(file.read_text(encoding="utf-8")) for file in options.write[1:]]
+        options.write[0].write_text(results(reports), encoding="utf-8")
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            work = options.workdir or Path(scratch)
+            work.mkdir(parents=True, exist_ok=True)
+            report = of_directory(options, work) if options.adapters else of_planted(options, work)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """What vlora-dev and lorashare make of the same adapters; run by bench_library.py in an environment that has them.
 
-    python rivals.py REQUEST.json    # {"adapters": {name: directory}, "components": [k, ...], "work": directory}
+    python rivals.py REQUEST.json    # {"package": name, "components": k, "adapters": {name: directory},
+                                     #  "more": {name: directory}, "out": directory, "restored": directory or null}
 
-Prints a line of JSON for every package and number of components: bytes of what it saved, seconds to compress and to
-give one adapter back, and the mean over the adapters of |B A - B' A'|^2 / |B A|^2 (both scaled alike).
+Prints a line of JSON: bytes of what was saved; seconds to compress, to add ``more`` to what was saved, and to give one
+adapter back; memory; and the mean over the adapters of |B A - B' A'|^2 / |B A|^2 (both scaled alike). ``restored`` gets
+what comes back, as LoRAs of alpha = r.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -43,66 +45,116 @@ def error(exact: Factors, kept: Factors) -> float:
     return lost / whole
 
 
-def vlora(paths: Mapping[str, str], count: int, out: Path) -> Callable[[str], Factors]:
-    from vlora.io import load_adapter
-    from vlora.subspace import SharedSubspace
+class Vlora:
+    """SharedSubspace as its guide uses it; ``nf4``: saved in 4 bits."""
 
-    space = SharedSubspace.from_adapters(
-        [load_adapter(path) for path in paths.values()], list(paths), num_components=count
-    )
-    space.save(out)
-    return lambda task: _of_vlora(SharedSubspace.load(out).reconstruct(task))
+    nf4 = False
 
+    @classmethod
+    def compress(cls, paths: Mapping[str, str], count: int, out: Path) -> None:
+        from vlora.io import load_adapter
+        from vlora.subspace import SharedSubspace
 
-def vlora_nf4(paths: Mapping[str, str], count: int, out: Path) -> Callable[[str], Factors]:
-    from vlora.io import load_adapter
-    from vlora.subspace import SharedSubspace
+        adapters = [load_adapter(path) for path in paths.values()]
+        cls.save(SharedSubspace.from_adapters(adapters, list(paths), num_components=count), out)
 
-    space = SharedSubspace.from_adapters(
-        [load_adapter(path) for path in paths.values()], list(paths), num_components=count
-    )
-    space.save_quantized(out)
-    return lambda task: _of_vlora(SharedSubspace.load(out).reconstruct(task))
+    @classmethod
+    def save(cls, space: Any, out: Path) -> None:
+        space.save_quantized(out) if cls.nf4 else space.save(out)
 
+    @classmethod
+    def add(cls, out: Path, name: str, path: str) -> None:
+        from vlora.io import load_adapter
+        from vlora.subspace import SharedSubspace
 
-def _of_vlora(weights: Any) -> Factors:
-    return {
-        module: {"A": weights.lora_a[module].double(), "B": weights.lora_b[module].double()}
-        for module in weights.layer_names
-    }
+        space = SharedSubspace.load(out)
+        space.absorb(load_adapter(path), name)
+        cls.save(space, out)
 
+    @staticmethod
+    def restore(out: Path, task: str) -> Factors:
+        from vlora.subspace import SharedSubspace
 
-def lorashare(paths: Mapping[str, str], count: int, out: Path) -> Callable[[str], Factors]:
-    from lorashare.model import SHAREModel
-
-    SHAREModel.from_adapters(dict(paths), num_components=count).save_pretrained(str(out))
-    return lambda task: factors(SHAREModel.from_pretrained(str(out)).reconstruct(task))
+        found = SharedSubspace.load(out).reconstruct(task)
+        return {n: {"A": found.lora_a[n].double(), "B": found.lora_b[n].double()} for n in found.layer_names}
 
 
-def measured(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    paths = request["adapters"]
-    for name, compress in (("vlora-dev", vlora), ("vlora-dev nf4", vlora_nf4), ("lorashare", lorashare)):
-        for count in request["components"]:
-            out = Path(request["work"]) / "rival"
-            shutil.rmtree(out, ignore_errors=True)
-            row: dict[str, Any] = {"package": name, "components": count}
-            try:
-                start = time.perf_counter()
-                restore = compress(paths, count, out)
-                row["seconds"] = time.perf_counter() - start
-                row["bytes"] = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-                lost = []
-                for task, path in paths.items():
-                    start = time.perf_counter()
-                    kept = restore(task)
-                    row["restore_seconds"] = time.perf_counter() - start
-                    lost.append(error(factors(load_file(Path(path) / "adapter_model.safetensors")), kept))
-                row["error"] = sum(lost) / len(lost)
-            except Exception as problem:  # a rival's failure is a result
-                row["failed"] = f"{type(problem).__name__}: {problem}"[:200]
-            yield row
+class VloraInFourBits(Vlora):
+    nf4 = True
+
+
+class Lorashare:
+    @staticmethod
+    def compress(paths: Mapping[str, str], count: int, out: Path) -> None:
+        from lorashare.model import SHAREModel
+
+        SHAREModel.from_adapters(dict(paths), num_components=count).save_pretrained(str(out))
+
+    @staticmethod
+    def add(out: Path, name: str, path: str) -> None:
+        from lorashare.model import SHAREModel
+
+        model = SHAREModel.from_pretrained(str(out))
+        model.add_adapter(path, name)
+        model.save_pretrained(str(out))
+
+    @staticmethod
+    def restore(out: Path, task: str) -> Factors:
+        from lorashare.model import SHAREModel
+
+        return factors(SHAREModel.from_pretrained(str(out)).reconstruct(task))
+
+
+PACKAGES = {"vlora-dev": Vlora, "vlora-dev nf4": VloraInFourBits, "lorashare": Lorashare}
+
+
+def measured(request: Mapping[str, Any]) -> dict[str, Any]:
+    package, paths, out = PACKAGES[request["package"]], request["adapters"], Path(request["out"])
+    shutil.rmtree(out, ignore_errors=True)
+    row, start = {}, time.perf_counter()
+    package.compress(paths, request["components"], out)
+    row["seconds"] = time.perf_counter() - start
+    row["bytes"] = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    row["memory"] = most_memory()
+    lost = []
+    for task, path in paths.items():
+        start = time.perf_counter()
+        kept = package.restore(out, task)
+        row["restore_seconds"] = time.perf_counter() - start
+        lost.append(error(factors(load_file(Path(path) / "adapter_model.safetensors")), kept))
+        if request["restored"]:
+            write(Path(request["restored"]) / task, Path(path), kept)
+    row["error"] = sum(lost) / len(lost)
+    for task, path in request["more"].items():
+        start = time.perf_counter()
+        package.add(out, task, path)
+        row["add_seconds"] = time.perf_counter() - start
+    return row
+
+
+def most_memory() -> int:
+    """Bytes in memory at most so far; getrusage would count the parent's, as exec keeps its number."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def write(directory: Path, original: Path, kept: Factors) -> None:
+    """A LoRA of the original's scale: the factors carry it."""
+    config = json.loads((original / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    config |= {"lora_alpha": config["r"], "alpha_pattern": {}}
+    tensors = {}
+    for module, own in kept.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = own["A"].float().contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = (scale * own["B"]).float().contiguous()
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
 if __name__ == "__main__":
-    for found in measured(json.loads(Path(sys.argv[1]).read_text())):
-        print(json.dumps(found), flush=True)
+    try:
+        found = measured(json.loads(Path(sys.argv[1]).read_text()))
+    except Exception as problem:  # a rival's failure is a result
+        found = {"failed": f"{type(problem).__name__}: {problem}"[:200]}
+    print(json.dumps(found), flush=True)

@@ -93,12 +93,47 @@ def test_task_vector_bases_come_out_as_checkpoints(tmp_path: Path) -> None:
     torch.save({"A": decoder, "B": decoder, "W": decoder, "metadata": metadata}, root / "AWB.pt")
     with pytest.raises(TvbasesError, match="give its base"):
         libraries.convert(root, tmp_path / "out")
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file(weights | {"w": numbers(4, 2)}, other / "model.safetensors")
+    with pytest.raises(TvbasesError, match=r"1 of 2 weights are not in .* with the shape"):
+        libraries.convert(root, tmp_path / "out", other)
     libraries.convert(root, tmp_path / "out", base)
     for place, task in enumerate(metadata["datasets"]):  # type: ignore[arg-type]
         found = load_file(tmp_path / "out" / task / "model.safetensors")
         for name, tensor in weights.items():
             change = sum(decoder[m, place].double() * vectors[m][name].double() for m in range(2))
             assert torch.allclose(found[name].double(), tensor.double() + change, atol=1e-6)
+
+
+def damaged_vlora(root: Path, **changes: Tensor | None) -> None:
+    """With some tensors of the second task others, or gone."""
+    vlora(root)
+    stored = load_file(root / "task_1.safetensors") | changes
+    save_file({name: tensor for name, tensor in stored.items() if tensor is not None}, root / "task_1.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({f"{MODULES[1]}.loadings_a": None}, {}),
+        ({f"{MODULES[1]}.loadings_a": numbers(COUNT + 1)}, {}),
+        ({f"{MODULES[1]}.loadings_a": torch.full((COUNT,), torch.nan)}, {}),
+        ({}, {"task_ids": [1, 2]}),
+        ({}, {"task_ids": []}),
+        ({}, {"rank": "two", "shapes_a": {module: [1, RANK * IN] for module in MODULES}}),
+        ({}, {"task_filenames": {"code": "../../x"}}),
+    ],
+)
+def test_no_task_is_written_where_one_is_damaged(
+    changes: dict[str, Tensor | None], words: dict[str, object], tmp_path: Path
+) -> None:
+    damaged_vlora(tmp_path / "there", **changes)
+    meta = tmp_path / "there" / "subspace_meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | words))
+    done = tvbases("library", "import", tmp_path / "there", "--out", tmp_path / "out")
+    assert done.code == 2 and done.err.count("\n") == 1, done.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from read_basis import changes as read_changes
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from commands.command_line import snapshot
@@ -23,10 +24,11 @@ from tvbases_hf.basis.library.bits import BITS, GROUP, dequantise, quantise, row
 from tvbases_hf.basis.library.factors import open_factors
 from tvbases_hf.basis.library.sketch import cut, linkage, sketch
 from tvbases_hf.basis.library.vectors import LibraryVectors
-from tvbases_hf.errors import CheckpointError, ParameterError, TvbasesError
+from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, TvbasesError
 from zoo.adapter_families import Adapters, random_adapters
 from zoo.planted_adapters import FAMILIES, LONERS, WIDTH, planted_adapters
 
+WEIGHTS = "adapter_model.safetensors"
 COUNT = 15
 LEFT_OUT = 3  # of the planted ones, for later
 # float32 numbers, summed: what two ways to the same sum differ by.
@@ -56,8 +58,6 @@ def first(planted: Adapters) -> dict[str, Path]:
 
 def exact(planted: Adapters, task: str) -> dict[str, Tensor]:
     """An adapter's changes, computed from its file: alpha / r = 2."""
-    from safetensors.torch import load_file
-
     stored = load_file(planted.tasks[task] / "adapter_model.safetensors")
     prefixes = {name.rpartition(".lora_")[0] for name in stored}
     return {
@@ -289,14 +289,13 @@ def test_what_has_no_place_in_a_library_is_refused_in_one_line(
     before = snapshot(library)
     other = planted_adapters(tmp_path / "other", 1)
     torch.manual_seed(0)
-    from safetensors.torch import load_file, save_file
-
     stored = load_file(other.base / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in stored.items()}, other.base / "model.safetensors")
     cases = [
         (lambda: libraries.add(library, other.base, {"x": other.tasks["t0"]}), "not the base of"),
         (lambda: libraries.add(library, planted.base, {"x": planted.base}), "full checkpoint"),
         (lambda: libraries.add(library, planted.base, {"x": planted.tasks["t0"]}, budget=0.5), "leave the budget"),
+        (lambda: libraries.verify(library, other.base, {"t0": other.tasks["t0"]}), "not the base of"),
         (lambda: libraries.remove(library, ["nobody"]), 'no task "nobody"'),
         (lambda: libraries.remove(library, list(first(planted))), "has at least one"),
         (lambda: libraries.listed(tmp_path / "absent"), "no such directory"),
@@ -317,16 +316,93 @@ def test_what_has_no_place_in_a_library_is_refused_in_one_line(
     assert snapshot(library) == before and not (tmp_path / "x").exists()
 
 
-def test_numbers_that_are_not_finite_are_named(planted: Adapters, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    bad = Path(shutil.copytree(planted.tasks["t3"], tmp_path / "bad"))
-    stored = load_file(bad / "adapter_model.safetensors")
-    name = sorted(stored)[3]
+def test_numbers_that_are_not_finite_or_too_large_are_named(planted: Adapters, library: Path, tmp_path: Path) -> None:
+    before = snapshot(library)
+    bad, huge = changed(planted, "t3", tmp_path / "bad"), changed(planted, "t3", tmp_path / "huge", 1e25)
+    name, stored = sorted(load_file(bad / WEIGHTS))[3], load_file(bad / WEIGHTS)
     stored[name][0, 0] = torch.nan
-    save_file(stored, bad / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=rf'"bad": {name} holds 1 NaN or infinite'):
-        compress(planted.base, {**first(planted), "bad": bad}, tmp_path / "out", method="library")
+    save_file(stored, bad / WEIGHTS)
+    for path, said in ((bad, rf'"x": {name} holds 1 NaN or infinite'), (huge, '"x": its change of .* is larger than')):
+        with pytest.raises(CheckpointError, match=said):
+            compress(planted.base, {**first(planted), "x": path}, tmp_path / "out", method="library")
+        with pytest.raises(CheckpointError, match=said):
+            libraries.add(library, planted.base, {"x": path})
+    assert snapshot(library) == before and not (tmp_path / "out").exists()
+
+
+def changed(planted: Adapters, task: str, place: Path, scale: float = 1.0) -> Path:
+    """A copy of an adapter, its factors times ``scale``."""
+    shutil.copytree(planted.tasks[task], place)
+    save_file({name: scale * tensor for name, tensor in load_file(place / WEIGHTS).items()}, place / WEIGHTS)
+    return place
+
+
+def test_adapters_that_are_nothing_or_there_already_are_told(planted: Adapters, library: Path, tmp_path: Path) -> None:
+    copy, tiny = changed(planted, "t3", tmp_path / "copy"), changed(planted, "t3", tmp_path / "tiny", 1e-30)
+    found = libraries.add(library, planted.base, {"copy": copy, "tiny": tiny, "new": planted.tasks["t12"]})
+    assert found["warnings"] == [
+        "1 of the adapters change nothing (first: tiny)",
+        '"copy" seems to be the same adapter as "t3"; leave one of them out',
+    ]
+
+
+def test_a_task_takes_the_place_of_the_last_one_of_a_cluster(planted: Adapters, library: Path) -> None:
+    """Clusters then have other numbers: the new task is kept in directions of one that stays."""
+    found = libraries.listed(library)
+    owner = dict(zip(found["tasks"], found["task_cluster"], strict=True))
+    gone = [task for task in owner if owner[task] == 0]
+    (other,) = {owner[task] for task in ("t0", "t1")} - {0}
+    like = next(task for task in ("t12", "t13") if owner[f"t{int(task[1:]) % FAMILIES}"] == other)
+    libraries.remove(library, gone[1:])
+    new = {gone[0]: planted.tasks[like]}
+    found = libraries.add(library, planted.base, new, replace=True)
+    assert found["clusters"] == 1 and found["task_cluster"][-1] == 0
+    assert libraries.verify(library, planted.base, new)["measured"][gone[0]] < 0.2
+
+
+def test_a_file_that_is_not_of_a_library_is_left_where_it_is(planted: Adapters, library: Path) -> None:
+    (library / "notes.txt").write_text("mine")
+    before = snapshot(library)
+    for run in (
+        lambda: libraries.add(library, planted.base, {"x": planted.tasks["t12"]}),
+        lambda: libraries.remove(library, ["t0"]),
+    ):
+        with pytest.raises(OutputError, match=r"holds 1 entries that are not of a library \(first: notes.txt\)"):
+            run()
+    with pytest.raises(OutputError, match="written anew as a whole"):
+        libraries.export(library, "t0", library / "t0")
+    assert snapshot(library) == before
+
+
+@pytest.mark.parametrize("damage", ["cut off", "flipped"])
+def test_nothing_is_written_from_a_damaged_file(planted: Adapters, library: Path, tmp_path: Path, damage: str) -> None:
+    file = library / "basis-task-00003.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data[:-40] if damage == "cut off" else data)
+    before = snapshot(library)
+    runs = [lambda: libraries.export(library, "t3", tmp_path / "t3"), lambda: libraries.remove(library, ["t3"])]
+    if damage == "cut off":  # a file that is not read is known by its length alone
+        runs.append(lambda: libraries.add(library, planted.base, {"x": planted.tasks["t12"]}))
+    for run in runs:
+        with pytest.raises(CheckpointError, match=r"basis-task-00003\.safetensors is not"):
+            run()
+    assert snapshot(library) == before and not (tmp_path / "t3").exists()
+
+
+def test_export_says_what_a_smaller_rank_leaves_out(library: Path, planted: Adapters, tmp_path: Path) -> None:
+    assert libraries.export(library, "t0", tmp_path / "all")["cut"] < 0.01
+    said = libraries.export(library, "t0", tmp_path / "t0", rank=2)["cut"]
+    exported = open_factors(planted.base, {"t0": tmp_path / "t0"}).factors[0]
+    found = {name: dense(change) for name in exported.modules if (change := exported.change(name)) is not None}
+    assert relative_error(found, kept(LoraBasis.from_pretrained(library), "t0")) == pytest.approx(said, rel=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.0, float("nan"), float("inf"), 1e300])
+def test_a_scale_that_makes_no_adapter_is_refused(library: Path, tmp_path: Path, alpha: float) -> None:
+    with pytest.raises(ParameterError, match=r"^alpha .* give "):
+        libraries.export(library, "t0", tmp_path / "t0", alpha=alpha)
+    assert not (tmp_path / "t0").exists()
 
 
 def test_many_adapters_become_a_library_without_being_asked(

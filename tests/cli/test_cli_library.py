@@ -41,11 +41,22 @@ def test_a_library_from_its_beginning_to_a_task_taken_out(adapters: Adapters, tm
     assert json.loads((tmp_path / "chat" / "adapter_config.json").read_text())["r"] <= 2
     checked = tvbases("library", "verify", skills, *base, *task(adapters, "code"))
     assert checked.code == 0 and "as recorded" in checked.out, checked.err
-    looked = tvbases("library", "inspect", skills, "--plot", tmp_path / "skills.png", "--json", tmp_path / "i.json")
-    assert looked.code == 0 and (tmp_path / "skills.png").read_bytes()[1:4] == b"PNG", looked.err
-    assert json.loads((tmp_path / "i.json").read_text())["curve"]
+    ends = {"--plot": "png", "--html": "html", "--json": "json"}
+    files = {option: tmp_path / f"skills.{end}" for option, end in ends.items()}
+    looked = tvbases("library", "inspect", skills, *(part for item in files.items() for part in item))
+    assert looked.code == 0 and files["--plot"].read_bytes()[1:4] == b"PNG", looked.err
+    assert all(f">{name}<" in files["--html"].read_text() for name in (*NAMES, "stored", "what a byte buys"))
+    assert json.loads(files["--json"].read_text())["curve"]
     removed = tvbases("library", "remove", skills, "math")
     assert removed.code == 0 and "math removed" in removed.out and "2 tasks" in removed.out, removed.err
+
+
+def test_compress_prints_a_library_as_library_add_does(adapters: Adapters, tmp_path: Path) -> None:
+    base, tasks = ["--base", adapters.base], [*task(adapters, "math"), *task(adapters, "code")]
+    begun = tvbases("library", "add", tmp_path / "a", *base, *tasks, "--budget", 0.6)
+    made = tvbases("compress", *base, *tasks, "--out", tmp_path / "a", "--method", "library", "--budget", 0.6)
+    assert (begun.code, made.code) == (0, 0), made.err
+    assert made.out == begun.out and "2 tasks in " in made.out
 
 
 @pytest.mark.parametrize(

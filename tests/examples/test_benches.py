@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,16 +249,20 @@ def test_bench_of_extraction_compares_the_errors_of_both_programs(
 def test_bench_of_libraries_adds_one_adapter_beside_the_others(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "alone", bench.run)  # a process of its own is for the memory
+    monkeypatch.setattr(bench, "alone", lambda command, request: bench.ours(request))  # for the memory alone
     size = ["--count", "4", "--layers", "1", "--families", "1", "--budget", "0.5"]
     bench.main([*size, "--workdir", str(tmp_path / "work"), "--json", str(tmp_path / "a.json")])
-    found = json.loads((tmp_path / "a.json").read_text())
-    assert found["ours"][0]["share"] <= 0.5 and found["one more"]["others_unchanged"]
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["share"] < 0.52 and row["others_unchanged"] and row["error"] < 0.01
+    monkeypatch.setattr(bench.Comparison, "rival", lambda *_: {**row, "package": "rival", "share": 0.4, "error": 0.5})
     folder = ["--adapters", str(tmp_path / "work"), "--base", str(tmp_path / "work" / "base"), "--budgets", "0.5"]
-    (tmp_path / "work" / "library").rename(tmp_path / "library")
-    bench.main([*folder, "--json", str(tmp_path / "b.json")])
-    assert json.loads((tmp_path / "b.json").read_text())["ours"][0]["tasks"] == 5
-    assert "the others unchanged: True" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "work" / "made")
+    rivals = ["--rivals", "python", "--components", "rival=1", "--json", str(tmp_path / "b.json")]
+    bench.main([*folder, *rivals])
+    bench.main(["--write", str(tmp_path / "page.md"), str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    page = (tmp_path / "page.md").read_text()
+    assert "## 4 planted adapters" in page and "Our error is at most a tenth of theirs at 1 of 1 shares." in page
+    assert "tvbases-hf, 4 bits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bench", ["gpu"], indirect=True)

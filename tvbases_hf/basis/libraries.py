@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import defaults
 from ..algebra.rank import RankRule
-from ..errors import MismatchError, ParameterError
+from ..errors import MismatchError, OutputError, ParameterError
 from ..merging.changes import Edit
 from ..merging.write import is_checkpoint_of_ours, write
 from ..models.hosts import host_notes
@@ -88,6 +88,8 @@ def export(
     basis.info.index(name)
     check_output(out, is_adapter_directory)
     check_apart(out, [str(directory)])
+    if Path(directory).resolve() in Path(out).expanduser().resolve().parents:
+        raise OutputError(f'"{out}" is in "{directory}", which is written anew as a whole; choose another directory')
     if dry_run:
         return preview(out, None, None)
     adapter = basis.adapter(name, alpha=alpha, rank=rank, equal_rank=equal_rank, host=host)
@@ -99,6 +101,7 @@ def export(
         "task": name,
         "bytes": size,
         "task_error": error,
+        "cut": adapter.cut,
         "loading": host_notes(host, adapter.config),
     }
 
@@ -138,6 +141,8 @@ def convert(
         return preview(out, None, None)
     if isinstance(found, ForeignAdapters):
         for task in found.tasks:
+            found.read(task)  # before any is written
+        for task in found.tasks:
             TaskAdapter(*found.read(task)).save_pretrained(Path(out) / task)
     else:
         _write_checkpoints(found, source, out, base)
@@ -149,14 +154,17 @@ def _write_checkpoints(found: ForeignVectors, source: str | Path, out: str | Pat
     if base is None:
         raise ParameterError(f'"{source}": of TaskVectorBasis, whose tasks are changes of a checkpoint: give its base')
     model = Checkpoint.open(base)
-    absent = [name for name in found.names if name not in model.tensors]
-    if absent:
+    stored = {name: tuple(info.shape) for name, info in model.tensors.items()}
+    odd = [name for name, shape in found.shapes.items() if stored.get(name) != shape]
+    if odd:
         raise MismatchError(
-            f'"{source}": {len(absent)} of {len(found.names)} weights are not in "{model.label}" (first: {absent[0]}); '
-            "give the base by the names that the vectors have"
+            f'"{source}": {len(odd)} of {len(found.shapes)} weights are not in "{model.label}" with the shape that '
+            f"they have there (first: {odd[0]}); give the base that the vectors are of, by the names that they have"
         )
     for place, task in enumerate(found.tasks):
-        edit = Edit(model, found.names, lambda name, place=place: found.read(name)[place], f"{task} of {source}")
+        edit = Edit(
+            model, tuple(found.shapes), lambda name, place=place: found.read(name)[place], f"{task} of {source}"
+        )
         write(edit, Path(out) / task)
 
 

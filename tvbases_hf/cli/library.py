@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .app import app
 from .options import (
     Base,
+    DrawnHtml,
     DryRun,
     EqualRank,
     Host,
@@ -22,10 +24,14 @@ from .options import (
     Revision,
     Task,
     file_option,
+    page,
     rank_option,
     scale_option,
     tell,
 )
+
+if TYPE_CHECKING:
+    from ..sheet import Sheet
 
 library_app = typer.Typer(
     help="Keep many adapters in one directory.",
@@ -33,6 +39,8 @@ library_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(library_app, name="library")
+# Of the task's norm: less is not worth a word.
+LEAST_CUT = 5e-3
 Directory = Annotated[Path, typer.Argument(help="The library.", metavar="DIR")]
 
 
@@ -118,10 +126,11 @@ def verify(
     tell(run(directory, base, parse_tasks(task or ())), _print_verified, json)
 
 
-@library_app.command(epilog="Example: tvbases library inspect skills/ --plot skills.png")
+@library_app.command(epilog="Example: tvbases library inspect skills/ --html skills.html")
 def inspect(
     directory: Directory,
-    plot: Annotated[Path | None, file_option("Draw the curve of error and bytes.", "PNG")] = None,
+    plot: Annotated[Path | None, file_option("Draw the curve of error and bytes.", "PNG", draws=True)] = None,
+    html: DrawnHtml = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
@@ -129,11 +138,16 @@ def inspect(
     from ..basis.libraries import inspect as run
 
     found = run(directory)
-    if plot is not None:
+    if plot or html:
         from ..storage.reports import write_picture
-        from .plots import library_picture
+        from .plots import LIBRARY_CAPTION, library_picture
 
-        write_picture(plot, library_picture(found))
+        picture, title = library_picture(found), f"{len(found['tasks'])} adapters in {found['out']}"
+        if plot:
+            write_picture(plot, picture)
+        if html:
+            shows = [functools.partial(show, found) for show in (_print_inspection, _print_tasks)]
+            page(html, found, shows, picture, title=title, about_picture=LIBRARY_CAPTION)
     tell(found, _print_inspection, json)
 
 
@@ -160,7 +174,7 @@ def _print_converted(found: Mapping[str, Any], where: Any) -> None:
 
 
 def _print_change(found: Mapping[str, Any], where: Any) -> None:
-    from ..storage.system import readable_size
+    from .tables import print_library
 
     for word in ("added", "removed"):
         for task in found.get(word, ()):
@@ -168,31 +182,33 @@ def _print_change(found: Mapping[str, Any], where: Any) -> None:
                 f", {found['task_error'][found['tasks'].index(task)]:.1%} from its adapter" if word == "added" else ""
             )
             where.print(f"{task} {word}{error}")
-    where.print(
-        f"{found['out']}: {len(found['tasks'])} tasks in {found['clusters']} clusters, {readable_size(found['bytes'])} "
-        f"({found['share']:.1%} of the adapters), mean squared error {found['mean_square_error']:.2g}",
-        soft_wrap=True,
-    )
+    print_library(found, where)
 
 
 def _print_list(found: Mapping[str, Any], where: Any) -> None:
+    _print_tasks(found, where)
+    _print_change(found, where)
+
+
+def _print_tasks(found: Mapping[str, Any], where: Any) -> None:
     from ..sheet import Sheet
     from ..storage.system import readable_size
 
-    table = Sheet("task", "cluster", "bytes", "error")
+    about = "what each adds to the library, and how far what comes back is from the adapter (norm of the difference)"
+    table = Sheet("task", "cluster", "bytes", "error", title="tasks", about=about)
     for task, cluster, size, error in zip(
         found["tasks"], found["task_cluster"], found["task_bytes"], found["task_error"], strict=True
     ):
         table.add_row(task, str(cluster) if cluster >= 0 else "-", readable_size(size), f"{error:.1%}")
     where.print(table)
-    _print_change(found, where)
 
 
 def _print_export(found: Mapping[str, Any], where: Any) -> None:
     from ..storage.system import readable_size
 
     size, error = readable_size(found["bytes"]), found["task_error"]
-    where.print(f"{found['out']}: {found['task']}, {size}, {error:.1%} off", soft_wrap=True)
+    cut = f", and its rank leaves out {found['cut']:.1%}" if found["cut"] > LEAST_CUT else ""
+    where.print(f"{found['out']}: {found['task']}, {size}, {error:.1%} off{cut}", soft_wrap=True)
     for line in found["loading"]:
         where.print(line)
 
@@ -205,18 +221,43 @@ def _print_verified(found: Mapping[str, Any], where: Any) -> None:
 
 
 def _print_inspection(found: Mapping[str, Any], where: Any) -> None:
-    from ..sheet import Sheet
-    from ..storage.system import readable_size
+    for table in (_clusters(found), _near_copies(found), _curve(found)):
+        if table.row_count:
+            where.print(table)
+    _print_change(found, where)
 
-    table = Sheet("cluster", "tasks", "output directions", "input directions", "bits", title="what clusters share")
+
+def _clusters(found: Mapping[str, Any]) -> Sheet:
+    from ..sheet import Sheet
+
+    about = "tasks that use the same directions; of these, how many are stored per weight, in how many bits a number"
+    headings = ("cluster", "tasks", "output directions", "input directions", "bits")
+    table = Sheet(*headings, title="what clusters share", about=about)
     for place, (members, shared) in enumerate(zip(found["cluster_members"], found["shared_directions"], strict=True)):
         sizes = (f"{shared[word]:.1f}" for word in ("outputs", "inputs", "bits"))
         table.add_row(str(place), str(len(members)), *sizes)
-    where.print(table)
+    return table
+
+
+def _near_copies(found: Mapping[str, Any]) -> Sheet:
+    from ..sheet import Sheet
+
+    about = "pairs whose changes point the same way, by the cosine over some weights: one of each can go"
+    table = Sheet("task", "copy", "cosine", title="near copies", about=about, names=2)
     for pair in found["near_copies"]:
-        where.print(f"near copies: {pair['tasks'][0]} and {pair['tasks'][1]} (cosine {pair['cosine']:.3f})")
-    curve = Sheet("bytes", "error", title="what a byte buys")
-    for row in found["curve"]:
-        curve.add_row(readable_size(row["bytes"]), f"{row['error']:.2%}")
-    where.print(curve)
-    _print_change(found, where)
+        table.add_row(*pair["tasks"], f"{pair['cosine']:.3f}")
+    return table
+
+
+def _curve(found: Mapping[str, Any]) -> Sheet:
+    """With the point that was chosen, as it is stored."""
+    from ..sheet import Sheet
+    from ..storage.system import readable_size
+
+    rows = [(row["bytes"], row["error"], "planned") for row in found["curve"]]
+    rows.append((found["bytes"], found["mean_square_error"] ** 0.5, "stored"))
+    about = "the root mean square error of all tasks at other sizes, as they were planned when the library began"
+    table = Sheet("", "bytes", "share", "error", title="what a byte buys", about=about)
+    for size, error, what in sorted(rows):
+        table.add_row(what, readable_size(size), f"{size / found['bytes_of_task_vectors']:.1%}", f"{error:.2%}")
+    return table

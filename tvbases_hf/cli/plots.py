@@ -32,6 +32,12 @@ def picture_of(found: dict[str, Any]) -> bytes:
     return _drawn(figure)
 
 
+LIBRARY_CAPTION = (
+    "What a byte buys: the relative error of the adapters (root mean square) against the share of their bytes, as "
+    "planned when the library began, and what is stored"
+)
+
+
 def library_picture(found: dict[str, Any]) -> bytes:
     """What a byte buys in a library, and where it is. Raises MissingExtraError without matplotlib."""
     figure, axis = _figure(1, 1, (8, 5))

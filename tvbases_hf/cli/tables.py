@@ -32,6 +32,9 @@ def print_compression(found: dict[str, Any], console: Console) -> None:
     if "verdict" in found:
         print_adapter_compression(found, console)
         return
+    if "clusters" in found:
+        print_library(found, console)
+        return
     headlines = {"tsv": _headline_truncated, "masks": _headline_masked}
     truncated = found["method"] in headlines
     console.print(headlines.get(found["method"], _headline)(found))
@@ -46,6 +49,16 @@ def print_compression(found: dict[str, Any], console: Console) -> None:
     console.print(
         f"{found['out']}: {readable_size(found['bytes'])} in {', '.join(found['dtypes'])}; "
         f"the task vectors: {readable_size(found['bytes_of_task_vectors'])}",
+        soft_wrap=True,
+    )
+
+
+def print_library(found: Mapping[str, Any], console: Console) -> None:
+    tasks = count_of(len(found["tasks"]), "task", "tasks")
+    clusters = count_of(found["clusters"], "cluster", "clusters")
+    console.print(
+        f"{found['out']}: {tasks} in {clusters}, {readable_size(found['bytes'])} "
+        f"({found['share']:.1%} of the adapters), mean squared error {found['mean_square_error']:.2g}",
         soft_wrap=True,
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import defaults
 from ...algebra.delta import Delta, LowRank, zeros
+from ...algebra.products import inner
 from ...algebra.rank import RankRule
 from ...algebra.sums import total
 from ...algebra.svd import svd
@@ -51,10 +52,14 @@ class StockSource(Protocol):
 
 @dataclass(frozen=True)
 class TaskAdapter:
-    """A PEFT adapter in memory: ``tensors`` and ``config`` of adapter_model.safetensors and adapter_config.json."""
+    """A PEFT adapter in memory: ``tensors`` and ``config`` of adapter_model.safetensors and adapter_config.json.
+
+    ``cut`` is the norm of what its rank leaves out, relative to the task's.
+    """
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
+    cut: float = 0.0
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write an adapter directory as a transaction; PEFT loads it without this package."""
@@ -81,19 +86,28 @@ def task_adapter(
     """alpha * tau_hat at the rank that the reconstruction has, or a rule gives; in the basis's own dtype."""
     info, rule = basis.adapters, None if rank is None else RankRule.parse(rank)
     assert info is not None
+    _check_scale(alpha)
     if base is None and (source.scaled or source.whole):
         what = "DoRA adapters" if source.scaled else "adapters with saved modules or biases"
         raise ParameterError(f"this basis is of {what}, which are written relative to the base model: give base=")
     changes: dict[str, Delta] = {}
+    squares: list[tuple[float, float]] = []
     for name in source.names:
-        change = _change(terms(name), source.specs.get(name), alpha, rule)
+        change = _change(terms(name), source.specs.get(name), lambda low: _compact(low, rule, alpha, squares), alpha)
         if change.low is None or change.low.rank or source.scaled:
             changes[name] = change
     if not changes:
         raise ParameterError(f'nothing of "{task}" is left in this basis; compress with a larger budget')
     empty = Checkpoint.from_state_dict({})
     tensors, config = adapter_tensors(changes, template(info, source), base or empty, getattr(torch, info.dtype))
-    return TaskAdapter(*fitted(tensors, config, equal_rank, host))
+    whole, kept = (sum(column) for column in zip(*squares, strict=True)) if squares else (0.0, 0.0)
+    cut = max(0.0, 1 - kept / whole) ** 0.5 if rule is not None and whole else 0.0
+    return TaskAdapter(*fitted(tensors, config, equal_rank, host), cut)
+
+
+def _check_scale(alpha: float) -> None:
+    if not 0 < abs(alpha) < float("inf"):
+        raise ParameterError(f"alpha scales the task, and {alpha:g} of it is no adapter; give another number than 0")
 
 
 def template(info: AdapterInfo, source: StockSource) -> Template:
@@ -111,19 +125,24 @@ def layout(spec: Spec) -> Layout:
     return Layout(spec.module, spec.kind, tuple(spec.kernel))
 
 
-def _change(terms: list[tuple[float, Delta]], spec: Spec | None, alpha: float, rule: RankRule | None) -> Delta:
+def _change(
+    terms: list[tuple[float, Delta]], spec: Spec | None, compact: Callable[[LowRank], LowRank], alpha: float
+) -> Delta:
     if not terms:
         assert spec is not None  # what is kept whole has a term of its own
         return zeros(spec.shape)
-    summed = total([delta for _, delta in terms], [alpha * share for share, _ in terms])
-    return summed.with_low(lambda low: _compact(low, rule))
+    return total([delta for _, delta in terms], [alpha * share for share, _ in terms]).with_low(compact)
 
 
-def _compact(delta: LowRank, rule: RankRule | None) -> LowRank:
+def _compact(delta: LowRank, rule: RankRule | None, alpha: float, squares: list[tuple[float, float]]) -> LowRank:
     """At the rank that it really has, or the rule gives, both factors of one size: neither loses digits in a short
-    dtype."""
+    dtype. Squared norms before and after are added to ``squares``."""
     if not delta.rank:
         return delta
-    found = svd(LowRank(delta.left.to(torch.float64), delta.right.to(torch.float64)), rule)
+    if not bool(torch.isfinite(delta.left).all() and torch.isfinite(delta.right).all()):
+        raise ParameterError(f"alpha {alpha:g} makes changes that are larger than float32 can hold; give a smaller one")
+    exact = LowRank(delta.left.to(torch.float64), delta.right.to(torch.float64))
+    found = svd(exact, rule)
     root = found.S.sqrt()
+    squares.append((float(inner(exact, exact)), float(found.S.square().sum())))
     return LowRank((found.U * root).float(), (found.V * root).T.float())

@@ -8,6 +8,7 @@ place.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,28 +19,25 @@ import torch
 from torch import Tensor
 
 from ...algebra.delta import LowRank
-from ...errors import ParameterError, did_you_mean
-from ...models.lora_files import write_adapter
-from ...models.lora_template import Template
-from ...storage.checkpoint import Checkpoint
+from ...errors import OutputError, ParameterError, did_you_mean
 from ...storage.output import check_output, preview, transaction
-from ..adapters.task import template
-from ..info import BasisInfo, is_basis_directory
-from ..parts import AdapterInfo, Member
+from ..info import OUR_FILES, BasisInfo, is_basis_directory
+from ..parts import Member
+from .check import check_base
 from .create import describe, task_file
 from .encode import Coded, encode_cores
 from .factors import Factors, Opened, open_factors
 from .forms import ALONE, BOTH, LEFT, RIGHT, Form, Part, counts_of
-from .packed import Packed, Packer
+from .notes import few, notes
+from .packed import Packer
 from .report import library_report
-from .stock import cut_sum, stock_adapter
+from .stock import Stock, merged_with, square, stock_of, write_stock
 from .vectors import LibraryVectors, carry
 
 # Weights by which the clusters are compared.
 COMPARED_WEIGHTS = 8
 # A cluster is an adapter's own where its directions hold so many times what they hold of any.
 ABOVE_CHANCE = 2.0
-Stock = dict[str, LowRank]
 
 
 def add_to_library(
@@ -64,16 +62,18 @@ def add_to_library(
         )
     opened = open_factors(base, tasks)
     _check_same(info, opened, str(directory))
-    check_output(path, is_basis_directory)
+    _check_only_ours(path)
     if dry_run:
         return preview(path, None, None) | {"warnings": opened.warnings}
     source = LibraryVectors.open(path, info, str(directory))
-    kept, stock = _without(info, source, known, _stock_of(source))
+    kept, stock = _without(info, source, known, stock_of(source))
+    source = source.of(kept)
 
     def write(work: Path) -> BasisInfo:
         return _added(kept, source, opened, stock, work)
 
-    return _rewritten(path, source, kept, write) | {"added": list(tasks), "warnings": opened.warnings}
+    found, info = _rewritten(path, source, kept, write)
+    return found | {"added": list(tasks), "warnings": few([*opened.warnings, *notes(info, set(tasks))])}
 
 
 def remove_from_library(
@@ -90,28 +90,31 @@ def remove_from_library(
             f"{len(set(names))} of {len(info.tasks)} tasks are to go; a library has at least one: name fewer, or "
             "remove the directory itself"
         )
-    check_output(path, is_basis_directory)
+    _check_only_ours(path)
     if dry_run:
         return preview(path, None, None)
     source = LibraryVectors.open(path, info, str(directory))
-    kept, stock = _without(info, source, names, _stock_of(source))
+    kept, stock = _without(info, source, names, stock_of(source))
+    source = source.of(kept)
 
     def write(work: Path) -> BasisInfo:
-        _write_stock(work, kept, source, stock)
+        write_stock(work, kept, source, stock)
         return kept
 
-    return _rewritten(path, source, kept, write) | {"removed": list(dict.fromkeys(names)), "warnings": []}
+    found, _ = _rewritten(path, source, kept, write)
+    return found | {"removed": list(dict.fromkeys(names)), "warnings": []}
 
 
 def _rewritten(
     path: Path, source: LibraryVectors, kept: BasisInfo, write: Callable[[Path], BasisInfo]
-) -> dict[str, Any]:
-    assert kept.library is not None
+) -> tuple[dict[str, Any], BasisInfo]:
+    """The report of the new library, and its lists."""
+    source.check_files()
     with transaction(path, is_basis_directory) as work:
-        carry(source.path, work, [one.file for one in (*kept.library.clusters, *kept.library.members)])
+        carry(source.path, work, source.files)
         info = write(work)
         describe(work, info)
-    return library_report(info, path)
+    return library_report(info, path), info
 
 
 def _without(info: BasisInfo, source: LibraryVectors, names: Sequence[str], stock: Stock) -> tuple[BasisInfo, Stock]:
@@ -137,7 +140,7 @@ def _without(info: BasisInfo, source: LibraryVectors, names: Sequence[str], stoc
         adapters=replace(info.adapters, adapters_bytes=sum(member.nbytes for member in members)),
     )
     for place in sorted(gone):
-        stock, kept = _merged(kept, stock, {name: source.change(name, place) for name in source.names}, -1.0)
+        stock, kept = merged_with(kept, stock, {name: source.change(name, place) for name in source.names}, -1.0)
     return kept, stock
 
 
@@ -145,8 +148,8 @@ def _added(kept: BasisInfo, source: LibraryVectors, opened: Opened, stock: Stock
     """Write the files of the new tasks, and the merged adapter with them."""
     for number, one in zip(_free_numbers(kept), opened.factors, strict=False):
         kept, changes = _add_one(kept, source, opened, one, work / task_file(number))
-        stock, kept = _merged(kept, stock, changes, 1.0)
-    _write_stock(work, kept, source, stock)
+        stock, kept = merged_with(kept, stock, changes, 1.0)
+    write_stock(work, kept, source, stock)
     return kept
 
 
@@ -156,16 +159,21 @@ def _add_one(
     assert kept.library is not None and kept.adapters is not None
     library, allowed = kept.library, tuple(kept.library.bits)
     changes = {name: change for name in source.names if (change := one.change(name)) is not None}
-    norm = sum(_square(change) for change in changes.values())
+    squares = {name: square(change) for name, change in changes.items()}
+    for name, found in squares.items():
+        if not math.isfinite(found):
+            one.refuse(name)
+    norm = sum(squares.values())
     weight = 1 / norm if library.normalize and norm else 1.0
-    cluster = _best_cluster(source, kept, changes)
+    cluster = _best_cluster(source, changes)
     packer, lost, made = Packer(file.with_suffix(".codes")), 0.0, {}
     for place, name in enumerate(source.names):
         change = changes.get(name, LowRank.zeros(source.shape(name)))
         directions = _directions(source, cluster, place)
         parts = _encoded(change, directions, weight, library.price, allowed)
-        counts = torch.stack([part.counts[0] for part in parts])
-        packer.add(b"".join(p.codes[0] for p in parts), b"".join(p.scales[0] for p in parts), counts)
+        stored = [part.stored for part in parts]
+        counts = torch.stack([one.counts[0] for one in stored])
+        packer.add(b"".join(one.codes[0] for one in stored), b"".join(one.scales[0] for one in stored), counts)
         lost += float(parts[-1].lost[0])
         kept_parts = [part.made(0) for part in parts]
         made[name] = LowRank(
@@ -216,18 +224,16 @@ def _directions(source: LibraryVectors, cluster: int, place: int) -> tuple[Tenso
     return shared.stack(place, 0), shared.stack(place, 1)
 
 
-def _best_cluster(source: LibraryVectors, kept: BasisInfo, changes: Mapping[str, LowRank]) -> int:
+def _best_cluster(source: LibraryVectors, changes: Mapping[str, LowRank]) -> int:
     """The cluster whose directions hold most of the changes of some weights; -1 where none holds more than chance."""
-    assert kept.library is not None
     step = max(1, len(source.names) // COMPARED_WEIGHTS)
     sample = [(place, name) for place, name in enumerate(source.names) if name in changes][::step]
     best, most = -1, 0.0
-    for cluster in range(len(kept.library.clusters)):
+    for cluster in range(len(source.library.clusters)):
         held = by_chance = 0.0
-        shared = Packed.open(source.path / kept.library.clusters[cluster].file, source.label, source.cluster_sizes)
+        shared = source.open_cluster(cluster)
         for place, name in sample:
-            left, right, square = shared.stack(place, 0), shared.stack(place, 1), _square(changes[name])
-            inside, chance = changes[name], 1.0
+            left, right, inside, chance = shared.stack(place, 0), shared.stack(place, 1), changes[name], 1.0
             for rows, side in ((left, 0), (right, 1)):
                 if len(rows):
                     basis = torch.linalg.qr(rows.T).Q
@@ -238,7 +244,7 @@ def _best_cluster(source: LibraryVectors, kept: BasisInfo, changes: Mapping[str,
                         else LowRank(inside.left, inside.right @ basis)
                     )
             if len(left) or len(right):
-                held, by_chance = held + _square(inside), by_chance + chance * square
+                held, by_chance = held + square(inside), by_chance + chance * square(changes[name])
         if held > ABOVE_CHANCE * by_chance and held > most:
             best, most = cluster, held
     return best
@@ -247,17 +253,24 @@ def _best_cluster(source: LibraryVectors, kept: BasisInfo, changes: Mapping[str,
 def _check_same(info: BasisInfo, opened: Opened, label: str) -> None:
     """ParameterError for another base, and for weights that the library's adapters do not change."""
     assert info.adapters is not None
-    if opened.base.fingerprint() != info.base_fingerprint:
-        raise ParameterError(
-            f'"{opened.base.label}" is not the base of "{label}" ({info.base_id}): its fingerprint differs; give the '
-            "same base, in the same dtype"
-        )
+    check_base(info, opened, label)
     if others := [name for name in opened.names if name not in info.adapters.modules]:
         task = next(one.task for one in opened.factors if others[0] in one.modules)
         raise ParameterError(
             f'"{task}": {len(others)} weights that it changes have no place in "{label}" (first: {others[0]}), whose '
             "adapters leave them alone; compress all of them again"
         )
+
+
+def _check_only_ours(path: Path) -> None:
+    """OutputError for a directory that we may not write anew, with the file that is not ours where that is why."""
+    odd = sorted(entry.name for entry in path.iterdir() if not any(entry.match(pattern) for pattern in OUR_FILES))
+    if odd:
+        raise OutputError(
+            f'"{path}" holds {len(odd)} entries that are not of a library (first: {odd[0]}), which is written anew '
+            "as a whole; move them away"
+        )
+    check_output(path, is_basis_directory)
 
 
 def _free_numbers(info: BasisInfo) -> Iterator[int]:
@@ -268,51 +281,3 @@ def _free_numbers(info: BasisInfo) -> Iterator[int]:
     while True:
         yield number
         number += 1
-
-
-def _square(change: LowRank) -> float:
-    inner, outer = change.left.T @ change.left, change.right @ change.right.T
-    return float((inner.double() * outer.double()).sum().clamp_min(0))
-
-
-def _stock_of(source: LibraryVectors) -> Stock:
-    """The merged adapter's changes, without its alpha."""
-    from ..adapters.codec import stock_factors
-
-    tensors, found = source.read_stock(), {}
-    for name, spec in source.specs.items():
-        if any(stored.startswith(f"{spec.prefix}.lora_") for stored in tensors):
-            wide = replace(spec, ranks=[min(spec.shape)])
-            left, right = stock_factors(tensors.__getitem__, wide)
-            found[name] = LowRank(left.to(torch.float32), right.to(torch.float32))
-    return found
-
-
-def _merged(info: BasisInfo, stock: Stock, changes: Stock, sign: float) -> tuple[Stock, BasisInfo]:
-    """The merged adapter with a task more or less, cut to the rank that it has; what it misses adds up."""
-    assert info.adapters is not None
-    dtype = getattr(torch, info.adapters.dtype)
-    found, lost = dict(stock), 0.0
-    rank = max((part.left.shape[1] for part in stock.values()), default=1)
-    for name, change in changes.items():
-        if change.rank:
-            parts = [LowRank(sign * change.left, change.right), *([stock[name]] if name in stock else [])]
-            cut = cut_sum(parts, rank, dtype)
-            found[name] = LowRank(cut.change.left.float(), cut.change.right.float())
-            lost += cut.lost
-    # What was cut off is orthogonal to what is kept, or nearly: of the whole it is the sine of an angle.
-    sine = min(info.adapters.stock_error, 1 - 1e-9)
-    before = sine / (1 - sine**2) ** 0.5 * sum(_square(part) for part in stock.values()) ** 0.5
-    missed, now = before + lost**0.5, sum(_square(part) for part in found.values())
-    error = missed / (now + missed**2) ** 0.5 if now + missed else 0.0
-    return found, replace(info, adapters=replace(info.adapters, stock_error=error))
-
-
-def _write_stock(work: Path, info: BasisInfo, source: LibraryVectors, stock: Stock) -> None:
-    adapters: AdapterInfo | None = info.adapters
-    assert adapters is not None
-    shape: Template = template(adapters, source)
-    dtype = getattr(torch, adapters.dtype)
-    empty = Checkpoint.from_state_dict({})
-    tensors, config = stock_adapter(stock, shape, empty, adapters.alpha, dtype)
-    write_adapter(work, tensors, config)

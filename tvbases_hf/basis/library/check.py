@@ -13,8 +13,7 @@ from ...algebra.products import inner
 from ...errors import CheckpointError, ParameterError
 from ...storage.run import track
 from ..info import BasisInfo
-from .factors import open_factors
-from .packed import checksum
+from .factors import Opened, open_factors
 from .vectors import LibraryVectors
 
 # Errors are measured in float32: two measurements differ by so much of a task's norm.
@@ -37,13 +36,21 @@ def verify_library(
     source = LibraryVectors.open(Path(directory), info, str(directory))
     assert info.library is not None
     for one in track([*info.library.clusters, *info.library.members], "Checksums", unit=" files"):
-        if checksum(source.path / one.file) != one.checksum:
-            raise CheckpointError(f'"{directory}": {one.file} is not the file that was written; copy the library again')
+        source.path_of(one)
     for place in track(range(len(info.tasks)), "Reading tasks", unit=" tasks"):
         source.task(place)
         _check_finite(source, info, place, str(directory))
     measured = _measured(source, info, base, tasks) if tasks else {}
     return {"out": str(directory), "tasks": list(info.tasks), "files": len(source.files), "measured": measured}
+
+
+def check_base(info: BasisInfo, opened: Opened, label: str) -> None:
+    """ParameterError for another base than the library's."""
+    if opened.base.fingerprint() != info.base_fingerprint:
+        raise ParameterError(
+            f'"{opened.base.label}" is not the base of "{label}" ({info.base_id}): its fingerprint differs; give the '
+            "same base, in the same dtype"
+        )
 
 
 def _check_finite(source: LibraryVectors, info: BasisInfo, place: int, label: str) -> None:
@@ -60,6 +67,7 @@ def _measured(
     if base is None:
         raise ParameterError("--task needs --base: adapters are read relative to it")
     opened, found = open_factors(base, tasks), {}
+    check_base(info, opened, source.label)
     for one in opened.factors:
         place, lost, square = info.index(one.task), 0.0, 0.0
         for name in source.names:

@@ -18,17 +18,28 @@ from ...version import library_version
 from ..adapters.codec import Spec
 from ..info import CONFIG_FILE, LIBRARY_VERSION, BasisInfo
 from ..parts import AdapterInfo, Cluster, LibraryInfo, Member
+from .bits import BITS
 from .card import library_card
-from .encode import Coded, encode_part
+from .encode import Codes, encode_part
 from .forms import ALONE
 from .packed import Packer
 from .plan import Plan
-from .stock import cut_sum, stock_adapter
+from .stock import Cut, cut_sum, stock_adapter
 
 METHOD = "library"
 # Weights that are encoded before the first of them has been written.
-AHEAD = 8
+AHEAD = 48
 SAMPLED_WEIGHTS, SAMPLED_NUMBERS = 4, 16
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One weight, ready to be written: the codes by cluster, the squared errors [T], and the sum of all tasks as the
+    stock adapter has it, None where no cluster keeps anything."""
+
+    codes: dict[int, Codes]
+    lost: Tensor
+    cut: Cut | None
 
 
 @dataclass
@@ -41,6 +52,12 @@ class Written:
     whole: float = 0.0
     cut: float = 0.0
 
+    def take(self, name: str, encoded: Encoded) -> None:
+        self.lost += encoded.lost
+        if encoded.cut is not None:
+            self.stock[name] = encoded.cut.change
+            self.whole, self.cut = self.whole + encoded.cut.whole, self.cut + encoded.cut.lost
+
 
 def create(plan: Plan, directory: Path, alpha: float, options: Mapping[str, object]) -> BasisInfo:
     """Write all files of a library into an existing directory."""
@@ -49,8 +66,9 @@ def create(plan: Plan, directory: Path, alpha: float, options: Mapping[str, obje
     clusters = {place: Packer(directory / f"{place}.cluster") for place in shared}
     tasks = [Packer(directory / f"{place}.task") for place in range(len(opened.tasks))]
     done = Written(torch.zeros(len(opened.tasks), dtype=torch.float64))
-    for name, coded in _coded(plan):
-        _add(plan, name, coded, clusters, tasks, done)
+    for name, encoded in _encoded(plan):
+        _add(plan, encoded.codes, clusters, tasks)
+        done.take(name, encoded)
     files = {place: cluster_file(number) for number, place in enumerate(shared)}
     listed = [Cluster(files[place], clusters[place].finish(directory / files[place])) for place in shared]
     owner = {member: shared.index(place) for place in shared for member in plan.clusters[place]}
@@ -86,53 +104,43 @@ def _used(plan: Plan) -> list[int]:
     return sorted({cluster for (cluster, _), (form, _) in plan.choices.items() if form.kind != ALONE})
 
 
-def _coded(plan: Plan) -> Iterator[tuple[str, dict[int, Coded]]]:
+def _encoded(plan: Plan) -> Iterator[tuple[str, Encoded]]:
     """Every weight, rounded in all clusters that have a choice there."""
-
-    def encode(name: str) -> dict[int, Coded]:
-        found = {}
-        for cluster in range(len(plan.clusters)):
-            if (cluster, name) in plan.choices:
-                found[cluster] = encode_part(plan.part(cluster, name), *plan.choices[cluster, name], plan.allowed)
-        return found
-
     size = lambda name: len(plan.opened.tasks) * sum(plan.opened.shape(name)) * plan.opened.rank  # noqa: E731
     names = plan.opened.names
     for start in range(0, len(names), AHEAD):  # what waits to be written is in memory
-        yield from each(names[start : start + AHEAD], encode, "Encoding", size)
+        yield from each(names[start : start + AHEAD], lambda name: _encode(plan, name), "Encoding", size)
 
 
-def _add(
-    plan: Plan,
-    name: str,
-    coded: Mapping[int, Coded],
-    clusters: Mapping[int, Packer],
-    tasks: list[Packer],
-    done: Written,
-) -> None:
-    none = torch.zeros(2, 3, dtype=torch.int64)
-    parts = []
+def _encode(plan: Plan, name: str) -> Encoded:
+    """One weight. Of every cluster only the codes stay: the numbers of all tasks take many times what they take."""
+    codes, sums = {}, []
+    lost = torch.zeros(len(plan.opened.tasks), dtype=torch.float64)
     for cluster, members in enumerate(plan.clusters):
-        found = coded.get(cluster)
-        if found is None:
-            part = plan.part(cluster, name)
-            for place, member in enumerate(members):
-                tasks[member].add(b"", b"", none)
-                done.lost[member] += part.squares[place]
-            if cluster in clusters:
-                clusters[cluster].add(b"", b"", none)
+        part = plan.part(cluster, name)
+        if (cluster, name) not in plan.choices:
+            lost[members] = part.squares
             continue
+        found = encode_part(part, *plan.choices[cluster, name], plan.allowed)
+        codes[cluster], lost[members] = found.stored, found.lost
+        sums.append(found.total(torch.ones(len(members))))
+    return Encoded(codes, lost, cut_sum(sums, plan.stock_rank, plan.opened.dtype) if sums else None)
+
+
+def _add(plan: Plan, codes: Mapping[int, Codes], clusters: Mapping[int, Packer], tasks: list[Packer]) -> None:
+    """Append one weight to all files."""
+    none = torch.zeros(2, len(BITS), dtype=torch.int64)
+    for cluster, members in enumerate(plan.clusters):
+        own = codes.get(cluster)
         if cluster in clusters:
-            clusters[cluster].add(found.shared_codes, found.shared_scales, found.shared_counts)
+            shared = (b"", b"", none) if own is None else (own.shared_codes, own.shared_scales, own.shared_counts)
+            clusters[cluster].add(*shared)
         for place, member in enumerate(members):
-            counts = torch.stack([found.counts[place], torch.zeros_like(found.counts[place])])
-            tasks[member].add(found.codes[place], found.scales[place], counts)
-        done.lost[members] += found.lost
-        parts.append(found.total(torch.ones(len(members))))
-    if parts:
-        cut = cut_sum(parts, plan.stock_rank, plan.opened.dtype)
-        done.stock[name] = cut.change
-        done.whole, done.cut = done.whole + cut.whole, done.cut + cut.lost
+            if own is None:
+                tasks[member].add(b"", b"", none)
+            else:
+                counts = torch.stack([own.counts[place], torch.zeros_like(own.counts[place])])
+                tasks[member].add(own.codes[place], own.scales[place], counts)
 
 
 def _info(plan: Plan, done: Written, library: LibraryInfo, alpha: float, options: Mapping[str, object]) -> BasisInfo:

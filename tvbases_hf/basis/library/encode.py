@@ -26,22 +26,29 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Coded:
-    """One weight of one cluster, rounded.
+class Codes:
+    """What is stored of one weight of one cluster: of the shared directions, ``shared_counts`` [2, 3], and of T tasks,
+    ``counts`` [T, 3]."""
 
-    ``left`` [n, R] and ``right`` [R', m] are the shared directions as they come back, None for the identity;
-    ``shared_codes``, ``shared_scales`` and ``shared_counts`` [2, 3] their bytes. ``codes``, ``scales`` and ``counts``
-    [T, 3] are the tasks'; ``lost`` [T] float64 squared errors. Change t is about made[t].left @ made[t].right.
-    """
-
-    left: Tensor | None
-    right: Tensor | None
     shared_codes: bytes
     shared_scales: bytes
     shared_counts: Tensor
     codes: list[bytes]
     scales: list[bytes]
     counts: Tensor
+
+
+@dataclass(frozen=True)
+class Coded:
+    """One weight of one cluster, rounded: ``stored``, and what comes back from it.
+
+    ``left`` [n, R] and ``right`` [R', m] are the shared directions, None for the identity; ``lost`` [T] float64 squared
+    errors. Change t is about made[t].left @ made[t].right.
+    """
+
+    stored: Codes
+    left: Tensor | None
+    right: Tensor | None
     outer: Tensor
     inner: Tensor
     lost: Tensor
@@ -99,9 +106,8 @@ def encode_cores(
     transposed = None if left is None else left.T
     if not counts.any():
         empty, nothing = [b""] * len(part), (b[:, :, :0], a[:, :0, :] if right is None else a[:, :0, : len(right)])
-        return Coded(
-            transposed, right, shared_codes, shared_scales, common, empty, empty, counts, *nothing, part.squares
-        )
+        stored = Codes(shared_codes, shared_scales, common, empty, empty, counts)
+        return Coded(stored, transposed, right, *nothing, part.squares)
     inside = a if right is None else (a @ right.T) @ _inverse(right @ right.T)  # [T, r, d], the changes' right sides
     stacks = []
     if form.kind == BOTH:
@@ -119,11 +125,8 @@ def encode_cores(
     stacks.append(last)
     codes = [b"".join(parts) for parts in zip(*(stack.codes for stack in stacks), strict=True)]
     scales = [b"".join(parts) for parts in zip(*(stack.scales for stack in stacks), strict=True)]
-    lost = _lost(part, outer, last.values, right)
-    return Coded(
-        transposed, right, shared_codes, shared_scales, common, codes, scales, counts, outer,
-        last.values, lost,
-    )  # fmt: skip
+    stored = Codes(shared_codes, shared_scales, common, codes, scales, counts)
+    return Coded(stored, transposed, right, outer, last.values, _lost(part, outer, last.values, right))
 
 
 def encode_rows(rows: Tensor, counts: Tensor) -> Rows:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -70,17 +71,21 @@ class Factors:
         product = module.product(a, b)
         return product.T if module.layout.kind in TRANSPOSED else product
 
-    def check_finite(self, name: str) -> None:
-        """CheckpointError if a factor of the weight holds NaN or infinity, which is counted."""
-        if self.slices is None:
-            return
-        for stored in self.modules[name].pair:
+    def refuse(self, name: str) -> NoReturn:
+        """CheckpointError for a change whose norm is not finite: the factor that holds NaN or infinity, and how many,
+        or that the product is too large."""
+        for stored in self.modules[name].pair if self.slices else ():
+            assert self.slices is not None
             tensor = self.slices.read(stored)
             if bad := count_not_finite(tensor):
                 raise CheckpointError(
                     f'"{self.task}": {stored} holds {bad} NaN or infinite numbers of {tensor.numel()}; the '
                     "training run diverged or the file is damaged: use an earlier checkpoint"
                 )
+        raise CheckpointError(
+            f'"{self.task}": its change of {name} is larger than float32 can hold; the training run diverged, or its '
+            "scale is wrong: use an earlier checkpoint"
+        )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ TAILS = (0.4, 0.2, 0.1, 0.05, 0.025, 0.01, 3e-3, 1e-4)
 PRICES = tuple(1e-3 * 2.0**-step for step in range(44))
 # At most so many directions are shared; up to EXACT of all together they are found exactly.
 WIDEST, EXACT = 64, 192
-STEPS = 2
+# Of subspace iteration; columns beside those that are wanted. What it misses of a direction, the cores are fitted to.
+STEPS, EXTRA = 1, 8
 ALONE, RIGHT, LEFT, BOTH = range(4)
 Value = TypeVar("Value")
 
@@ -67,12 +68,14 @@ class Part:
     """The changes of one weight in one cluster.
 
     ``change`` is left [T, n, r] and right [T, r, m], float32; ``weights`` [T] are what a squared error of each counts.
-    ``given`` are the directions of both sides, [n, R] and [m, R'], where they are there already.
+    ``given`` are the directions of both sides, [n, R] and [m, R'], where they are there already; else ``widest`` are
+    looked for.
     """
 
     change: LowRank
     weights: Tensor
     given: tuple[Tensor, Tensor] | None = None
+    widest: int = WIDEST
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -108,9 +111,8 @@ class Part:
             return self.given
         scale = self.weights.sqrt().to(torch.float32)[:, None, None]
         inner, outer = self.roots
-        left = (scale * self.change.left @ outer).transpose(0, 1).flatten(1)
-        right = (scale * self.change.right.mT @ inner).transpose(0, 1).flatten(1)
-        return _leading(left), _leading(right)
+        left, right = (scale * outer).mT @ self.change.left.mT, (scale * inner).mT @ self.change.right
+        return _leading(left.flatten(0, 1), self.widest), _leading(right.flatten(0, 1), self.widest)
 
     @_computed
     def core(self) -> Tensor:
@@ -273,20 +275,20 @@ def _root(square: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()[:, None, :]
 
 
-def _leading(stack: Tensor) -> Tensor:
-    """[d, W] orthonormal: the leading left singular vectors of [d, N]; of large ones by subspace iteration.
+def _leading(rows: Tensor, widest: int) -> Tensor:
+    """[d, W] orthonormal: the leading right singular vectors of [N, d]; of large ones by subspace iteration.
 
     The iterate is started from a fixed random one: the same numbers give the same axes.
     """
-    side, count = stack.shape
+    count, side = rows.shape
     if count <= EXACT or side <= EXACT:
-        small = stack.T @ stack if count < side else stack @ stack.T
-        vectors = torch.linalg.eigh(small).eigenvectors.flip(1)[:, :WIDEST]
-        return torch.linalg.qr(stack @ vectors).Q if count < side else vectors
+        small = rows @ rows.T if count < side else rows.T @ rows
+        vectors = torch.linalg.eigh(small).eigenvectors.flip(1)[:, :widest]
+        return torch.linalg.qr(rows.T @ vectors).Q if count < side else vectors
     generator = torch.Generator().manual_seed(0)
-    block = stack @ torch.randn(count, WIDEST + 8, generator=generator)
+    block = rows.T @ torch.randn(count, widest + EXTRA, generator=generator)
     for _ in range(STEPS):
-        block = stack @ (stack.T @ torch.linalg.qr(block).Q)
+        block = rows.T @ (rows @ torch.linalg.qr(block).Q)
     basis = torch.linalg.qr(block).Q
-    inside = basis.T @ stack
-    return basis @ torch.linalg.eigh(inside @ inside.T).eigenvectors.flip(1)[:, :WIDEST]
+    inside = rows @ basis
+    return basis @ torch.linalg.eigh(inside.T @ inside).eigenvectors.flip(1)[:, :widest]

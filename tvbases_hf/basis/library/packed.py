@@ -27,19 +27,19 @@ CODES, SCALES, COUNTS = "codes", "scales", "counts"
 
 @dataclass
 class Packer:
-    """Collects one file: codes go to disk as they come, the rest is small."""
+    """Collects one file: codes go to disk as they come, the rest is small, and kept as bytes: there are many files."""
 
     stream: Path
-    scales: list[bytes] = field(default_factory=list)
-    counts: list[Tensor] = field(default_factory=list)
+    scales: bytearray = field(default_factory=bytearray)
+    counts: bytearray = field(default_factory=bytearray)
 
     def add(self, codes: bytes, scales: bytes, counts: Tensor) -> None:
         """The stacks of the next weight; ``counts`` [2, 3]."""
         if codes:
             with open(self.stream, "ab", buffering=0) as out:
                 out.write(codes)
-        self.scales.append(scales)
-        self.counts.append(counts.to(torch.int16))
+        self.scales += scales
+        self.counts += counts.to(torch.int16).contiguous().numpy().tobytes()
 
     def finish(self, file: Path) -> int:
         """Write the file; returns its checksum."""
@@ -47,14 +47,14 @@ class Packer:
         self.stream.unlink(missing_ok=True)
         tensors = {
             CODES: _tensor(codes, torch.uint8),
-            SCALES: _tensor(b"".join(self.scales), torch.bfloat16),
-            COUNTS: torch.stack(self.counts),
+            SCALES: _tensor(self.scales, torch.bfloat16),
+            COUNTS: _tensor(self.counts, torch.int16).reshape(-1, 2, len(BITS)),
         }
         save_file(tensors, file, {"format": "pt"})
         return checksum(file)
 
 
-def _tensor(data: bytes, dtype: torch.dtype) -> Tensor:
+def _tensor(data: bytes | bytearray, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 

@@ -16,7 +16,7 @@ from ...storage.parallel import each
 from ..adapters.budget import Menu, spend
 from .bits import BITS
 from .factors import Opened
-from .forms import PRICES, Form, Part
+from .forms import ALONE, PRICES, Form, Part
 from .sketch import Sketches, cut, linkage, sketch
 
 Bits = Literal["auto", "16", "8", "4"]
@@ -48,8 +48,11 @@ class Plan:
     similarity_error: float
 
     def part(self, cluster: int, name: str) -> Part:
+        """The changes of one weight in one cluster, with no more directions than were chosen."""
         members = self.clusters[cluster]
-        return Part(self.opened.changes(name, members), self.weights[members])
+        form, _ = self.choices.get((cluster, name), (Form(ALONE), 0.0))
+        widest = max(form.rows, form.columns, 1)
+        return Part(self.opened.changes(name, members), self.weights[members], widest=widest)
 
 
 def make_plan(

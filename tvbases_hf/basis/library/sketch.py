@@ -61,7 +61,7 @@ def sketch(opened: Opened) -> Sketches:
             change = one.change(name)
             norm, inner, outer = _grams(change)
             if not norm < float("inf"):
-                one.check_finite(name)
+                one.refuse(name)
             total += norm
             if name in probes:
                 blocks += _features(change, inner, outer, *probes[name])

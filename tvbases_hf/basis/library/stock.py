@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...algebra.delta import LowRank
-from ...models.lora_files import adapter_tensors
+from ...models.lora_files import adapter_tensors, write_adapter
 from ...models.lora_template import Template
 from ...storage.checkpoint import Checkpoint
+from ..adapters.codec import stock_factors
 from ..adapters.lora_vectors import times_alpha
+from ..adapters.task import template
+from ..info import BasisInfo
+from ..parts import AdapterInfo
+from .vectors import LibraryVectors
 
+Stock = dict[str, LowRank]
 # Columns of the random start beside those that are wanted, and how often it is multiplied with the sum.
 EXTRA, STEPS = 8, 3
 
@@ -53,3 +60,49 @@ def stock_adapter(
     """Tensors and configuration of theta_0 + alpha * (the changes)."""
     tensors, config = adapter_tensors(changes, template, base, dtype)
     return tensors, times_alpha(config, alpha)
+
+
+def square(change: LowRank) -> float:
+    inner, outer = change.left.T @ change.left, change.right @ change.right.T
+    return float((inner.double() * outer.double()).sum().clamp_min(0))
+
+
+def stock_of(source: LibraryVectors) -> Stock:
+    """The merged adapter's changes, without its alpha."""
+    tensors, found = source.read_stock(), {}
+    for name, spec in source.specs.items():
+        if any(stored.startswith(f"{spec.prefix}.lora_") for stored in tensors):
+            wide = replace(spec, ranks=[min(spec.shape)])
+            left, right = stock_factors(tensors.__getitem__, wide)
+            found[name] = LowRank(left.to(torch.float32), right.to(torch.float32))
+    return found
+
+
+def merged_with(info: BasisInfo, stock: Stock, changes: Stock, sign: float) -> tuple[Stock, BasisInfo]:
+    """The merged adapter with a task more or less, cut to the rank that it has; what it misses adds up."""
+    assert info.adapters is not None
+    dtype = getattr(torch, info.adapters.dtype)
+    found, lost = dict(stock), 0.0
+    rank = max((part.left.shape[1] for part in stock.values()), default=1)
+    for name, change in changes.items():
+        if change.rank:
+            parts = [LowRank(sign * change.left, change.right), *([stock[name]] if name in stock else [])]
+            cut = cut_sum(parts, rank, dtype)
+            found[name] = LowRank(cut.change.left.float(), cut.change.right.float())
+            lost += cut.lost
+    # What was cut off is orthogonal to what is kept, or nearly: of the whole it is the sine of an angle.
+    sine = min(info.adapters.stock_error, 1 - 1e-9)
+    before = sine / (1 - sine**2) ** 0.5 * sum(square(part) for part in stock.values()) ** 0.5
+    missed, now = before + lost**0.5, sum(square(part) for part in found.values())
+    error = missed / (now + missed**2) ** 0.5 if now + missed else 0.0
+    return found, replace(info, adapters=replace(info.adapters, stock_error=error))
+
+
+def write_stock(work: Path, info: BasisInfo, source: LibraryVectors, stock: Stock) -> None:
+    adapters: AdapterInfo | None = info.adapters
+    assert adapters is not None
+    shape: Template = template(adapters, source)
+    dtype = getattr(torch, adapters.dtype)
+    empty = Checkpoint.from_state_dict({})
+    tensors, config = stock_adapter(stock, shape, empty, adapters.alpha, dtype)
+    write_adapter(work, tensors, config)

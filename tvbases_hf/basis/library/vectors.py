@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from ...storage.slices import Slices
 from ..adapters.codec import Spec
 from ..adapters.lora_vectors import STOCK_FILE
 from ..info import BasisInfo
-from ..parts import LibraryInfo
-from .packed import Packed, task_sizes
+from ..parts import Cluster, LibraryInfo, Member
+from .packed import Packed, checksum, task_sizes
 
 # Files that stay in memory: those of the clusters are used again and again, a task's until another is asked for.
 KEPT_CLUSTERS, KEPT_TASKS = 4, 2
@@ -63,6 +63,11 @@ class LibraryVectors:
         return cls(
             path, label, info.library, info.adapters.modules, stock, read_config(path, label), info.adapters.alpha
         )
+
+    def of(self, info: BasisInfo) -> LibraryVectors:
+        """The same directory as other lists have it: some of its clusters and tasks, with numbers of their own."""
+        assert info.library is not None
+        return replace(self, library=info.library, _clusters=OrderedDict(), _tasks=OrderedDict())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,17 +118,33 @@ class LibraryVectors:
 
     def cluster(self, place: int) -> Packed:
         """The directions that a cluster shares."""
-        file = self.path / self.library.clusters[place].file
-        return _kept(self._clusters, KEPT_CLUSTERS, place, lambda: Packed.open(file, self.label, self.cluster_sizes))
+        return _kept(self._clusters, KEPT_CLUSTERS, place, lambda: self.open_cluster(place))
+
+    def open_cluster(self, place: int) -> Packed:
+        """The same, read anew."""
+        return Packed.open(self.path_of(self.library.clusters[place]), self.label, self.cluster_sizes)
 
     def task(self, place: int) -> Packed:
         member = self.library.members[place]
         shared = self.cluster(member.cluster).counts if member.cluster >= 0 else None
 
         def read() -> Packed:
-            return Packed.open(self.path / member.file, self.label, task_sizes(shared, self._shapes))
+            return Packed.open(self.path_of(member), self.label, task_sizes(shared, self._shapes))
 
         return _kept(self._tasks, KEPT_TASKS, place, read)
+
+    def path_of(self, one: Cluster | Member) -> Path:
+        """The path of a file that is what was written; CheckpointError for another."""
+        if checksum(self.path / one.file) != one.checksum:
+            raise CheckpointError(
+                f'"{self.label}": {one.file} is not the file that was written; copy the library again'
+            )
+        return self.path / one.file
+
+    def check_files(self) -> None:
+        """CheckpointError for a file that is cut off, by the headers of all."""
+        for file in self.files:
+            Slices.open(self.path / file, self.label)
 
     def write(self, directory: Path, info: BasisInfo) -> BasisInfo:
         """The same files; basis_config.json and the card are the caller's."""
