@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from commands.command_line import compress, refused, root, tvbases
+from tvbases_hf.errors import ParameterError
+from tvbases_hf.styles.card import mix_card
 from zoo.hf_models import Family
+from zoo.lora_files import write
+from zoo.pipelines import FLUX_MODULES, style
+from zoo.planted_adapters import planted_adapters
 
 pytest_plugins = ["zoo.hf_fixtures"]
 
@@ -47,6 +53,46 @@ def test_what_was_written_is_uploaded(pair: Family, api: type[Api]) -> None:
     done = tvbases(*compress(pair, "-m", 1, "--push-to-hub", "me/skills"))
     assert done.code == 0 and "uploaded: https://hub/me/skills/commit/1" in done.out
     assert api.uploaded == {"me/skills": ["README.md", "basis.safetensors", "basis_config.json"]}
+
+
+def pushed(api: type[Api], *arguments: object) -> list[str]:
+    """The files that a command uploads."""
+    done = tvbases(*arguments, "--push-to-hub", "me/it")
+    assert done.code == 0 and "uploaded: https://hub/me/it/commit/1" in done.out, done.err
+    return api.uploaded["me/it"]
+
+
+def test_every_command_that_writes_uploads_it(api: type[Api], tmp_path: Path) -> None:
+    planted = planted_adapters(tmp_path / "planted", 3)
+    (first, path), *others = planted.tasks.items()
+    tasks = [word for name, place in others for word in ("--task", f"{name}={place}")]
+    base, skills = ["--base", planted.base], tmp_path / "skills"
+    made = ["compress", *base, *tasks, "--method", "library", "--out", skills]
+    assert "basis_config.json" in pushed(api, *made)
+    assert "README.md" in pushed(api, "library", "add", skills, *base, "--task", f"{first}={path}")
+    assert "README.md" in pushed(api, "library", "remove", skills, first)
+    exported = pushed(api, "library", "export", skills, others[0][0], "--out", tmp_path / "one")
+    assert exported == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    parts = pushed(api, "decompose", *base, *tasks, "--out", tmp_path / "parts")
+    assert parts == ["README.md", "shared", "tvbases_components.json", "unique"]
+    assert "basis_config.json" in pushed(api, "online", *base, *tasks, "-m", 2, "--out", tmp_path / "online")
+
+
+def test_a_mix_of_styles_is_uploaded_with_a_card(api: type[Api], tmp_path: Path) -> None:
+    files = []
+    for seed, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        files += ["--style", f"{name}={write(tmp_path / name, style(seed, FLUX_MODULES))}"]
+    found = pushed(api, "mix-styles", *files, "--scale", "b=0.5", "--out", tmp_path / "mix.safetensors")
+    assert found == ["README.md", "mix.safetensors"] and sorted(file.name for file in tmp_path.iterdir()) == [
+        "a", "b", "mix.safetensors",
+    ]  # fmt: skip
+    card = ModelCard(mix_card(tmp_path / "mix.safetensors"), ignore_metadata_errors=False)
+    data: Any = card.data
+    assert data.library_name == "diffusers" and "lora" in data.tags and data.base_model is None
+    assert "| b | 0.5 |" in card.text and 'weight_name="mix.safetensors"' in card.text
+    with pytest.raises(ParameterError, match="not a mix of styles"):
+        mix_card(tmp_path / "a" / "style.safetensors")
 
 
 def test_a_dry_run_uploads_nothing(pair: Family, api: type[Api]) -> None:

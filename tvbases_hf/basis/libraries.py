@@ -143,7 +143,7 @@ def convert(
         for task in found.tasks:
             found.read(task)  # before any is written
         for task in found.tasks:
-            TaskAdapter(*found.read(task)).save_pretrained(Path(out) / task)
+            TaskAdapter(*found.read(task), f"{task} from {Path(source).name}").save_pretrained(Path(out) / task)
     else:
         _write_checkpoints(found, source, out, base)
     known = [] if not (Path(source) / VLORA).is_file() else ["vlora-dev keeps no alpha: the LoRAs have a scaling of 1"]

@@ -10,7 +10,7 @@ import typer
 from ..errors import ParameterError
 from .app import app
 from .derived import DerivedCommand, given
-from .hub import PushToHub, push_output
+from .hub import PushToHub
 from .options import (
     Base,
     Device,
@@ -103,6 +103,7 @@ def compress(
     """
     from ..basis.compress import compress as run
     from ..models.vectors import parse_tasks
+    from .library import _print_change as print_change
     from .tables import print_compression
 
     options, tasks = given(context), parse_tasks(task)
@@ -112,5 +113,4 @@ def compress(
     sizes |= {"equal_rank": equal_rank, "host": host}
     where: dict[str, Any] = {"dtype": parse_dtype(dtype), "device": device, "dry_run": dry_run}
     found = run(base, tasks, out, extra_rows=extra_rows, **sizes, **where, **options)
-    tell(found, print_compression, json)
-    push_output(found, push_to_hub)
+    tell(found, print_change if "clusters" in found else print_compression, json)

@@ -8,7 +8,7 @@ import typer
 
 from .. import defaults
 from .app import app
-from .hub import PushToHub, push_output
+from .hub import PushToHub
 from .options import (
     Base,
     Device,
@@ -67,4 +67,3 @@ def extract(
     how |= {"rank": rank, "budget": budget, "extra_rows": extra_rows, "dtype": parse_dtype(dtype)}
     found = run(base, parse_tasks(task), out, **how)
     tell(found, print_extraction, json)
-    push_output(found, push_to_hub)

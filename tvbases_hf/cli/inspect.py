@@ -22,6 +22,7 @@ from .data import (
     TextColumn,
     parse_classes,
 )
+from .hub import PushToHub
 from .options import (
     PAGE,
     Base,
@@ -165,6 +166,7 @@ def decompose(
     dry_run: DryRun = False,
     revision: Revision = None,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
     """Split task vectors into shared and unique parts (DeVec). Written are OUT/unique/TASK and OUT/shared."""

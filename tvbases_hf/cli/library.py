@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import app
+from .hub import PushToHub
 from .options import (
     Base,
     DrawnHtml,
@@ -59,6 +60,7 @@ def add(
     dry_run: DryRun = False,
     revision: Revision = None,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
     """Add adapters to a library, or begin one. The tasks that are there keep their numbers."""
@@ -74,6 +76,7 @@ def remove(
     name: Annotated[list[str], typer.Argument(help="The tasks to take out.", metavar="NAME...")],
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
     """Take tasks out of a library. Those that stay keep their numbers."""
@@ -101,6 +104,7 @@ def export(
     host: Host = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
     """Write one task as a LoRA of its own. Any basis of adapters will do."""
@@ -161,6 +165,7 @@ def convert(
     dry_run: DryRun = False,
     revision: Revision = None,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
     """Write another program's tasks as LoRAs. Full task vectors become checkpoints, with --base."""

@@ -17,7 +17,7 @@ from .habits import (
     LowCpuMemory,
     OutShardSize,
 )
-from .hub import PushToHub, push_output
+from .hub import PushToHub
 from .options import (
     AdapterOut,
     Device,
@@ -120,7 +120,6 @@ def merge(
     how |= {"equal_rank": equal_rank, "host": host, "intermediate_dir": intermediate_dir, "dry_run": dry_run}
     found = run(config, out, adapter=adapter, rank=rank, **how)
     tell(found, print_merge, json, html)
-    push_output(found, push_to_hub)
 
 
 @app.command(

@@ -24,7 +24,7 @@ from .evaluate import (
     Target,
     plan_of,
 )
-from .hub import PushToHub, push_output
+from .hub import PushToHub
 from .options import (
     AdapterOut,
     Base,
@@ -163,7 +163,6 @@ def negate(
 
         plot_negations(found["curves"], found["forget"], plot)
     tell(found, _show, json, html, functools.partial(_picture, found) if "curves" in found else None)
-    push_output(found, push_to_hub)
 
 
 def _picture(found: dict[str, Any]) -> bytes:

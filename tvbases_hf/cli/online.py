@@ -10,6 +10,7 @@ import typer
 
 from .app import app, console
 from .derived import DerivedCommand, given
+from .hub import PushToHub
 from .options import DryRun, Dtype, ExtraRows, Json, OptionalBase, OptionalTask, Out, Quiet, Revision, parse_dtype, tell
 
 
@@ -46,6 +47,7 @@ def online(
     dry_run: DryRun = False,
     revision: Revision = None,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
     """Add tasks, one after another, to a basis of fixed size. Each is on disk when it is told.

@@ -23,6 +23,7 @@ import typer
 from .. import defaults
 from ..errors import MissingExtraError, OutputError, ParameterError
 from .app import QUIET, SIDE_FILES, console, stamp
+from .hub import push_output
 
 REVISION = "tvbases_hf.revision"
 
@@ -319,6 +320,8 @@ def tell(
 ) -> None:
     """A command's report: warnings on stderr, tables (not with --quiet), JSON, a page; of a dry run what it would be.
 
+    Then the output is uploaded, where --push-to-hub says so.
+
     ``picture`` is drawn for the page alone.
     """
     from .tables import print_preview, warn
@@ -328,6 +331,7 @@ def tell(
     (print_preview if found.get("dry_run") else show)(found, console)
     if html is not None and not found.get("dry_run"):
         page(html, found, [functools.partial(show, found)], picture() if picture else None, title=str(found["out"]))
+    push_output(found)
 
 
 def page(

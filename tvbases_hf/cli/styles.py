@@ -11,6 +11,7 @@ import typer
 from .. import defaults
 from ..errors import ParameterError
 from .app import app
+from .hub import PushToHub
 from .options import (
     Device,
     DryRun,
@@ -93,6 +94,7 @@ def mix_styles(
     device: Device = "cpu",
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
     """Mix style LoRAs by what is unique to each. So what they share does not add up. No model is loaded.

@@ -13,6 +13,7 @@ from ..text import printable
 from .app import app
 from .data import TEMPLATES, BatchSize, Classes, Data, ImageColumn, LabelColumn, Templates, TextColumn
 from .evaluate import Continuations, Control, EvaluationDevice, IncludePath, Limit, Prompts, ScorerName, Target, plan_of
+from .hub import PushToHub
 from .negate import numbers
 from .options import (
     AdapterOut,
@@ -75,6 +76,7 @@ def tune(
     dry_run: DryRun = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
+    push_to_hub: PushToHub = None,
     json: Json = None,
     html: DrawnHtml = None,
 ) -> None:

@@ -1,7 +1,8 @@
-"""README.md of a merge: the recipe, what went into it, what was lost, how to load it."""
+"""README.md of a merge, or of an edit: the recipe, what went into it, what was lost, how to load it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,26 @@ def model_card(merge: Merge, report: dict[str, Any]) -> str:
         code_block(use, "python"),
         "",
         "The licences of the base model and of the merged models apply.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def edit_card(note: str, base: str, *, adapter: bool, made_of: Iterable[str] = ()) -> str:
+    """Of one task restored, forgotten, or split into components: ``note`` says in a line which, and is its title."""
+    library, relation = ("peft", "adapter") if adapter else ("transformers", "finetune")
+    use = ADAPTER_USE.format(base=quoted(without_revision(base)[0])) if adapter else CHECKPOINT_USE
+    models = ", ".join(_short(model) for model in made_of)
+    what = "An adapter" if adapter else "A checkpoint"
+    lines = [
+        *header(library, base, relation, ["task-arithmetic"]),
+        "",
+        f"# {in_markdown(note)}",
+        "",
+        f"{what} over {_short(base)}{f', made of {models}' if models else ''}.",
+        "",
+        code_block(use, "python"),
+        "",
+        "The licences of the base model and of the fine-tuned models apply.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -18,6 +18,7 @@ from ..algebra.blocks import PIECE_BYTES, pieces
 from ..algebra.delta import Delta, Dense
 from ..algebra.sums import scale
 from ..models.vectors import Model, Vectors
+from ..storage.cards import CARD
 from ..storage.checkpoint import Checkpoint
 from ..storage.model import MARKER
 from ..storage.output import files_in, write_json
@@ -77,7 +78,8 @@ class Edit:
 
     def leave_marker(self, directory: Path) -> None:
         """What was edited, and the names of all files: what the next edit may replace."""
-        found = {"base": self.base.label, "edit": self.note, "files": files_in(directory)}
+        files = sorted({*files_in(directory), MARKER, CARD})
+        found = {"base": self.base.label, "edit": self.note, "files": files}
         write_json(directory / MARKER, found)
 
     def _read(self, name: str) -> Delta:

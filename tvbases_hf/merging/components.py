@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from ..methods.devec import Decomposition, Options
 from ..models.positions import groups_of, in_order
 from ..models.travel import Files, beside
 from ..models.vectors import Vectors
+from ..storage.cards import CARD, header, write_card
 from ..storage.checkpoint import Checkpoint
 from ..storage.file_names import check_names
 from ..storage.model import copy_side_files, not_stored
 from ..storage.output import check_apart, check_output, files_in, preview, transaction, write_json
 from ..storage.run import track
 from ..storage.tensor_files import TensorFiles
+from ..text import code_span, in_markdown
 from .apply import decomposed
+from .card import edit_card
 
 MARKER = "tvbases_components.json"
 SHARED = "shared"
@@ -70,9 +74,38 @@ def write_components(vectors: Vectors, options: Options, out: Path, *, dry_run: 
             "tasks": list(vectors.tasks),
             "shared_energy": _shares(energy),
         }
-        write_json(work / MARKER, {**found, "files": files_in(work)})
+        for copy in copies:
+            made_of = [model.label for model in vectors.models.values()]
+            write_card(work / copy, edit_card(_title(copy), base.label, adapter=False, made_of=made_of))
+        write_json(work / MARKER, {**found, "files": sorted({*files_in(work), CARD})})
+        write_card(work, _card(base.label, copies, found["shared_energy"]["all"], vectors.tasks))
     found |= {"out": str(out)}
     return {**found, "warnings": list(side.notes)} if side.notes else found
+
+
+def _title(copy: str) -> str:
+    """What is added to the base in ``unique/TASK`` or in ``shared``."""
+    task = copy.partition("/")[2]
+    return f"What is unique to {task}" if task else "What the tasks share"
+
+
+def _card(base: str, copies: Sequence[str], shares: Sequence[float], tasks: Sequence[str]) -> str:
+    """README.md of all of them."""
+    rows = (f"| {in_markdown(task)} | {share:.1%} |" for task, share in zip(tasks, shares, strict=True))
+    lines = [
+        *header("transformers", base, "finetune", ["task-arithmetic"]),
+        "",
+        f"# {len(tasks)} tasks, what is unique to each and what they share",
+        "",
+        "Each of these directories is a model: " + ", ".join(map(code_span, copies)) + ".",
+        "",
+        "| task | share of its energy that is shared |",
+        "|---|---|",
+        *rows,
+        "",
+        "The licences of the base model and of the fine-tuned models apply.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def is_components(directory: Path) -> bool:

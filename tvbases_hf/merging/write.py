@@ -23,7 +23,7 @@ from ..storage.cards import write_card
 from ..storage.model import is_edited_model, stream_model
 from ..storage.output import check_apart, transaction
 from ..storage.run import once, track
-from .card import model_card
+from .card import edit_card, model_card
 from .changes import Edit, Made
 from .fit import Errors, Limits
 from .merge import Merge, is_merge, leave_marker
@@ -125,7 +125,12 @@ def _edited_checkpoint(edit: Edit, out: Path, dtype: torch.dtype | None) -> dict
     size = sum(info.nbytes for info in edit.base.written(dtype).values())
     with transaction(out, is_checkpoint_of_ours, size) as work:
         stream_model(edit.base, work, _pieces(edit), dtype=dtype, need=edit.need)
-        once(lambda: edit.leave_marker(work))
+
+        def describe() -> None:
+            edit.leave_marker(work)
+            _describe(edit, work, adapter=False)
+
+        once(describe)
     return {"out": str(out), "kind": "checkpoint", "edit": edit.note}
 
 
@@ -140,6 +145,7 @@ def _edited_adapter(edit: Edit, out: Path, limits: Limits) -> dict[str, Any]:
     tensors, config = limits.finished(*adapter_tensors(changes, template, edit.base))
     with transaction(out, is_adapter_directory, sum(tensor.nbytes for tensor in tensors.values())) as work:
         write_adapter(work, tensors, config)
+        _describe(edit, work, adapter=True)
     return {"out": str(out), "kind": "adapter", "edit": edit.note, "loading": host_notes(limits.host, config)}
 
 
@@ -154,6 +160,11 @@ def _finish(merge: Merge, work: Path, report: dict[str, Any]) -> dict[str, Any]:
     leave_marker(work, report)
     write_card(work, model_card(merge, report))
     return report
+
+
+def _describe(edit: Edit, work: Path, *, adapter: bool) -> None:
+    made_of = [model.label for model in edit.models.values()]
+    write_card(work, edit_card(edit.note, edit.base.label, adapter=adapter, made_of=made_of))
 
 
 def _name(dtype: torch.dtype) -> str:

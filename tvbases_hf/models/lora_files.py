@@ -15,6 +15,7 @@ from ..algebra.delta import Delta, LowRank, dense, zeros
 from ..algebra.dtypes import promoted
 from ..algebra.finite import count_not_finite
 from ..errors import ParameterError
+from ..storage.cards import CARD
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from ..storage.output import contains_only, write_json
 from ..storage.tensor_files import ONE_FILE, TensorFiles, metadata_of
@@ -26,7 +27,7 @@ from .lora_parts import BIAS, MAGNITUDE, PREFIX, TIED_BY_PEFT, TOKENS
 from .lora_template import Template, owners
 from .parameters import Parameter, assembled, stored_module
 
-OUR_FILES = (CONFIG_FILE, WEIGHT_FILES[0], ".gitattributes")
+OUR_FILES = (CONFIG_FILE, WEIGHT_FILES[0], CARD, ".gitattributes")
 # In the header of the weights: an adapter that was trained has the same files as one that we wrote.
 MARK = "tvbases_hf"
 STEM = WEIGHT_FILES[0].removesuffix(".safetensors")

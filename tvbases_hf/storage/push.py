@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 from ..errors import OutputError, ParameterError, first_line
+from .cards import seal_card
 from .files import HUB_ID
 
 
@@ -23,8 +26,20 @@ def check_push(repository: str) -> None:
         ) from error
 
 
-def push(directory: str | Path, repository: str) -> str:
-    """Upload all files of a directory; returns the commit's address. OutputError where that fails: nothing is lost."""
+def push(output: Path, repository: str, card: str | None = None) -> str:
+    """Upload all files of a directory, or a file; returns the commit's address. OutputError where that fails.
+
+    ``card`` is the README.md of a file, which has none beside it.
+    """
+    if output.is_file():
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".tvbases-") as folder:
+            os.link(output, Path(folder) / output.name)
+            seal_card(Path(folder), card or "")
+            return _pushed(Path(folder), output, repository)
+    return _pushed(output, output, repository)
+
+
+def _pushed(directory: Path, written: Path, repository: str) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -34,6 +49,6 @@ def push(directory: str | Path, repository: str) -> str:
         return str(api.upload_folder(repo_id=repository, folder_path=str(directory), commit_message=message))
     except Exception as error:
         raise OutputError(
-            f'"{directory}" is written, and could not be uploaded to {repository} ({first_line(error)}); try '
-            f"`hf upload {repository} {directory}`"
+            f'"{written}" is written, and could not be uploaded to {repository} ({first_line(error)}); try '
+            f"`hf upload {repository} {written}`"
         ) from error

@@ -17,11 +17,13 @@ from ...algebra.rank import RankRule
 from ...algebra.sums import total
 from ...algebra.svd import svd
 from ...errors import ParameterError
+from ...merging.card import edit_card
 from ...models.hosts import fitted
 from ...models.lora_files import Layout, adapter_tensors, is_adapter_directory, write_adapter
 from ...models.lora_parts import PREFIX
 from ...models.lora_template import Template
 from ...models.names import Naming
+from ...storage.cards import write_card
 from ...storage.checkpoint import Checkpoint
 from ...storage.output import transaction
 from ..info import AdapterInfo, BasisInfo
@@ -54,18 +56,22 @@ class StockSource(Protocol):
 class TaskAdapter:
     """A PEFT adapter in memory: ``tensors`` and ``config`` of adapter_model.safetensors and adapter_config.json.
 
-    ``cut`` is the norm of what its rank leaves out, relative to the task's.
+    ``note`` says in a line what it is, for its card; ``cut`` is the norm of what its rank leaves out, relative to the
+    task's.
     """
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
+    note: str
     cut: float = 0.0
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write an adapter directory as a transaction; PEFT loads it without this package."""
         needed = sum(tensor.nbytes for tensor in self.tensors.values())
+        base = self.config.get("base_model_name_or_path") or "base"
         with transaction(save_directory, is_adapter_directory, needed) as work:
             write_adapter(work, self.tensors, self.config)
+            write_card(work, edit_card(self.note, base, adapter=True))
 
 
 # tau_hat's part of one weight, by its name, as a sum of multiples of changes.
@@ -102,7 +108,8 @@ def task_adapter(
     tensors, config = adapter_tensors(changes, template(info, source), base or empty, getattr(torch, info.dtype))
     whole, kept = (sum(column) for column in zip(*squares, strict=True)) if squares else (0.0, 0.0)
     cut = max(0.0, 1 - kept / whole) ** 0.5 if rule is not None and whole else 0.0
-    return TaskAdapter(*fitted(tensors, config, equal_rank, host), cut)
+    note = f"{task} from a basis of {len(basis.tasks)} tasks, alpha {alpha:g}"
+    return TaskAdapter(*fitted(tensors, config, equal_rank, host), note, cut)
 
 
 def _check_scale(alpha: float) -> None:
