@@ -9,7 +9,7 @@ STAMP     := .venv/.installed
 SMOLLM    := .venv/.smollm
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest fuzz kills package site lint format tables compatibility bench bench-text bench-llm clean
+.PHONY: help venv demo test test-oldest fuzz kills package extras site lint format tables compatibility bench bench-text bench-llm clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,6 +55,9 @@ package: $(STAMP)  ## build the wheel, check its metadata, and run it with the c
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	$(BIN)/python .ci/check_wheel.py build/wheel/*.whl
+
+extras: package  ## the wheel alone, and with each extra alone, in environments of their own: 5 GB, a quarter of an hour
+	$(BIN)/python .ci/extras.py build/wheel/*.whl
 
 site: $(STAMP)  ## build the site of README, guides and API into build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

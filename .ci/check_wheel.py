@@ -32,7 +32,9 @@ import tvbases_hf.cli
 assert tvbases_hf.cli.__file__.startswith(sys.path[0]), tvbases_hf.cli.__file__
 tvbases_hf.cli.main()
 """
-HIDDEN = "mergekit,peft,diffusers,accelerate,lm_eval,transformers,datasets,matplotlib,sklearn,PIL,profanity_check"
+HIDDEN = (
+    "mergekit,peft,diffusers,accelerate,lm_eval,transformers,datasets,matplotlib,sklearn,PIL,profanity_check,gradio"
+)
 MODELS = """
 import sys, torch
 from safetensors.torch import save_file
@@ -49,6 +51,7 @@ MISSING = {
     "mergekit": ["merge", "{place}/merge.yml", "{place}/merged"],
     "plot": ["inspect", "--plot", "{place}/a.png"],
     "eval": ["evaluate", "{place}/math", "--base", "{place}/base", "--target", "gsm8k"],
+    "app": ["app"],
 }
 
 

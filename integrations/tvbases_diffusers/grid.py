@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tvbases_hf.errors import CheckpointError, ParameterError
+from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError
 from tvbases_hf.storage.reports import write_picture
 from tvbases_hf.text import wrapped
 
@@ -59,10 +59,14 @@ def draw_grid(
 def load_pipeline(source: str, device: str) -> Any:
     """A pipeline in bfloat16 where there is an accelerator, else in float32.
 
-    Raises CheckpointError for one that cannot be loaded.
+    Raises MissingExtraError without diffusers, CheckpointError for one that cannot be loaded.
     """
-    from diffusers import DiffusionPipeline
-
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise MissingExtraError(
+            f'--pipeline needs diffusers and PEFT ({error}); pip install "tvbases-hf[diffusers,peft]"'
+        ) from error
     try:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         return DiffusionPipeline.from_pretrained(source, torch_dtype=dtype).to(device)

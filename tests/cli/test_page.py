@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from commands.command_line import inputs, root, tvbases
+from oracles.merge_oracle import write_config
 from tvbases_hf.cli.inspection import print_inspection
 from tvbases_hf.cli.page import PageConsole, write_page
 from tvbases_hf.version import library_version
@@ -115,6 +116,43 @@ def test_it_can_be_read_on_a_phone_and_a_desk_by_day_and_night(
     assert seen["out"] == [] and seen["wide"] <= 0, "nothing sticks out"
     assert seen["contrast"] >= 4.5, seen["where"]
     assert (sum(seen["ground"]) > 400) == (scheme == "light")
+    assert browser.problems() == []
+
+
+@pytest.fixture(scope="module")
+def pages(llama: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the other commands write with --html."""
+    place = tmp_path_factory.mktemp("pages")
+    (place / "prose.txt").write_text("word1 word2 word3\n" * 20, encoding="utf-8")
+    models = [{"model": str(path), "parameters": {"weight": -0.5}} for path in llama.tuned()]
+    config = {"merge_method": "task_arithmetic", "base_model": str(llama.base), "models": models, "dtype": "float32"}
+    write_config(place / "merge.yml", config)
+    text, tasks = f"text:{place / 'prose.txt'}", [f"--task={name}={path}" for name, path in llama.tasks.items()]
+    measured = ["--alphas", "0.1,0.2", "--device", "cpu"]
+    given: dict[str, list[Any]] = {
+        "merge": [place / "merge.yml", place / "merged"],
+        "tune": [place / "merge.yml", place / "tuned", "--target", text, *measured],
+        "negate": ["--base", llama.base, *tasks, "--forget", "math", "--control", text, "--curve", *measured],
+    }
+    given["negate"] += ["--target", text, "--keep", 0.1, "--out", place / "clean"]
+    for name, arguments in given.items():
+        done = tvbases(name, *arguments, "--html", place / f"{name}.html")
+        assert done.code == 0, done.err
+    return {name: place / f"{name}.html" for name in given}
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("command", ["merge", "negate", "tune"])
+def test_the_pages_of_the_other_commands_can_be_read_so_too(
+    command: str, width: int, scheme: str, pages: dict[str, Path], browser: Browser
+) -> None:
+    browser.look(width, scheme)
+    browser.open(pages[command].as_uri())
+    seen = browser.seen()
+    assert seen["out"] == [] and seen["wide"] <= 0, "nothing sticks out"
+    assert seen["contrast"] >= 4.5, seen["where"]
+    assert browser.run("return document.title.length > 0 && document.querySelector('p.made') !== null")
     assert browser.problems() == []
 
 
