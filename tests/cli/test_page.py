@@ -124,15 +124,17 @@ def pages(llama: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What the other commands write with --html."""
     place = tmp_path_factory.mktemp("pages")
     (place / "prose.txt").write_text("word1 word2 word3\n" * 20, encoding="utf-8")
+    (place / "other.txt").write_text("word7 word8 word9\n" * 20, encoding="utf-8")
     models = [{"model": str(path), "parameters": {"weight": -0.5}} for path in llama.tuned()]
     config = {"merge_method": "task_arithmetic", "base_model": str(llama.base), "models": models, "dtype": "float32"}
     write_config(place / "merge.yml", config)
-    text, tasks = f"text:{place / 'prose.txt'}", [f"--task={name}={path}" for name, path in llama.tasks.items()]
+    text, other = (f"text:{place / name}" for name in ("prose.txt", "other.txt"))
+    tasks = [f"--task={name}={path}" for name, path in llama.tasks.items()]
     measured = ["--alphas", "0.1,0.2", "--device", "cpu"]
     given: dict[str, list[Any]] = {
         "merge": [place / "merge.yml", place / "merged"],
         "tune": [place / "merge.yml", place / "tuned", "--target", text, *measured],
-        "negate": ["--base", llama.base, *tasks, "--forget", "math", "--control", text, "--curve", *measured],
+        "negate": ["--base", llama.base, *tasks, "--forget", "math", "--control", other, "--curve", *measured],
     }
     given["negate"] += ["--target", text, "--keep", 0.1, "--out", place / "clean"]
     for name, arguments in given.items():
