@@ -9,7 +9,7 @@ STAMP     := .venv/.installed
 SMOLLM    := .venv/.smollm
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest fuzz kills package extras site lint format tables compatibility bench bench-text bench-llm clean
+.PHONY: help venv demo test test-oldest fuzz kills package extras site lint format tables compatibility bench bench-text bench-llm bench-styles clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -78,8 +78,10 @@ tables: $(STAMP)  ## write the tables of methods into the guides from what they 
 compatibility: $(STAMP)  ## every command on small models of every architecture; writes COMPATIBILITY.md, some minutes
 	PYTHONPATH=examples $(BIN)/python -m compatibility $(ARGS)
 
-bench: $(STAMP)  ## run every benchmark in turn, but for those on text and on a language model
-	@set -e; for script in $(filter-out %/bench_text.py %/bench_llm.py %/bench_gpu.py,$(wildcard examples/benchmarks/bench_*.py)); do \
+LONG := bench_text bench_llm bench_styles bench_gpu
+
+bench: $(STAMP)  ## run every benchmark in turn, but for those on text, a language model, styles and GPUs
+	@set -e; for script in $(filter-out $(LONG:%=examples/benchmarks/%.py),$(wildcard examples/benchmarks/bench_*.py)); do \
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
@@ -88,6 +90,9 @@ bench-text: $(STAMP)  ## the papers' tables on real text: about an hour; ARGS=--
 
 bench-llm: $(STAMP) $(SMOLLM)  ## a language model merged, compressed and unlearned: two hours; ARGS=--quick or --all, LLM=ID for another
 	$(BIN)/python examples/benchmarks/bench_llm.py $(ARGS)
+
+bench-styles: $(STAMP)  ## style LoRAs of a small Flux trained and mixed by every way; ARGS=--quick or --report
+	$(BIN)/python examples/benchmarks/bench_styles.py $(ARGS)
 
 kills: $(STAMP)  ## kill every command that writes, N=1000 times at random moments, and count what it leaves
 	$(BIN)/python tests/attacks/kills.py $(or $(N),1000)

@@ -5,7 +5,7 @@
 LoRA files are written with the module names and shapes of FLUX.1 (every linear layer of its 57 blocks, from diffusers'
 own class on the meta device) and random factors that have a few directions in common. A process of its own mixes them.
 The alternative is the dense route (projections, their product, its eigenvectors, the projected changes), which is given
-one 1024 x 1024 weight of its own: its time grows with the cube of the side.
+one 1024 x 1024 weight of its own: its time grows with the cube of the side. With --method nothing is compared.
 """
 
 from __future__ import annotations
@@ -130,15 +130,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         f"mixed in {found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of CPU), largest memory "
         f"{found['peak'] / 1e9:.2f} GB (files: {size / 1e9:.2f} GB in, {written / 1e9:.2f} GB out)"
     )
-    weight = one_weight(given.count, 96 if given.quick else 1024, rank)
+    result = {**found, "modules": len(modules), "rank": rank, "bytes": size}
+    if given.method is None:
+        result["one_weight"] = compared(given.count, 96 if given.quick else 1024, rank)
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def compared(count: int, side: int, rank: int) -> dict[str, float]:
+    """What the dense route costs beside ours, for one weight."""
+    weight = one_weight(count, side, rank)
     print(
         f"one {weight['side']} x {weight['side']} weight: {weight['cpu_seconds']:.3g} s of CPU, the dense route "
         f"{weight['dense_cpu_seconds']:.3g} s: {weight['ratio']:.0f} times more; difference {weight['apart']:.1e}"
     )
-    result = {**found, "modules": len(modules), "rank": rank, "bytes": size, "one_weight": weight}
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    return weight
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A picture grid: the plain sum of styles against their mix, for several seeds."""
+"""A picture grid: every style alone, and the plain sum of styles against their mix, for several seeds."""
 
 from __future__ import annotations
 
@@ -31,29 +31,43 @@ def draw_grid(
     seeds: int = 4,
     steps: int = 4,
     device: str = "cpu",
+    scales: Mapping[str, float] | None = None,
+    strengths: Sequence[float] = (1.0,),
     **recipe: Any,
-) -> None:
-    """Rows: no style, the plain sum, the mix. Columns: seeds, the same noise in each row.
+) -> dict[str, list[Any]]:
+    """Rows: no style, each style alone, the plain sum, the mix. Columns: seeds, the same noise in each row.
 
-    ``recipe`` is what else mix_styles takes: scales, threshold, subspace, pool, side, rank.
+    Args:
+        source: a pipeline, or what load_pipeline takes.
+        strengths: the plain sum and the mix get a row for each, all scales times it, to compare them at the best of
+            each.
+        recipe: what else mix_styles takes: threshold, subspace, pool, side, rank.
 
-    ``source`` is a pipeline, or what load_pipeline takes.
-
-    Raises ParameterError for no seeds or steps, CheckpointError for a pipeline that cannot be loaded.
+    Returns the pictures by row. Raises ParameterError for no seeds, steps or strengths, CheckpointError for a pipeline
+    that cannot be loaded.
     """
-    if seeds < 1 or steps < 1:
-        raise ParameterError(f"{seeds} seeds and {steps} steps; both must be at least 1")
+    if seeds < 1 or steps < 1 or not strengths:
+        raise ParameterError(f"{seeds} seeds, {steps} steps, {len(strengths)} strengths; all must be at least 1")
     pipe = load_pipeline(source, device) if isinstance(source, str) else source
     rows = {"no style": _pictures(pipe, prompt, seeds, steps)}
     mixed: dict[str, Any] = {"component": component, "shared_weight": shared_weight, "method": method}
     mixed["method_options"] = method_options
     for title, way in (("plain sum", {"component": "full"}), (f"{method or component or 'unique'} mix", mixed)):
-        mix = mix_styles(pipe, styles, **way, **recipe)
-        rows[title] = _pictures(pipe, prompt, seeds, steps)
+        mix = mix_styles(pipe, styles, scales=scales, **way, **recipe)
+        own = mix.scales
+        if title == "plain sum":
+            for name in mix.names:
+                mix.set_style_scales({**dict.fromkeys(own, 0.0), name: own[name]})
+                rows[name] = _pictures(pipe, prompt, seeds, steps)
+        for strength in strengths:
+            mix.set_style_scales({name: strength * scale for name, scale in own.items()})
+            row = title if len(strengths) == 1 else f"{title} x {strength:g}"
+            rows[row] = _pictures(pipe, prompt, seeds, steps)
         mix.unload()
     drawn = io.BytesIO()
     paste(rows).save(drawn, format="PNG")
     write_picture(out, drawn.getvalue())
+    return rows
 
 
 def load_pipeline(source: str, device: str) -> Any:

@@ -15,7 +15,7 @@ from tvbases_hf.storage.run import track
 from tvbases_hf.styles.lora_layers import B
 from tvbases_hf.styles.lora_source import Source, name_styles
 from tvbases_hf.styles.mixed_file import factors, rounded, write_mix
-from tvbases_hf.styles.mixing import Part, Recipe, Styles, bias, combine, parse_scales, recipe_of, split
+from tvbases_hf.styles.mixing import Part, Recipe, Styles, as_sum, bias, combine, parse_scales, recipe_of, split
 from tvbases_hf.styles.report import Tally
 
 from .pipeline import AdapterState, adapters, check_fits, layer_of, load, open_style, remove, require_loader
@@ -119,6 +119,7 @@ class StyleMix:
         self.recipe, self.report, self.adapter_name, self.sources = recipe, report, adapter_name, sources
         self._pipe, self._styles, self._parts = pipe, styles, parts
         self._scales, self._written, self._schedule = dict(scales), dict(scales), None
+        self._sums, self._summed = parts, frozenset[str]()
         self._before = AdapterState.of(pipe)
         try:
             load(pipe, self._state(), adapter_name)
@@ -187,8 +188,8 @@ class StyleMix:
     def _state(self) -> dict[str, torch.Tensor]:
         biased = {part.place.component for part in self._parts if part.place.has_bias}
         state = {}
-        for part in self._parts:
-            state |= self._factors(part, self._scales)
+        for part, added in zip(self._parts, self._sums_at(self._scales), strict=True):
+            state |= self._factors(added, self._scales)
             if part.place.component in biased:
                 state[f"{part.place.component}.{part.place.module}.lora_B.bias"] = bias(part, self._scales)
         return state
@@ -200,7 +201,7 @@ class StyleMix:
 
     def _check_loaded(self) -> None:
         """diffusers leaves out, with a line in the log, what it finds no place for."""
-        for part in self._parts:
+        for part in self._sums_at(self._scales):
             layer, place = layer_of(self._pipe, part.place), part.place
             rank = self.recipe.rank(place)
             if self.adapter_name not in getattr(layer, "lora_B", {}) or layer.r[self.adapter_name] != rank:
@@ -212,31 +213,39 @@ class StyleMix:
 
     def _check_fits(self, scales: Mapping[str, float]) -> None:
         """ParameterError for scales at which the layers' dtype cannot hold a factor; nothing is changed."""
-        for part in self._parts:
+        for part in self._sums_at(scales):
             dtype = layer_of(self._pipe, part.place).lora_B[self.adapter_name].weight.dtype
             name = f"{part.place.component}.{part.place.module}"
-            if self.recipe.method is not None:
+            if part.method is not None:
                 rounded(name, combine(part, scales).left, dtype)
                 continue
             for style, change in part.changes.items():
                 rounded(name, change.left * scales[style], dtype)
 
+    def _sums_at(self, scales: Mapping[str, float]) -> list[Part]:
+        """The parts, those of a linear method as sums; other ones where other styles are left out, by a scale of 0."""
+        there = frozenset(name for name in self.names if scales[name] != 0)
+        if self.recipe.method is not None and there != self._summed:
+            self._sums, self._summed = [as_sum(part, scales) for part in self._parts], there
+        return self._sums
+
     def _write(self, scales: Mapping[str, float]) -> None:
         """Put scales into the second factors, of the styles whose scale is another than before."""
         changed = {name for name in self.names if scales[name] != self._written[name]}
-        for part in self._parts if changed else ():
+        others = any((scales[name] == 0) != (self._written[name] == 0) for name in changed)
+        for part, added in zip(self._parts, self._sums_at(scales), strict=True) if changed else ():
             layer = layer_of(self._pipe, part.place)
             first, second = layer.lora_A[self.adapter_name], layer.lora_B[self.adapter_name]
             if second.weight.is_meta:
                 raise ParameterError(
                     "the weights are offloaded to nowhere; set the scales before sequential offloading"
                 )
-            if self.recipe.method is not None:  # no style has columns of its own
-                made = self._factors(part, scales).values()
+            if added.method is not None or (others and part.method is not None):  # no style has columns of its own
+                made = self._factors(added, scales).values()
                 for weight, tensor in zip((first.weight, second.weight), made, strict=True):
                     weight.data.copy_(tensor)
             else:
-                _write_columns(part, scales, changed, second.weight.data)
+                _write_columns(added, scales, changed, second.weight.data)
             if changed & part.biases.keys() and second.bias is not None:
                 second.bias.data.copy_(bias(part, scales))
         self._written = dict(scales)

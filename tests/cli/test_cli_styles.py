@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from commands.command_line import misused, refused, tvbases
 from tvbases_hf.algebra.delta import dense
@@ -79,20 +82,37 @@ def test_the_file_may_have_the_names_of_comfyui(place: Path) -> None:
     assert "lora_unet_double_blocks_0_img_attn_qkv" in names and "lora_unet_single_blocks_0_linear2" in names
 
 
-def test_a_grid_draws_the_plain_sum_against_the_mix(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from PIL import Image
-
-    monkeypatch.setattr("tvbases_diffusers.grid.load_pipeline", lambda source, device: flux_pipeline())
+def draw_with_a_small_flux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline of no tokenizer, told embeddings, in place of the one that --pipeline names."""
     embeds = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(3))
     said = {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0], "height": 16, "width": 16}
+    monkeypatch.setattr("tvbases_diffusers.grid.load_pipeline", lambda source, device: flux_pipeline())
     monkeypatch.setattr("tvbases_diffusers.grid.words", lambda prompt: said)
+
+
+def test_a_grid_draws_the_plain_sum_against_the_mix(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_with_a_small_flux(monkeypatch)
     grid = place / "grid.png"
     more = ["--grid", grid, "--pipeline", "tiny", "--seeds", 3, "--steps", 1]
     outcome = tvbases(*given(place), *more)
     assert outcome.code == 0, outcome.err
     with Image.open(grid) as picture:
-        assert picture.width > 3 * 16 and picture.height > 2 * 16
+        assert picture.width > 3 * 16 and picture.height > 5 * 16  # no style, two styles, plain sum, mix
+
+
+def test_the_example_for_a_gpu_draws_every_strength_and_says_that_there_is_no_clip(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_with_a_small_flux(monkeypatch)
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "flux_style_mixing.py"))
+    styles = [part for name in "ab" for part in ("--style", f"{name}={place / name / 'style.safetensors'}")]
+    more = ["--seeds", "1", "--steps", "1", "--strength", "0.5", "--strength", "1", "--method", "tsv"]
+    files = ["--out", str(place / "real.png"), "--comfy", str(place / "comfy.safetensors")]
+    example["main"](["--real", *styles, *more, *files, "--clip", str(place / "nothing")])
+    assert "no CLIP scores" in capsys.readouterr().err
+    assert (place / "comfy.safetensors").is_file()
+    with Image.open(place / "real.png") as picture:
+        assert picture.height > 7 * 16  # no style, two styles, the plain sum and the mix at two strengths
 
 
 BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {

@@ -50,14 +50,20 @@ def test_there_are_yaml_examples() -> None:
 def test_the_style_example_trains_mixes_draws_and_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
     example = runpy.run_path(str(ROOT / "examples" / "flux_style_mixing.py"))
-    given = ["--quick", "--quiet", "--images", "10", "--threads", "1", "--workdir", str(tmp_path)]
-    found = example["main"]([*given, "--out", str(tmp_path / "styles.png")])
+    given = ["--quick", "--quiet", "--processes", "1", "--workdir", str(tmp_path)]
+    found = example["main"]([*given, "--out", str(tmp_path / "styles.md"), "--picture", str(tmp_path / "styles.png")])
     assert (tmp_path / "styles.png").stat().st_size > 1000
-    assert set(found["alone"]) == {"base", *example["FAMILY"], *example["APART"]}
-    assert len(found["mixes"]) == len(example["MIXES"]) * len(example["WAYS"])
-    assert "all four: unique + one copy" in capsys.readouterr().out
+    alone = {(q["family"], q["style"]) for q, _ in found["loras"]}
+    assert alone == {("apart", "neon"), ("apart", "sepia"), ("apart", "cat")} | {
+        ("house", style) for style in ("neon", "sepia", "framed")
+    }
+    assert len(found["base"].found) == 2 and len(found["screen"].found) == 3 + 3 + 2
+    assert len(found["final"].found) == 3 + len(found["screen"].found) + 3  # drawn, at the best scales, at scale 1
+    results = (tmp_path / "styles.md").read_text()
+    assert "| steps |" in results and "A person and a style" in results
+    assert "styles.png" in capsys.readouterr().out
 
 
 def test_the_example_of_images_trains_and_runs_its_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def mix_styles(
     equal_rank: EqualRank = False,
     report: Annotated[bool, typer.Option("--report", help="Also what is shared by block and by two styles.")] = False,
     grid: Annotated[
-        Path | None, file_option("Also a picture: the plain sum against this mix; needs --pipeline.", "PNG")
+        Path | None, file_option("Also a picture: each style, their plain sum and this mix; needs --pipeline.", "PNG")
     ] = None,
     pipeline: Annotated[
         str | None, typer.Option(help="The pipeline that draws the picture.", metavar="PATH_OR_ID")

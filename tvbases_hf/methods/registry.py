@@ -44,6 +44,8 @@ class Method:
     ``of_matrices``: it treats matrices otherwise than other shapes. ``sum_only``: given the weights, the result depends
     on the vectors through their weighted sum alone, so that it is the same over balanced bases, up to the scale.
     ``by_rows``: of large matrices that are tall (algebra.tall) it never holds one as a whole.
+    ``in_turn``: of low-rank changes it makes factors that are those of every vector in turn, the left ones times the
+    vector's weight, so that while no weight is zero the result is linear in them.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Method:
     of_matrices: bool = False
     sum_only: bool = False
     by_rows: bool = False
+    in_turn: bool = False
 
     @property
     def summary(self) -> str:
@@ -123,6 +126,10 @@ class Method:
             return reshaped(self._combined(name, whole, weights, options), shape, work_dtype(whole))
         return self._combined(name, deltas, weights, options)
 
+    def is_linear(self, options: Mapping[str, Any]) -> bool:
+        """Whether ``in_turn`` holds with these options."""
+        return self.in_turn and not self._last_step(options).changes
+
     def _last_step(self, options: Mapping[str, Any]) -> LastStep:
         return LastStep(**{k: options[k] for k in options_of(LastStep) if k in options and k not in self.own_options})
 
@@ -190,12 +197,19 @@ METHODS = Methods()
 
 
 def method(
-    name: str, *, title: str, source: str = "", of_matrices: bool = False, sum_only: bool = False, by_rows: bool = False
+    name: str,
+    *,
+    title: str,
+    source: str = "",
+    of_matrices: bool = False,
+    sum_only: bool = False,
+    by_rows: bool = False,
+    in_turn: bool = False,
 ) -> Callable[[Callable[P, D]], Callable[P, D]]:
     """Declare a function to be the merging method ``name``; ``title`` and ``source`` (an address) are for readers."""
 
     def declare(function: Callable[P, D]) -> Callable[P, D]:
-        METHODS.add(Method(name, title, source, function, of_matrices, sum_only, by_rows))
+        METHODS.add(Method(name, title, source, function, of_matrices, sum_only, by_rows, in_turn))
         return function
 
     return declare

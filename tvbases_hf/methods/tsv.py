@@ -29,7 +29,7 @@ def default_rank(num_tasks: int) -> RankRule:
     return RankRule("fraction", 1 / num_tasks)
 
 
-@method("tsv", title="TSV-Merge", source=PAPER, of_matrices=True, by_rows=True)
+@method("tsv", title="TSV-Merge", source=PAPER, of_matrices=True, by_rows=True, in_turn=True)
 def tsv_merge(
     deltas: Sequence[Delta],
     weights: Sequence[float] | None = None,

@@ -60,6 +60,26 @@ class StyleMethod:
         low = _trivial_factors(dense(merged)) if low is None or low.rank > most else low
         return LowRank(low.left.to(torch.float32), low.right.to(torch.float32))
 
+    def terms(
+        self, name: str, changes: Mapping[str, LowRank], scales: Mapping[str, float]
+    ) -> dict[str, LowRank] | None:
+        """What each style puts into the merged change, to be added up times its scale; of those of scale 0 nothing.
+
+        It holds for all scales that leave the same styles out. None where the method is not linear, or where it kept
+        fewer directions than the styles have, so that whose they are cannot be told.
+        """
+        live = {style: change for style, change in changes.items() if scales[style] != 0}
+        if not live or not self.method.is_linear(self.options):
+            return None
+        merged = self.mixed(name, changes, scales)
+        if merged.rank != sum(change.rank for change in live.values()):
+            return None
+        found, start = {}, 0
+        for style, change in live.items():
+            own = slice(start, start := start + change.rank)
+            found[style] = LowRank(merged.left[:, own] / scales[style], merged.right[own])
+        return found
+
     def mixed_bias(self, name: str, biases: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
         """The merged change of a bias [n]."""
         deltas: dict[str, Delta] = {style: Dense(own) for style, own in biases.items() if scales[style] != 0}

@@ -132,6 +132,20 @@ def test_the_scales_of_a_merging_method_stay_live_and_its_mix_goes_without_a_tra
     assert torch.equal(flux_image(flux), picture)
 
 
+def test_the_scales_of_a_linear_method_change_without_another_merge(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = two()
+    mix = mix_styles(flux, states, method="tsv", scales={"a": 0.7})
+    monkeypatch.setattr("tvbases_hf.styles.method.StyleMethod.mixed", None)
+    for scales in ({"a": 0.5, "b": -1.0}, {"a": 1.3, "b": 0.2}):
+        mix.set_style_scales(scales)
+        assert_adds(flux, _merged(states, "tsv", scales))
+    monkeypatch.undo()
+    mix.set_style_scales({"a": 0.0})  # the other's directions are then its own again
+    assert_adds(flux, _merged(states, "tsv", {"a": 0.0, "b": 0.2}))
+    mix.set_style_scales({"a": 1.0})
+    assert_adds(flux, _merged(states, "tsv", {"a": 1.0, "b": 0.2}))
+
+
 def _merged(states: Mapping[str, Mapping[str, Tensor]], method: str, scales: Mapping[str, float]) -> dict[str, Tensor]:
     """What the method makes of full matrices; TIES with the thresholds of the whole model."""
     chosen, live = METHODS[method], [name for name in states if scales[name]]
