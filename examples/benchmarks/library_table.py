@@ -67,7 +67,8 @@ def _section(report: Mapping[str, Any]) -> Iterable[str]:
             cells.append([name_of(row), *_cells(row), ratio])
     yield table(headers, cells)
     used = [f"{row['cpu_seconds']:.0f}" for row in rows if "cpu_seconds" in row]
-    yield f"Processor seconds of tvbases-hf, row by row (other programs ran beside it): {', '.join(used)}."
+    if used:
+        yield f"Processor seconds of tvbases-hf, row by row (other programs ran beside it): {', '.join(used)}."
     beside = [(rows[row["beside"]], row) for row in rows if "beside" in row and "failed" not in row]
     if beside:
         yield _verdict(beside)
