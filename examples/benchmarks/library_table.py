@@ -41,8 +41,8 @@ def results(reports: Sequence[Mapping[str, Any]]) -> str:
         "are means over the adapters of |Δ - Δ'|² / |Δ|², Δ the change that an adapter makes of all weights. Every "
         "program ran in a process of its own. vlora-dev 1.0.0 and lorashare 0.1.3 keep the numbers of components that "
         "are named; below each, tvbases-hf at the same share of the bytes. They hold all adapters in memory, and "
-        "were not run on a thousand. Where they are better: vlora-dev compresses and restores in less time; seconds were "
-        "taken while other programs ran.",
+        "were not run on a thousand. Where they are better: vlora-dev compresses and restores in less time; seconds "
+        "were taken while other programs ran.",
     ]
     for report in reports:
         parts += [f"## {report['what'][0].upper()}{report['what'][1:]}", *_section(report)]
