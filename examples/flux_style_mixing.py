@@ -29,14 +29,14 @@ CLIP = "openai/clip-vit-base-patch32"
 def run_real(given: argparse.Namespace) -> dict[str, float]:
     """The CLIP score of every row, by its title; none without a CLIP model."""
     from tvbases_diffusers.grid import draw_grid
-    from tvbases_hf.styles.mixed_file import mix_style_files
+    from tvbases_hf import mix_style_files
 
     styles = dict(style.split("=", 1) for style in given.style)
     way: dict[str, Any] = {"method": given.method, "component": given.component}
     how = {"prompt": given.prompt, "seeds": given.seeds, "steps": given.steps, "device": given.device}
     rows = draw_grid(given.pipeline, styles, given.out, strengths=given.strength or (0.6, 0.8, 1.0), **way, **how)
     if given.comfy is not None:
-        mix_style_files(styles, given.comfy, loader="comfy", **way)
+        mix_style_files(styles, given.comfy, loader="comfy", family=given.family, **way)
     scores = clip_scores(rows, given.prompt, given.clip)
     for title, score in scores.items():
         print(f"{title:32} {score:.3f}")
@@ -83,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     parser.add_argument("--clip", default=CLIP, metavar="PATH_OR_ID", help=f"default: {CLIP}")
     parser.add_argument("--out", type=Path, default=Path("flux_styles.png"))
     parser.add_argument("--comfy", type=Path, metavar="FILE", help="also the mix, as ComfyUI loads it")
+    parser.add_argument(
+        "--family", help="--comfy: whose styles these are, where their names leave it open: Flux.1, ..."
+    )
     return run_real(parser.parse_args(arguments))
 
 

@@ -319,7 +319,8 @@ def test_a_restored_model_has_the_configuration_and_the_tokenizer_of_the_base(mo
     out = basis.restore("task0", models.base, tmp_path / "restored")
     assert json.loads((out / "config.json").read_text()) == CONFIG
     assert (out / "tokenizer.json").read_text() == '{"words": []}'
-    assert not (out / "README.md").exists()  # the base's card does not describe it
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "restored from a basis" in card and "the base's own card" not in card  # which does not describe it
 
 
 def test_another_base_is_refused(models: Models, tmp_path: Path) -> None:

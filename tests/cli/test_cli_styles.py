@@ -107,7 +107,7 @@ def test_the_example_for_a_gpu_draws_every_strength_and_says_that_there_is_no_cl
     example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "flux_style_mixing.py"))
     styles = [part for name in "ab" for part in ("--style", f"{name}={place / name / 'style.safetensors'}")]
     more = ["--seeds", "1", "--steps", "1", "--strength", "0.5", "--strength", "1", "--method", "tsv"]
-    files = ["--out", str(place / "real.png"), "--comfy", str(place / "comfy.safetensors")]
+    files = ["--out", str(place / "real.png"), "--comfy", str(place / "comfy.safetensors"), "--family", "Flux.1"]
     example["main"](["--real", *styles, *more, *files, "--clip", str(place / "nothing")])
     assert "no CLIP scores" in capsys.readouterr().err
     assert (place / "comfy.safetensors").is_file()

@@ -193,6 +193,7 @@ def test_secrets_and_checkpoints_beside_the_weights_stay_where_they_are(tmp_path
     tuned = make(tmp_path, "a", TOKENIZER, 1)
     assert tvbases("decompose", "--base", base, "--task", f"a={tuned}", "--out", tmp_path / "out").code == 0
     assert {file.name for file in (tmp_path / "out" / "shared").iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         *TOKENIZER,
