@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,15 +53,15 @@ class Weight:
         return zlib.crc32(f"{self.seed} {self.name}".encode())
 
 
-class Kernel:
+class Kernel(ABC):
     """A method on the changes of one weight; ``settings`` hold each of its parameters: one value, or one per change."""
 
-    def prepare(self, settings: Settings) -> None:
+    def prepare(self, settings: Settings) -> None:  # noqa: B027 - most methods need nothing
         """Find once what needs all weights, before the first is merged."""
 
+    @abstractmethod
     def combine(self, deltas: Sequence[Delta], settings: Settings, weight: Weight) -> Delta:
         """What the method adds to the base."""
-        raise NotImplementedError
 
     def by_rows(self, settings: Settings) -> bool:
         """Whether it needs a block of rows only of a tall matrix."""

@@ -20,8 +20,32 @@ from torch import Tensor
 from .dtypes import promoted
 
 
+class _Change:
+    """What only some changes have: None of the others."""
+
+    @property
+    def factors(self) -> LowRank | None:
+        return None
+
+    @property
+    def parts(self) -> list[LowRank] | None:
+        return None
+
+
+class _Whole(_Change):
+    """Without a low-rank part to ask for, or rows that are scaled."""
+
+    @property
+    def low(self) -> None:
+        return None
+
+    @property
+    def row_scale(self) -> None:
+        return None
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(_Whole):
     """``tuned`` - ``base``, both [*shape] in their stored dtype; ``base`` None means that ``tuned`` is the change."""
 
     tuned: Tensor
@@ -50,22 +74,6 @@ class Dense:
         return (self.tuned,)
 
     @property
-    def factors(self) -> None:
-        return None
-
-    @property
-    def parts(self) -> None:
-        return None
-
-    @property
-    def low(self) -> None:
-        return None
-
-    @property
-    def row_scale(self) -> None:
-        return None
-
-    @property
     def T(self) -> Dense:
         return Dense(self.tuned.T, None if self.base is None else self.base.T)
 
@@ -87,7 +95,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(_Change):
     """``left`` @ ``right``: [n, r] @ [r, m], the scaling already inside."""
 
     left: Tensor
@@ -124,16 +132,12 @@ class LowRank:
         return self
 
     @property
-    def parts(self) -> None:
+    def row_scale(self) -> None:
         return None
 
     @property
     def low(self) -> LowRank:
         return self
-
-    @property
-    def row_scale(self) -> None:
-        return None
 
     @property
     def T(self) -> LowRank:
@@ -155,7 +159,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Dora:
+class Dora(_Change):
     """diag(``row_scale``) ``base`` + ``low``: row_scale [n] float32, base [n, m] as stored, low of that shape.
 
     A DoRA adapter of magnitude mu changes W to diag(g) (W + s B A) with g = mu / |rows of W + s B A|, which is
@@ -190,14 +194,6 @@ class Dora:
         return (self.row_scale, *self.low.stored)
 
     @property
-    def factors(self) -> None:
-        return None
-
-    @property
-    def parts(self) -> None:
-        return None
-
-    @property
     def T(self) -> Dense:
         """Whole, float32: its columns are scaled, for which there is no form."""
         return Dense(dense(self, torch.float32).T)
@@ -219,7 +215,7 @@ class Dora:
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(_Whole):
     """``left`` [E, n, r] times ``right`` [E, r, m]: the low-rank changes of E matrices in one tensor [E, n, m]."""
 
     left: Tensor
@@ -240,18 +236,6 @@ class Stacked:
     @property
     def stored(self) -> tuple[Tensor, ...]:
         return (self.left, self.right)
-
-    @property
-    def factors(self) -> None:
-        return None
-
-    @property
-    def low(self) -> None:
-        return None
-
-    @property
-    def row_scale(self) -> None:
-        return None
 
     @property
     def T(self) -> Stacked:
@@ -287,7 +271,7 @@ class Stacked:
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(_Whole):
     """[D_1 P_1, ..., D_T P_T] ``right``, float32: the rows of stored changes D_i [n, m] times ``maps`` P_i [m, k_i].
 
     For a left factor [n, r] that is as large as the change itself: ``right`` is [r, m], and rows are made as they are
@@ -313,22 +297,6 @@ class Images:
     @property
     def stored(self) -> tuple[Tensor, ...]:
         return (*(delta.tuned for delta in self.deltas), *self.maps, self.right)
-
-    @property
-    def factors(self) -> None:
-        return None
-
-    @property
-    def parts(self) -> None:
-        return None
-
-    @property
-    def low(self) -> None:
-        return None
-
-    @property
-    def row_scale(self) -> None:
-        return None
 
     @property
     def T(self) -> Dense:
