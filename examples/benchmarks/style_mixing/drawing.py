@@ -105,9 +105,9 @@ def scenes(content: Tensor, colour: Tensor, seed: int) -> Scenes:
     """A scene of each prompt, with its own place, size and angle; ``content`` counts SHAPES, ``colour`` COLOURS."""
     generator = torch.Generator().manual_seed(seed)
     distance = torch.empty(len(content), SIDE, SIDE)
-    shifts = 0.1 * (2 * torch.rand(len(content), 2, generator=generator) - 1)
-    sizes = 0.66 + 0.12 * torch.rand(len(content), generator=generator)
-    angles = 0.16 * (2 * torch.rand(len(content), generator=generator) - 1)
+    shifts = 0.05 * (2 * torch.rand(len(content), 2, generator=generator) - 1)
+    sizes = 0.68 + 0.08 * torch.rand(len(content), generator=generator)
+    angles = 0.06 * (2 * torch.rand(len(content), generator=generator) - 1)
     for number, name in enumerate(SHAPES):
         rows = (content == number).nonzero()[:, 0]
         for part in rows.split(256):

@@ -134,7 +134,7 @@ def _what(workshop: Workshop, found: dict[str, Answers]) -> Iterable[str]:
             f"three styles at once) and {judge['styles']:.1%} of the styles."
         )
     yield (
-        "LoRAs of rank 8 (dotted, neon, sepia) and 16, trained with PEFT: apart from each other, or going on from one "
+        "LoRAs of rank 8 (dotted, sepia) and 16, trained with PEFT: apart from each other, or going on from one "
         "LoRA of the house style (a frame), at rank 16. A person is a shape that the base does not know. **Both** is "
         "the share of pictures that show the right content and all styles that were mixed. Scales are the same for "
         f"both LoRAs; the best of {', '.join(f'{s:g}' for s in settings.scales)} is found on other noise and "

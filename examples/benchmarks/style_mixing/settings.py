@@ -11,7 +11,7 @@ from .model import Size, Training
 from .ways import PLAIN, SAME_AS_PLAIN, WAYS
 
 APART, FAMILY = "apart", "house"
-RANKS = {name: 16 if name in ("slanted", "outlined", "watercolour") else 8 for name in STYLES}
+RANKS = {name: 16 if name in ("slanted", "outlined", "watercolour", "neon") else 8 for name in STYLES}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ FULL = Settings(
     name="full",
     size=Size(),
     base=Training(2600, 32, 2e-3),
-    lora=Training(300, 16, 1.5e-3, 2000),
+    lora=Training(300, 16, 3e-3, 4000),
     judge_steps=1500,
     judge_examples=4000,
     seeds=(0, 1),
