@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -47,9 +46,10 @@ def push_output(found: Mapping[str, Any]) -> None:
 
     if not _asked or "out" not in found or found.get("dry_run") or current().team.rank > 0:
         return
+    from ..storage.files import home_path
     from ..storage.push import push
 
-    out = Path(found["out"]).expanduser()
+    out = home_path(found["out"])
     card = None
     if out.is_file():
         from ..styles.card import mix_card
