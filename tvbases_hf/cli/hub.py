@@ -35,7 +35,10 @@ def _uploading(repository: str) -> Iterator[None]:
 PushToHub = Annotated[
     str | None,
     typer.Option(
-        "--push-to-hub", help="Then upload the output to this repository.", metavar="OWNER/NAME", callback=_checked
+        "--push-to-hub",
+        help="Upload the output to this repository afterwards.",
+        metavar="OWNER/NAME",
+        callback=_checked,
     ),
 ]
 
