@@ -216,7 +216,7 @@ def _say(text: str, err: bool = False) -> None:
 hook_app = typer.Typer(
     name="hook",
     no_args_is_help=True,
-    help="Let plain mergekit find our merge methods, in mergekit-yaml, mergekit-multi and mergekit-pytorch.",
+    help="Let mergekit's own commands find our methods. These are mergekit-yaml, mergekit-multi and mergekit-pytorch.",
 )
 
 

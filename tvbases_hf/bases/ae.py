@@ -78,7 +78,7 @@ def ae_bases(
     anneal: Annotated[
         float | None, Field(gt=0, le=1, description="factor on adam's temperature, every 500 steps")
     ] = None,
-    steps: Annotated[int, Field(ge=1, description="steps of adam")] = 4000,
+    steps: Annotated[int, Field(ge=1, description="with adam, how many")] = 4000,
     seed: Annotated[int, Field(description="chooses between equally good bases, and where adam starts")] = 0,
 ) -> BasisWeights:
     """M convex combinations of the tasks that reconstruct all of them best (autoencoder bases).

@@ -85,7 +85,7 @@ def compress(
             help="Share of the models' bytes to keep, for tsv and for adapters with any method. Default: 0.5."
         ),
     ] = None,
-    alpha: Annotated[float, scale_option("for adapters: PEFT loads the directory as base + alpha * sum.")] = 1.0,
+    alpha: Annotated[float, scale_option("of adapters: PEFT loads the directory as base + alpha * sum.")] = 1.0,
     equal_rank: EqualRank = False,
     host: Host = None,
     dtype: Dtype = "auto",

@@ -96,7 +96,7 @@ def plan_of(
 
 @app.command("lm-eval-tasks", epilog='Example: tvbases lm-eval-tasks; lm_eval ls tasks --include_path "$(...)"')
 def lm_eval_tasks() -> None:
-    """Print the directory of our lm-eval tasks. It is for lm_eval --include_path; they measure toxicity and negation."""
+    """Print the directory of our lm-eval tasks. They measure toxicity and negation, with lm_eval --include_path."""
     from tvbases_lm_eval import include_path
 
     print(include_path())

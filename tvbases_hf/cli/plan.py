@@ -34,7 +34,7 @@ def plan(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Predict what a job needs: bytes, peak memory, arithmetic, time. No weights are read or downloaded.
+    """Predict the bytes, peak memory and time of a job. No weights are read or downloaded.
 
     --base may also be the config.json of a causal language model.
     """
