@@ -90,7 +90,7 @@ def export(
     check_output(out, is_adapter_directory)
     check_apart(out, [str(directory)])
     if Path(directory).resolve() in home_path(out).resolve().parents:
-        raise OutputError(f'"{out}" is in "{directory}", all of which is written again; choose another directory')
+        raise OutputError(f'"{out}" is in "{directory}", which is written again as a whole; choose another directory')
     if dry_run:
         return preview(out, None, None)
     adapter = basis.adapter(name, alpha=alpha, rank=rank, equal_rank=equal_rank, host=host)
