@@ -51,9 +51,9 @@ OLDEST_TEST := tests/integrations/peft/test_peft_integration.py tests/integratio
 test-oldest: .venv-oldest/.installed  ## the tests of PEFT, with the oldest that is allowed
 	.venv-oldest/bin/python -m pytest $(OLDEST_TEST)
 
-package: $(STAMP)  ## build the wheel, check its metadata, and run it with the core's dependencies alone
+package: $(STAMP)  ## build the source archive and from it the wheel, check its metadata, and run it with the core's dependencies alone
 	rm -rf build/wheel && mkdir -p build/wheel
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m build --outdir build/wheel . >build/wheel/log 2>&1 || { cat build/wheel/log; exit 1; }
 	$(BIN)/python .ci/check_wheel.py build/wheel/*.whl
 
 extras: package  ## the wheel alone, and with each extra alone, in environments of their own: 5 GB, a quarter of an hour

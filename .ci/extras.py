@@ -96,7 +96,7 @@ def models(python: Path, place: Path) -> None:
 def run(python: Path, use: list[str] | str, **named: object) -> subprocess.CompletedProcess[str]:
     """A command, or Python, in an empty directory and without the paths of the one who calls."""
     named_in = [part.format(**named) for part in use] if isinstance(use, list) else []
-    command = [str(python), "-c", use] if isinstance(use, str) else [str(python.parent / "tvbases"), *named_in]
+    command = [str(python), "-c", use] if isinstance(use, str) else [str(python), "-m", "tvbases_hf", *named_in]
     words = {word: value for word, value in os.environ.items() if word != "PYTHONPATH"}
     empty = python.parents[1] / "empty"
     empty.mkdir(exist_ok=True)

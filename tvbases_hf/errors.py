@@ -42,6 +42,14 @@ def first_line(error: BaseException) -> str:
     return reason + option
 
 
+def of_system(error: OSError | MemoryError) -> str:
+    """What the system refuses, in one line."""
+    if isinstance(error, OSError):
+        file = f": {error.filename}" if error.filename else ""
+        return f"the system refused to read or write{file}: {error.strerror or error}; mend that and run this again"
+    return "there is not enough memory; give the command less at a time (--memory, --threads 1), or a larger machine"
+
+
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """`` (did you mean NAME?)`` for a misspelt name, empty if no known one is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

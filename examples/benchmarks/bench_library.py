@@ -9,7 +9,8 @@ Without --adapters, adapters with planted common subspaces in the shapes of Smol
 work directory. Each program compresses all adapters but the last in a process of its own, whose memory is measured,
 gives one back, and takes the last one in; ours once more at every share of the bytes that a rival comes to. Errors are
 means over the adapters of the squared relative error of what comes back. --accuracy: the adapters are those of
-bench_llm.py in its work directory, and each task's accuracy is measured with what comes back.
+bench_llm.py in its work directory (in folders that end with the tasks' names), and each task's accuracy is measured
+with what comes back.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Comparison:
 
 
 def accuracy(workdir: Path, adapters: Mapping[str, Path]) -> float:
-    """Mean per cent right of bench_llm's tasks, each with its own adapter."""
+    """Mean per cent right of bench_llm's tasks, each with its own adapters: those whose names end with the task's."""
     from llm.settings import FULL
     from llm.workshop import Workshop, mean
 
@@ -134,12 +135,12 @@ def accuracy(workdir: Path, adapters: Mapping[str, Path]) -> float:
     from tvbases_hf.learning.inplace import InPlace
 
     shop = _workshops.setdefault(workdir, Workshop(workdir, FULL, "auto|auto"))
-    own = {task: path for task, path in adapters.items() if task in FULL.tasks}
-    vectors = Vectors.open(shop.base, {task: str(path) for task, path in own.items()})
+    tasks = {name: task for name in adapters if (task := name.rpartition("-")[2]) in FULL.tasks}
+    vectors = Vectors.open(shop.base, {name: str(adapters[name]) for name in tasks})
     place, right = InPlace(shop.model, vectors.names), {}
-    for index, task in enumerate(own):
-        with place.changed(lambda name, k=index: vectors.deltas(name)[k]) as model:
-            right |= shop.accuracies(model, "test", [task])[0]
+    for index, (name, task) in enumerate(tasks.items()):
+        with place.changed(lambda weight, k=index: vectors.deltas(weight)[k]) as model:
+            right[name] = shop.accuracies(model, "test", [task])[0][task]
     return mean(right)
 
 

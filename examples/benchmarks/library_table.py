@@ -40,9 +40,9 @@ def results(reports: Sequence[Mapping[str, Any]]) -> str:
         f"{where}, {os.cpu_count()} processor cores. Bytes are those of all files, as a share of the adapters'; errors "
         "are means over the adapters of |Δ - Δ'|² / |Δ|², Δ the change that an adapter makes of all weights. Every "
         "program ran in a process of its own. vlora-dev 1.0.0 and lorashare 0.1.3 keep the numbers of components that "
-        "are named; below each, tvbases-hf at the same share of the bytes. They hold all adapters in memory, and "
-        "were not run on a thousand. Where they are better: vlora-dev compresses and restores in less time; seconds "
-        "were taken while other programs ran.",
+        "are named; below each, tvbases-hf at the same share of the bytes. They hold all adapters in memory, so the "
+        "thousand that they are run on have two layers. Where they are better: vlora-dev compresses and restores in "
+        "less time; seconds were taken while other programs ran, but for the thousand of 30 layers.",
     ]
     for report in reports:
         parts += [f"## {report['what'][0].upper()}{report['what'][1:]}", *_section(report)]
@@ -69,7 +69,7 @@ def _section(report: Mapping[str, Any]) -> Iterable[str]:
     yield table(headers, cells)
     used = [f"{row['cpu_seconds']:.0f}" for row in rows if "cpu_seconds" in row]
     if used:
-        yield f"Processor seconds of tvbases-hf, row by row (other programs ran beside it): {', '.join(used)}."
+        yield f"Processor seconds of tvbases-hf, row by row in all its threads: {', '.join(used)}."
     beside = [(rows[row["beside"]], row) for row in rows if "beside" in row and "failed" not in row]
     if beside:
         yield _verdict(beside)

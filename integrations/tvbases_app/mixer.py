@@ -12,25 +12,30 @@ from typing import Any
 
 import torch
 import yaml
+from jinja2 import TemplateError
+from torch import Tensor
 
 from tvbases_hf.algebra.sums import total
 from tvbases_hf.basis import Basis, LoraBasis
-from tvbases_hf.errors import ParameterError
+from tvbases_hf.errors import ParameterError, TvbasesError, first_line
 from tvbases_hf.learning.coefficients import summed
 from tvbases_hf.learning.inplace import Change, InPlace
-from tvbases_hf.learning.taskfiles import TaskModel
+from tvbases_hf.learning.taskfiles import TaskModel, quiet_transformers
 from tvbases_hf.merging.merge import Merge
 from tvbases_hf.merging.write import write
 from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.gram import gram_matrix
 from tvbases_hf.models.layers import examine_layers
 from tvbases_hf.models.vectors import Vectors
+from tvbases_hf.storage.files import home_path
 from tvbases_hf.storage.run import find_device
 
 from .beside import beside, can_be_beside
 
 TOKENS = 60
 METHOD = "task_arithmetic"
+# What models and tokenizers raise for a text that they do not take, and what torch does where memory ends.
+NOT_TAKEN = (ValueError, RuntimeError, IndexError, TypeError)
 RESTORED = """from tvbases_hf import Basis
 
 basis = Basis.from_pretrained({basis!r})
@@ -101,10 +106,13 @@ class Mixer:
     def compare(self, prompt: str, weights: Mapping[str, float], tokens: int = TOKENS) -> tuple[str, str]:
         """What the base writes after a prompt, and what it writes with the weights; the likeliest token every time.
 
-        Raises ParameterError for an empty prompt, and for a base that writes no text.
+        Raises ParameterError for an empty prompt, less than one token, a base that writes no text, and a prompt that
+        it cannot continue, such as one that is longer than what it can read.
         """
         if not prompt.strip():
             raise ParameterError("write a prompt for the models to continue")
+        if tokens < 1:
+            raise ParameterError(f"a text has at least one token; got {tokens}")
         change = self.change(weights)
         with self._turn:
             before = self._before(prompt, tokens)
@@ -128,7 +136,7 @@ class Mixer:
 
         Raises OutputError for a directory that is not ours, ParameterError for an adapter of full checkpoints.
         """
-        scales, out = self._ordered(weights), Path(out).expanduser()
+        scales, out = self._ordered(weights), home_path(out)
         if adapter and not self.holds_adapters:
             raise ParameterError("the tasks are full checkpoints, whose sum no adapter holds; write a checkpoint")
         if self.basis is None:
@@ -154,7 +162,7 @@ class Mixer:
 
     def _ordered(self, weights: Mapping[str, float]) -> list[float]:
         unknown = [name for name in weights if name not in self.tasks]
-        values = [float(weights.get(task, 0.0)) for task in self.tasks]
+        values = [_number(weights.get(task, 0.0)) for task in self.tasks]
         if unknown or not torch.tensor(values).isfinite().all():
             raise ParameterError(f"a weight is a number for one of {', '.join(self.tasks)}; got {dict(weights)!r}")
         return values
@@ -194,16 +202,40 @@ class Mixer:
     def _before(self) -> Any:
         return functools.lru_cache(maxsize=64)(self._continued)
 
-    @torch.no_grad()
     def _continued(self, prompt: str, tokens: int) -> str:
-        """Of a model with a chat template, its answer to the prompt."""
         model, tokenizer = self._model.model, self._model.tokenizer
-        text = prompt
-        if tokenizer.chat_template:
-            message = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
-        kept = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-        written = model.generate(**kept, max_new_tokens=tokens, do_sample=False)
-        start = 0 if model.config.is_encoder_decoder else kept["input_ids"].shape[1]
-        return tokenizer.decode(written[0, start:], skip_special_tokens=True).strip()
+        try:
+            with quiet_transformers():
+                return _written(model, tokenizer, prompt, tokens)
+        except TvbasesError:
+            raise
+        except (*NOT_TAKEN, TemplateError) as error:
+            kind = type(model).__name__
+            raise ParameterError(f"a {kind} cannot continue this prompt: {first_line(error)}") from error
+
+
+def _number(given: Any) -> float:
+    try:
+        return float(given)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+@torch.no_grad()
+def _written(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """The likeliest continuation; of a model with a chat template, its answer to the prompt."""
+    text = prompt
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+    kept = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    written = model.generate(**kept, max_new_tokens=tokens, do_sample=False, logits_processor=[_refuse_nan])
+    start = 0 if model.config.is_encoder_decoder else kept["input_ids"].shape[1]
+    return tokenizer.decode(written[0, start:], skip_special_tokens=True).strip()
+
+
+def _refuse_nan(_: Tensor, logits: Tensor) -> Tensor:
+    if logits.isnan().any():
+        raise ParameterError("with these weights the model computes NaN, which is no text; give smaller ones")
+    return logits

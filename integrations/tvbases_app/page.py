@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tvbases_hf.errors import MissingExtraError, ParameterError, TvbasesError
+from tvbases_hf.errors import MissingExtraError, ParameterError, TvbasesError, of_system
 from tvbases_hf.models.vectors import parse_tasks
 from tvbases_hf.text import in_html
 
 from .mixer import TOKENS, Mixer
 
 TITLE = "tvbases"
-LEAST, MOST, STEP = -2.0, 2.0, 0.05
+LEAST, MOST, STEP = -2.0, 2.0, 0.01
+MOST_TOKENS = 1000
 # Seconds that a file for download is kept.
 KEPT = 3600
 # Nothing is loaded from elsewhere: the system's own fonts.
@@ -54,6 +55,8 @@ def build(mixer: Mixer | None = None, *, public: bool = False, device: str = "cp
     gr = _gradio()
     if public and mixer is None:
         raise ParameterError("a public page shows models that its owner has chosen; give them")
+    if mixer is not None:
+        _ = mixer.similarities  # what is wrong with a model is said now, where the page would show a traceback
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         state = gr.State()
         heading = gr.Markdown(_heading(mixer))
@@ -61,7 +64,8 @@ def build(mixer: Mixer | None = None, *, public: bool = False, device: str = "cp
             _asking(gr, state, heading, device, opened=mixer is None)
         page.load(lambda: mixer, None, state, show_progress="hidden", api_visibility="private")
 
-        @gr.render(inputs=state)
+        # Not when the page is loaded as well: the second of two renders takes away what the first has shown.
+        @gr.render(inputs=state, triggers=[state.change])
         def _(loaded: Mixer | None) -> None:
             if loaded is not None:
                 _similarities(gr, loaded)
@@ -95,7 +99,8 @@ def look(gr: Any) -> dict[str, Any]:
 def _heading(mixer: Mixer | None) -> str:
     if mixer is None:
         return "# Task vectors\nName a base and fine-tunes of it, or a basis directory."
-    return f"# Task vectors\n{len(mixer.tasks)} tasks over {in_html(mixer.vectors.base.label)}"
+    count = len(mixer.tasks)
+    return f"# Task vectors\n{count} task{'s' if count > 1 else ''} over {in_html(mixer.vectors.base.label)}"
 
 
 def _saying(gr: Any, act: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,8 +109,9 @@ def _saying(gr: Any, act: Callable[..., Any]) -> Callable[..., Any]:
     def acting(*given: Any) -> Any:
         try:
             return act(*given)
-        except (TvbasesError, OSError) as error:
-            raise gr.Error(in_html(str(error)), duration=None, print_exception=False) from error
+        except (TvbasesError, OSError, MemoryError) as error:
+            said = str(error) if isinstance(error, TvbasesError) else of_system(error)
+            raise gr.Error(in_html(said), duration=None, print_exception=False) from error
 
     return acting
 
@@ -114,6 +120,7 @@ def _asking(gr: Any, state: Any, heading: Any, device: str, opened: bool) -> Non
     def load(base: str, tasks: str, basis: str) -> tuple[Mixer, str]:
         lines = [line.strip() for line in tasks.splitlines() if line.strip()]
         found = Mixer.open(base.strip(), parse_tasks(lines), basis.strip(), device)
+        _ = found.similarities  # as in build
         return found, _heading(found)
 
     with gr.Accordion("Models", open=opened):
@@ -138,12 +145,14 @@ def _similarities(gr: Any, mixer: Mixer) -> None:
 
 
 def _mixing(gr: Any, mixer: Mixer, public: bool) -> None:
-    start = round(round(1 / len(mixer.tasks) / STEP) * STEP, 2)
+    start = max(STEP, round(1 / len(mixer.tasks), 2))
 
-    def weights(values: tuple[float, ...]) -> dict[str, float]:
-        return dict(zip(mixer.tasks, values, strict=True))
+    def weights(values: tuple[float | None, ...]) -> dict[str, float]:
+        return dict(zip(mixer.tasks, map(_as_shown, values), strict=True))
 
-    def compare(prompt: str, tokens: float, *values: float) -> tuple[str, str]:
+    def compare(prompt: str, tokens: float | None, *values: float | None) -> tuple[str, str]:
+        if tokens is None or not 1 <= tokens <= MOST_TOKENS:
+            raise ParameterError(f"Tokens: give a number from 1 to {MOST_TOKENS}")
         return mixer.compare(prompt, weights(values), int(tokens)) if prompt.strip() else ("", "")
 
     gr.Markdown("## Mix them\nThe base plus the task vectors times these weights. Below 0 a task is forgotten.")
@@ -154,11 +163,13 @@ def _mixing(gr: Any, mixer: Mixer, public: bool) -> None:
         ]
     with gr.Row():
         prompt = gr.Textbox(label="Prompt", scale=4, elem_id="prompt")
-        tokens = gr.Number(TOKENS, label="Tokens", precision=0, minimum=1, maximum=1000, elem_id="tokens")
+        tokens = gr.Number(TOKENS, label="Tokens", precision=0, minimum=1, maximum=MOST_TOKENS, elem_id="tokens")
+    for field in (*sliders, tokens):
+        field.preprocess = lambda value: value  # as it was typed: Gradio's own check ends in a traceback
     button = gr.Button("Write", variant="primary", elem_id="write")
     with gr.Row():
-        before = gr.Textbox(label="Before: the base", lines=6, interactive=False, elem_id="before")
-        after = gr.Textbox(label="After: with these weights", lines=6, interactive=False, elem_id="after")
+        before = gr.Textbox("", label="Before: the base", lines=6, interactive=False, elem_id="before")
+        after = gr.Textbox("", label="After: with these weights", lines=6, interactive=False, elem_id="after")
     values = dict.fromkeys(mixer.tasks, start)
     recipe = gr.Code(mixer.recipe(values), label="What you see", interactive=False, elem_id="recipe")
     write = _saying(gr, compare)
@@ -172,14 +183,19 @@ def _mixing(gr: Any, mixer: Mixer, public: bool) -> None:
     _saving(gr, mixer, sliders, weights, public)
 
 
+def _as_shown(typed: float | None) -> float:
+    """What a slider shows once its field is left: 0 for what is no number, and no more than its ends."""
+    return min(max(typed or 0.0, LEAST), MOST)
+
+
 def _saving(gr: Any, mixer: Mixer, sliders: list[Any], weights: Callable[..., dict[str, float]], public: bool) -> None:
-    def save(out: str, adapter: bool, *values: float) -> str:
+    def save(out: str, adapter: bool, *values: float | None) -> str:
         if not out.strip():
             raise ParameterError("name the directory to write")
         written = mixer.save(out.strip(), weights(values), adapter=adapter)
         return f"written: {in_html(written)}"
 
-    def pack(*values: float) -> str:
+    def pack(*values: float | None) -> str:
         out = mixer.save(Path(holder.name) / "merged", weights(values), adapter=mixer.holds_adapters)
         return shutil.make_archive(str(out), "zip", out)
 
@@ -195,5 +211,5 @@ def _saving(gr: Any, mixer: Mixer, sliders: list[Any], weights: Callable[..., di
         adapter = gr.Checkbox(
             mixer.holds_adapters, label="As an adapter", interactive=mixer.holds_adapters, elem_id="adapter"
         )
-    button, said = gr.Button("Save", elem_id="save"), gr.Markdown(elem_id="saved")
+    button, said = gr.Button("Save", elem_id="save"), gr.Markdown("", elem_id="saved")
     button.click(_saying(gr, save), [out, adapter, *sliders], said, **private)

@@ -20,6 +20,7 @@ from tvbases_hf.errors import MissingExtraError, TvbasesError
 from tvbases_hf.models.gram import Gram
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
+from tvbases_hf.storage.files import home_path
 from tvbases_hf.storage.output import writing
 from tvbases_hf.storage.reports import is_report, write_picture, write_report
 from tvbases_hf.text import Terminal
@@ -68,8 +69,8 @@ def run_demo(
     started = time.monotonic()
     settings = settings or Settings()
     require_mergekit()
-    workdir = Path(workdir or DEFAULT_WORKDIR).expanduser().absolute()
-    picture = Path(plot).expanduser().absolute() if plot else workdir / "demo.png"
+    workdir = home_path(workdir or DEFAULT_WORKDIR).absolute()
+    picture = home_path(plot).absolute() if plot else workdir / "demo.png"
     for directory in (workdir, picture.parent, *([Path(json_file).parent] if json_file else [])):
         with writing(directory):  # now, not after the work
             directory.mkdir(parents=True, exist_ok=True)

@@ -216,7 +216,7 @@ def _say(text: str, err: bool = False) -> None:
 hook_app = typer.Typer(
     name="hook",
     no_args_is_help=True,
-    help="Let plain mergekit find our merge methods. These are mergekit-yaml, mergekit-multi and mergekit-pytorch.",
+    help="Let mergekit's own commands find our methods. These are mergekit-yaml, mergekit-multi and mergekit-pytorch.",
 )
 
 
@@ -225,7 +225,7 @@ def install_command() -> None:
     """Write the start-up hook, or refresh it. It goes into the site-packages of this Python.
 
     From then on mergekit's own commands know ae_bases and the others.
-    It acts when mergekit is asked for a method that mergekit lacks,
+    The hook acts when mergekit is asked for a method that it lacks,
     and never with TVBASES_NO_HOOK=1 in the environment.
     """
     for path in install():
@@ -249,7 +249,7 @@ def status_command() -> None:
 
 @hook_app.command("remove", epilog="Example: tvbases hook remove")
 def remove_command() -> None:
-    """Delete the hook and all that came from it. Do this before you uninstall the package."""
+    """Delete the hook and everything that came with it. Do this before you uninstall the package."""
     gone = remove()
     for path in gone:
         _say(f"deleted {path}")

@@ -45,7 +45,8 @@ OVER = Option(
 CONSENSUS = Option(
     "consensus",
     Annotated[
-        Literal["mean", "sum"] | None, Field(description="merge: ties, what is made of the vectors that agree in sign")
+        Literal["mean", "sum"] | None,
+        Field(description="with merge: ties, what becomes of the vectors that agree in sign"),
     ],
     None,
 )

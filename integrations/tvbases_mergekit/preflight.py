@@ -20,7 +20,7 @@ from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, Tvba
 from tvbases_hf.methods.sums import NO_SUM, base_share
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
-from tvbases_hf.storage.files import WEIGHT_FILES, locate, weight_files
+from tvbases_hf.storage.files import WEIGHT_FILES, home_path, locate, weight_files
 from tvbases_hf.storage.inputs import Input
 from tvbases_hf.storage.side_files import is_chat_template, is_tokenizer_file, side_files
 
@@ -120,7 +120,7 @@ def check_distinct(places: Mapping[ModelReference, tuple[Path | None, Any]], out
         assert path is not None
         place = path.resolve()
         place = place.parent if place.name in WEIGHT_FILES and place.is_file() else place  # the file, for its folder
-        if place == out.expanduser().resolve():
+        if place == home_path(out).resolve():
             raise OutputError(f'"{out}" is one of the models of this merge; write the result to another directory')
         other = seen.setdefault((place, addition), reference)
         if other != reference:

@@ -34,7 +34,9 @@ from tvbases_hf.storage.checkpoint import Checkpoint
 from .sources import WholeMerge, models_of
 
 LAMBDA = ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0, description="factor on the merged change")
-WEIGHT = ParameterSpec("weight", float, ParameterScope.NON_BASE, default=1.0, description="of a model; may be negative")
+WEIGHT = ParameterSpec(
+    "weight", float, ParameterScope.NON_BASE, default=1.0, description="weight of a model; may be negative"
+)
 ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_inputs=1)
 

@@ -369,7 +369,7 @@ def test_a_file_that_is_not_of_a_library_is_left_where_it_is(planted: Adapters, 
     ):
         with pytest.raises(OutputError, match=r"holds 1 entries that are not of a library \(first: notes.txt\)"):
             run()
-    with pytest.raises(OutputError, match="written anew as a whole"):
+    with pytest.raises(OutputError, match="written again as a whole"):
         libraries.export(library, "t0", library / "t0")
     assert snapshot(library) == before
 

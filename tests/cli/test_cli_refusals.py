@@ -31,6 +31,11 @@ def test_two_tasks_of_one_name_are_refused_with_both_paths(pair: Family) -> None
     assert str(pair.tasks["math"]) in message and str(pair.tasks["code"]) in message
 
 
+def test_the_home_of_a_user_that_does_not_exist_is_said(pair: Family) -> None:
+    message = compress_refused(pair, "--out", "~nobody-of-this-name/x")
+    assert '"~nobody-of-this-name/x": there is no home directory for ~nobody-of-this-name' in message
+
+
 @pytest.mark.parametrize("task", ["math", "=path", "math=", " = "])
 def test_a_task_that_is_not_name_and_path_is_refused_with_an_example(task: str, pair: Family) -> None:
     message = compress_refused(pair, "--task", task)

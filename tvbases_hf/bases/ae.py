@@ -65,21 +65,21 @@ def ae_bases(
         Literal["varpro", "adam"], Field(description="varpro: the optimum; adam: the paper's recipe")
     ] = "varpro",
     balance: Annotated[
-        bool, Field(description="every task weighs the same in the sum of the bases; without: as in the paper")
+        bool, Field(description="give every task the same weight in the sum of the bases; without it: as in the paper")
     ] = True,
     target_weights: Annotated[
-        Sequence[float] | None, Field(description="what each task weighs in the sum of balanced bases, instead of 1")
+        Sequence[float] | None, Field(description="each task's weight in the sum of balanced bases, instead of 1")
     ] = None,
     normalize: Annotated[bool, Field(description="count each task's error relative to its own norm")] = False,
     even_errors: Annotated[
-        bool, Field(description="reconstruct every task about as well, and give none up; of balanced bases")
+        bool, Field(description="with balanced bases, reconstruct all tasks about equally well, and give none up")
     ] = False,
-    temperature: Annotated[float, Field(gt=0, description="adam: of the softmax over the tasks")] = 5.0,
+    temperature: Annotated[float, Field(gt=0, description="of adam's softmax over the tasks")] = 5.0,
     anneal: Annotated[
-        float | None, Field(gt=0, le=1, description="adam: the temperature is multiplied by it every 500 steps")
+        float | None, Field(gt=0, le=1, description="factor on adam's temperature, every 500 steps")
     ] = None,
-    steps: Annotated[int, Field(ge=1, description="adam: how many")] = 4000,
-    seed: Annotated[int, Field(description="which of equally good bases; adam: which start")] = 0,
+    steps: Annotated[int, Field(ge=1, description="with adam, how many")] = 4000,
+    seed: Annotated[int, Field(description="chooses between equally good bases, and where adam starts")] = 0,
 ) -> BasisWeights:
     """M convex combinations of the tasks that reconstruct all of them best (autoencoder bases).
 

@@ -78,11 +78,11 @@ def cluster_bases(
     gram: Tensor,
     num_bases: float | None = None,
     *,
-    inner: Annotated[Literal["mean", "sum"], Field(description="what a cluster becomes")] = "mean",
+    inner: Annotated[Literal["mean", "sum"], Field(description="what becomes of a cluster")] = "mean",
     split_below: Annotated[
-        float, Field(ge=-1, lt=0, description="a negative cosine: a cluster that holds one below it is split in two")
+        float, Field(ge=-1, lt=0, description="a negative cosine; a cluster with one below it is split in two")
     ] = SPLIT_BELOW,
-    seed: Annotated[int, Field(description="of the spectral clustering")] = 0,
+    seed: Annotated[int, Field(description="seed of the spectral clustering")] = 0,
 ) -> BasisWeights:
     """One basis per cluster of similar tasks, the mean or the sum of its task vectors.
 

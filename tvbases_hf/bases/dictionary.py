@@ -26,10 +26,10 @@ def dictionary_bases(
     num_bases: float = 0.5,
     *,
     sparsity: Annotated[
-        float, Field(gt=0, description="dictionary: weight of the l1 norm of a task's shares, of its own length")
+        float, Field(gt=0, description="weight of the l1 norm of a task's shares, relative to its own length")
     ] = 0.1,
-    steps: Annotated[int, Field(ge=1, description="dictionary: of the search at most")] = 1000,
-    seed: Annotated[int, Field(description="dictionary: what replaces a basis that no task uses")] = 0,
+    steps: Annotated[int, Field(ge=1, description="most steps of the search")] = 1000,
+    seed: Annotated[int, Field(description="chooses what replaces a basis that no task uses")] = 0,
 ) -> BasisWeights:
     """Vectors in the tasks' span of which each task uses few (dictionary learning).
 

@@ -31,7 +31,7 @@ def nmf_bases(
     gram: Tensor,
     num_bases: float = 0.5,
     *,
-    steps: Annotated[int, Field(ge=1, description="nmf: multiplicative steps at most")] = 500,
+    steps: Annotated[int, Field(ge=1, description="most multiplicative steps")] = 500,
 ) -> BasisWeights:
     """Convex combinations of the tasks that restore all by non-negative shares (convex NMF).
 

@@ -15,7 +15,7 @@ from .weights import BasisWeights, check_gram, resolve_num_bases
 
 @construction("rand_select", "rand_select", "Some of the task vectors, chosen at random", PAPER)
 def rand_select(
-    gram: Tensor, num_bases: float = 0.5, *, seed: Annotated[int, Field(description="which tasks are chosen")] = 0
+    gram: Tensor, num_bases: float = 0.5, *, seed: Annotated[int, Field(description="chooses the tasks")] = 0
 ) -> BasisWeights:
     """M of the T task vectors, chosen at random (RandSelect).
 

@@ -15,6 +15,7 @@ from ..models.hosts import host_notes
 from ..models.lora_files import is_adapter_directory
 from ..storage.checkpoint import Checkpoint
 from ..storage.file_names import check_names
+from ..storage.files import home_path
 from ..storage.output import check_apart, check_output, preview
 from .adapters.task import TaskAdapter
 from .basis import Basis
@@ -88,8 +89,8 @@ def export(
     basis.info.index(name)
     check_output(out, is_adapter_directory)
     check_apart(out, [str(directory)])
-    if Path(directory).resolve() in Path(out).expanduser().resolve().parents:
-        raise OutputError(f'"{out}" is in "{directory}", which is written anew as a whole; choose another directory')
+    if Path(directory).resolve() in home_path(out).resolve().parents:
+        raise OutputError(f'"{out}" is in "{directory}", which is written again as a whole; choose another directory')
     if dry_run:
         return preview(out, None, None)
     adapter = basis.adapter(name, alpha=alpha, rank=rank, equal_rank=equal_rank, host=host)

@@ -40,14 +40,20 @@ MASK_OPTIONS: Mapping[str, Option] = {
             "unified",
             Annotated[
                 Literal["emr", "tall"],
-                Field(description="emr: the largest entries of the elected sign, a scale per task; tall: the sum"),
+                Field(
+                    description="emr: the largest entries with the elected sign, and a scale per task; tall: the sum"
+                ),
             ],
             "emr",
         ),
         Option(
             "needed",
             Annotated[
-                float, Field(gt=0, description="tall: an entry is a task's if it is this share of what the others add")
+                float,
+                Field(
+                    gt=0,
+                    description="tall: an entry belongs to a task if it is at least this share of what the others add",
+                ),
             ],
             0.4,
         ),

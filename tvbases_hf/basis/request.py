@@ -51,7 +51,7 @@ def all_options() -> dict[str, dict[str, Option]]:
     found[MASKS] = dict(MASK_OPTIONS)
     inner = found["cluster"]["inner"]
     words = (*inner.choices, *(name for name in METHODS if name not in inner.choices))
-    described = Field(description=f"{inner.help}; of checkpoints by any merging method")
+    described = Field(description=f"{inner.help}; for checkpoints, by any merging method")
     found["cluster"]["inner"] = Option("inner", Annotated[Literal[words], described], inner.default)
     return found
 

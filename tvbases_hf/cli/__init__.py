@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from ..errors import ParameterError, TvbasesError
+from ..errors import ParameterError, TvbasesError, of_system
 from ..text import printable
 from . import (  # noqa: F401  they register their commands
     compress,
@@ -55,8 +55,8 @@ def main() -> None:
     sys.exit(code)
 
 
-def _failed(error: BaseException) -> int:
-    said = str(error) if isinstance(error, TvbasesError) else _of_system(error)
+def _failed(error: TvbasesError | OSError | MemoryError) -> int:
+    said = str(error) if isinstance(error, TvbasesError) else of_system(error)
     with contextlib.suppress(OSError):  # nobody can be told
         print(f"error: {printable(said)}", file=sys.stderr)
     try:
@@ -64,13 +64,6 @@ def _failed(error: BaseException) -> int:
     except (OSError, AttributeError):
         _discard(sys.stdout)
     return 2
-
-
-def _of_system(error: BaseException) -> str:
-    if isinstance(error, OSError):
-        file = f": {error.filename}" if error.filename else ""
-        return f"the system refused to read or write{file}: {error.strerror or error}; mend that and run this again"
-    return "there is not enough memory; give the command less at a time (--memory, --threads 1), or a larger machine"
 
 
 def _discard(stream: Any) -> None:

@@ -1,5 +1,6 @@
 """The application that every command registers with, and where all of them print."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ class Program(TyperGroup):
 
 def stamp(file: Path) -> tuple[int, int] | None:
     """What changes when a file is written; None where there is none, or a pipe."""
-    file = file.expanduser()
+    file = Path(os.path.expanduser(file))  # of a user that does not exist: refused where it is written
     return (file.stat().st_ino, file.stat().st_mtime_ns) if file.is_file() else None
 
 

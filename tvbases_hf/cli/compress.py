@@ -39,8 +39,8 @@ class BasisCommand(DerivedCommand):
     """A command with the options of all constructions."""
 
     method_help = (
-        "What becomes of the models; joint is for adapters only, pca for full checkpoints. Default: ae; of adapters "
-        "without a number of bases whatever loses least."
+        "How the models are replaced; joint is for adapters only, pca for full checkpoints. Default: ae; for adapters "
+        "without --num-bases, whatever loses least."
     )
 
     def methods(self) -> Mapping[str, Mapping[str, Any]]:
@@ -73,15 +73,19 @@ def compress(
         typer.Option(
             "--num-bases",
             "-m",
-            help="How many bases; a number below 1 is a fraction of the tasks. Default: 0.5; cluster chooses.",
+            help="How many bases; a number below 1 is a fraction of the tasks. Default: 0.5; cluster chooses it.",
         ),
     ] = None,
-    rank: Annotated[str | None, rank_option("tsv: of a matrix, default: 1/T; adapters: of a basis vector.")] = None,
+    rank: Annotated[
+        str | None, rank_option("tsv: of each matrix, default: 1/T; adapters: of each basis vector.")
+    ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Share of the models' bytes to keep: tsv, and any method of adapters. Default: 0.5."),
+        typer.Option(
+            help="Share of the models' bytes to keep, for tsv and for adapters with any method. Default: 0.5."
+        ),
     ] = None,
-    alpha: Annotated[float, scale_option("adapters: PEFT loads the directory as base + alpha * sum.")] = 1.0,
+    alpha: Annotated[float, scale_option("of adapters: PEFT loads the directory as base + alpha * sum.")] = 1.0,
     equal_rank: EqualRank = False,
     host: Host = None,
     dtype: Dtype = "auto",
@@ -97,9 +101,9 @@ def compress(
     json: Json = None,
     online: Annotated[str | None, typer.Option(hidden=True, is_eager=True, callback=_moved)] = None,
 ) -> None:
-    """Replace T fine-tuned models by M vectors and a decoder. Written is a basis directory.
+    """Replace T fine-tuned models with M vectors and a decoder. The output is a basis directory.
 
-    Of adapters, the directory is itself a LoRA that PEFT loads: the merged multi-task adapter.
+    For adapters, the directory is itself a LoRA that PEFT loads: the merged multi-task adapter.
     """
     from ..basis.compress import compress as run
     from ..models.vectors import parse_tasks

@@ -14,7 +14,7 @@ Data = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        help="Data of a task: a folder of images by class, .npz, .jsonl, .json, .csv, or DATASET[:SPLIT] of the Hub; "
+        help="A task's data: a folder of images by class, .npz, .jsonl, .json, .csv, or DATASET[:SPLIT] on the Hub; "
         "repeat.",
         metavar="NAME=PATH_OR_ID",
     ),
@@ -23,20 +23,22 @@ Classes = Annotated[
     list[str] | None,
     typer.Option(
         "--classes",
-        help="--data: a file of the names of the classes, one a line in the order of the labels; repeat.",
+        help="A file with the names of --data's classes, one per line, in the order of the labels; repeat.",
         metavar="[NAME=]FILE",
     ),
 ]
 Templates = Annotated[
     list[str],
     typer.Option(
-        "--template", help="--classes: what a model of images and texts is given of every name; repeat.", metavar="TEXT"
+        "--template", help="The text that a model of images and texts is given for each class; repeat.", metavar="TEXT"
     ),
 ]
-TextColumn = Annotated[str, typer.Option(help="--data: the column of text.")]
-LabelColumn = Annotated[str, typer.Option(help="--data: the column of labels, or of the texts to write.")]
-ImageColumn = Annotated[str, typer.Option(help="--data: the column of images.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Texts at a time, or images; samples depend on it.")]
+TextColumn = Annotated[str, typer.Option(help="The column of --data that holds the text.")]
+LabelColumn = Annotated[str, typer.Option(help="The column of --data that holds the labels, or the texts to write.")]
+ImageColumn = Annotated[str, typer.Option(help="The column of --data that holds the images.")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", help="How many texts or images at a time; sampled texts depend on it.")
+]
 TEMPLATES = [defaults.TEMPLATE]
 
 

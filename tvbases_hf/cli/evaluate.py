@@ -38,27 +38,35 @@ Control = Annotated[
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
-        "--prompts", help="toxigen=FILE or realtoxicityprompts=FILE instead of the Hub's; repeat.", metavar="NAME=FILE"
+        "--prompts",
+        help="toxigen=FILE or realtoxicityprompts=FILE: prompts to use instead of the Hub's; repeat.",
+        metavar="NAME=FILE",
     ),
 ]
 ScorerName = Annotated[
     str,
-    typer.Option("--scorer", help="profanity (offline), a text classifier by path or id, or python:module.function."),
+    typer.Option(
+        "--scorer",
+        help="What scores texts: profanity (offline), a text classifier (path or id), or python:module.function.",
+    ),
 ]
 Continuations = Annotated[
-    int | None, typer.Option("--continuations", "-k", help="Samples of each prompt; default: the task's own.")
+    int | None,
+    typer.Option("--continuations", "-k", help="How often each prompt is continued; default: as the task says."),
 ]
 IncludePath = Annotated[
     list[str] | None,
-    typer.Option("--include-path", help="A directory of lm-eval task files of one's own; repeat.", metavar="DIR"),
+    typer.Option("--include-path", help="A directory with lm-eval task files of your own; repeat.", metavar="DIR"),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", help="Documents of every task; default: all of them.")]
-SamplingSeed = Annotated[int, typer.Option("--seed", help="Of whatever is drawn at random: samples.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="How many documents of each task to use; default: all.")]
+SamplingSeed = Annotated[
+    int, typer.Option("--seed", help="The seed of whatever is drawn at random: the sampled texts.")
+]
 EvaluationDevice = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="Where it is computed: cpu, cuda, or auto (all GPUs, the rest offloaded); default: a GPU if there is one.",
+        help="Where to compute: cpu, cuda, or auto (all GPUs, the rest offloaded); default: a GPU if there is one.",
         metavar="NAME",
     ),
 ]
@@ -88,7 +96,7 @@ def plan_of(
 
 @app.command("lm-eval-tasks", epilog='Example: tvbases lm-eval-tasks; lm_eval ls tasks --include_path "$(...)"')
 def lm_eval_tasks() -> None:
-    """Print the directory of our lm-eval tasks. Toxicity and negation: it is for lm_eval --include_path."""
+    """Print the directory of our lm-eval tasks. They measure toxicity and negation, with lm_eval --include_path."""
     from tvbases_lm_eval import include_path
 
     print(include_path())
@@ -103,14 +111,14 @@ def evaluate(
         str | None,
         typer.Option(
             "--base",
-            help="The pretrained model: a directory or a Hub id; default: what MODEL names.",
+            help="The pretrained model: a directory or a Hub id; default: the one that MODEL names.",
             metavar="PATH_OR_ID",
             callback=hub_ids,
         ),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="A fine-tuned model that a basis holds; repeat; default: all.", metavar="NAME"),
+        typer.Option("--task", help="A fine-tuned model in the basis; repeat; default: all of them.", metavar="NAME"),
     ] = None,
     target: Target = None,
     control: Control = None,
@@ -134,7 +142,7 @@ def evaluate(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Measure the base and MODEL on data and lm-eval tasks. Targets and controls stand in one table."""
+    """Measure the base and MODEL on data and lm-eval tasks. Targets and controls are in one table."""
     from tvbases_lm_eval.evaluate import evaluate_model
     from tvbases_lm_eval.table import print_table
 

@@ -36,13 +36,15 @@ def extract(
     base: Base,
     task: Task,
     out: Out,
-    rank: Annotated[str | None, rank_option("what is kept of the change of a matrix; energy:1 keeps all.")] = None,
+    rank: Annotated[str | None, rank_option("what is kept of each matrix's change; energy:1 keeps all.")] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Instead of --rank: the share of a model's bytes that its LoRA may take.")
+        float | None, typer.Option(help="Instead of --rank: the share of a model's bytes that its LoRA may take up.")
     ] = None,
     save: Annotated[
         defaults.Saved,
-        typer.Option(help="What is saved whole: all that has no factors, as embeddings; norms and biases; or none."),
+        typer.Option(
+            help="What is saved whole: everything without factors, such as embeddings (all), norms and biases, or none."
+        ),
     ] = "all",
     extra_rows: ExtraRows = None,
     equal_rank: EqualRank = False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,7 +35,10 @@ def _uploading(repository: str) -> Iterator[None]:
 PushToHub = Annotated[
     str | None,
     typer.Option(
-        "--push-to-hub", help="Then upload the output to this repository.", metavar="OWNER/NAME", callback=_checked
+        "--push-to-hub",
+        help="Upload the output to this repository afterwards.",
+        metavar="OWNER/NAME",
+        callback=_checked,
     ),
 ]
 
@@ -47,9 +49,10 @@ def push_output(found: Mapping[str, Any]) -> None:
 
     if not _asked or "out" not in found or found.get("dry_run") or current().team.rank > 0:
         return
+    from ..storage.files import home_path
     from ..storage.push import push
 
-    out = Path(found["out"]).expanduser()
+    out = home_path(found["out"])
     card = None
     if out.is_file():
         from ..styles.card import mix_card

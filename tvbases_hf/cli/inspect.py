@@ -56,16 +56,20 @@ if TYPE_CHECKING:
 def inspect(
     base: Base,
     task: Task,
-    layers: Annotated[bool, typer.Option("--layers", help="Also interference and sharing by layer (slower).")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also show interference and sharing, layer by layer (slower).")
+    ] = False,
     merged: Annotated[
         str | None,
         typer.Option(
-            help="A merge of these models: its interference before and after; implies --layers.", metavar="DIR"
+            help="A merge of these models: show its interference, before and after; implies --layers.", metavar="DIR"
         ),
     ] = None,
     plot: Annotated[Path | None, file_option("Draw everything; implies --layers.", "PNG", draws=True)] = None,
     html: Annotated[Path | None, file_option(PAGE, "HTML", draws=True)] = None,
-    bounds: Annotated[bool, typer.Option("--bounds", help="Also the error bounds, both sides; needs --data.")] = False,
+    bounds: Annotated[
+        bool, typer.Option("--bounds", help="Also both sides of the error bounds; needs --data.")
+    ] = False,
     data: Data = None,
     classes: Classes = None,
     template: Templates = TEMPLATES,
@@ -74,15 +78,15 @@ def inspect(
         typer.Option(
             "--num-bases",
             "-m",
-            help="How many bases; a number below 1 is a fraction of the tasks. --bounds, default: as many as are "
-            "suggested.",
+            help="How many bases; a number below 1 is a fraction of the tasks. For --bounds; default: as many as "
+            "are suggested.",
         ),
     ] = None,
     alpha: Annotated[float, scale_option("of the negation in --bounds, 0 to 1.")] = 1.0,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
     image_column: ImageColumn = "image",
-    max_rows: Annotated[int, typer.Option(help="--data: rows to read of each task.")] = 256,
+    max_rows: Annotated[int, typer.Option(help="How many rows of --data to read for each task.")] = 256,
     batch_size: BatchSize = 16,
     extra_rows: ExtraRows = None,
     device: Device = "cpu",
@@ -93,7 +97,7 @@ def inspect(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Measure task vectors: lengths, similarities, the base. It also says how many bases they need."""
+    """Measure task vectors: how long and how alike they are. Also say how many bases they need."""
     from ..models.vectors import Vectors, parse_tasks
     from ..theory.inspection import inspect as examine
     from .tables import warn
@@ -156,11 +160,12 @@ def decompose(
         defaults.Pool,
         typer.Option(
             "--pool",
-            help="Shared is what all tasks share (joint), any two (iterative) or each pair by itself (pairs).",
+            help="Shared is what all tasks share (joint), what any two share (iterative), or what each pair does "
+            "(pairs).",
         ),
     ] = "joint",
     side: Side = "column",
-    rank: Annotated[str, rank_option("the dimensions of a task's subspace, of full fine-tunes.")] = defaults.RANK,
+    rank: Annotated[str, rank_option("how many dimensions a full fine-tune's subspace has.")] = defaults.RANK,
     extra_rows: ExtraRows = None,
     device: Device = "cpu",
     dry_run: DryRun = False,
@@ -169,7 +174,7 @@ def decompose(
     push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
-    """Split task vectors into shared and unique parts (DeVec). Written are OUT/unique/TASK and OUT/shared."""
+    """Split task vectors into shared and unique parts (DeVec). They are written to OUT/unique/TASK and OUT/shared."""
     from ..merging.components import write_components
     from ..methods.devec import Options
     from ..models.vectors import Vectors, parse_tasks

@@ -52,10 +52,10 @@ def add(
     task: Task,
     budget: Annotated[
         float | None,
-        typer.Option(help="Of a new library: share of the adapters' bytes to keep. Default: 0.5."),
+        typer.Option(help="For a new library: share of the adapters' bytes to keep. Default: 0.5."),
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="A task of the same name gives its place to the new one.")
+        bool, typer.Option("--replace", help="Let the new task take the place of one with the same name.")
     ] = False,
     dry_run: DryRun = False,
     revision: Revision = None,
@@ -63,7 +63,7 @@ def add(
     push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
-    """Add adapters to a library, or begin one. The tasks that are there keep their numbers."""
+    """Add adapters to a library, or start one. The tasks that are already there do not change."""
     from ..basis.libraries import add as run
     from ..models.vectors import parse_tasks
 
@@ -79,7 +79,7 @@ def remove(
     push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
-    """Take tasks out of a library. Those that stay keep their numbers."""
+    """Take tasks out of a library. Those that stay do not change."""
     from ..basis.libraries import remove as run
 
     tell(run(directory, name, dry_run=dry_run), _print_change, json)
@@ -87,7 +87,7 @@ def remove(
 
 @library_app.command("list", epilog="Example: tvbases library list skills/")
 def show(directory: Directory, quiet: Quiet = False, json: Json = None) -> None:
-    """List the tasks of a library. Of each, what it takes and how far it is from its adapter."""
+    """List the tasks of a library. For each, how large it is and how far it is from its adapter."""
     from ..basis.libraries import listed
 
     tell(listed(directory), _print_list, json)
@@ -98,7 +98,7 @@ def export(
     directory: Directory,
     name: Annotated[str, typer.Argument(help="The task.", metavar="NAME")],
     out: Out,
-    alpha: Annotated[float, scale_option("of the task in the adapter.")] = 1.0,
+    alpha: Annotated[float, scale_option("how much of the task the adapter holds.")] = 1.0,
     rank: Annotated[str | None, rank_option("of every module; default: what the task has.")] = None,
     equal_rank: EqualRank = False,
     host: Host = None,
@@ -123,7 +123,7 @@ def verify(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Compare a library with its checksums. With --task, tasks with their adapters, too."""
+    """Check a library against its checksums. With --task, also compare tasks with their adapters."""
     from ..basis.libraries import verify as run
     from ..models.vectors import parse_tasks
 
@@ -138,7 +138,7 @@ def inspect(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Tell what is in a library. Near copies, what clusters share, and what a byte buys."""
+    """Show what is in a library. Near copies, what clusters share, and what each byte buys."""
     from ..basis.libraries import inspect as run
 
     found = run(directory)

@@ -16,19 +16,23 @@ def show_app(
     task: OptionalTask = None,
     basis: Annotated[
         str | None,
-        typer.Option(help="A basis directory instead of tasks; its base where none is given.", metavar="PATH_OR_ID"),
+        typer.Option(
+            help="A basis directory instead of tasks; --base is then what it names, unless you give it.",
+            metavar="PATH_OR_ID",
+        ),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="Of this machine; default: the first free one from 7860 on.", min=1, max=65535)
+        int | None,
+        typer.Option(help="The port on this machine; default: the first free one from 7860 on.", min=1, max=65535),
     ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Mix tasks in the browser. A weight for each as a slider, and what the model writes before and after.
+    """Mix tasks in the browser. Each task's weight is a slider; see what the model writes before and after.
 
-    The page shows how alike the tasks are, the YAML of the mix, and saves it. Without models it asks for them. It is
-    served to this machine only, until Ctrl-C.
+    The page also shows how alike the tasks are and the YAML of the mix, and saves it. Without models it asks for them.
+    It is served to this machine only, until you press Ctrl-C.
     """
     from tvbases_app import Mixer, launch
 

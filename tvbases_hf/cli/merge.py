@@ -53,9 +53,11 @@ class MergeCommand(TyperCommand):
 
         methods = [(name, _described(method)) for name, method in METHODS.items() if name not in MERGEKITS]
         bases = [(bases.yaml, bases.summary) for bases in CONSTRUCTIONS.values()]
-        with formatter.section("Our merge_method, and its parameters (tvbases schema has mergekit's too)"):
+        with formatter.section(
+            "Our values of merge_method and their parameters (tvbases schema has mergekit's as well)"
+        ):
             formatter.write_dl(methods)
-        with formatter.section("Every one of these takes, for matrices,"):
+        with formatter.section("All of these also take, for matrices"):
             formatter.write_dl([(name, _told(option)) for name, option in options_of(LastStep).items()])
         with formatter.section("Over bases, with the parameters of tvbases compress"):
             formatter.write_dl(bases)
@@ -63,11 +65,11 @@ class MergeCommand(TyperCommand):
 
 
 def _told(option: Any) -> str:
-    return f"{option.name}: {option.help}, default: {option.default}"
+    return f"{option.help}, default: {'none' if option.default is None else option.default}"
 
 
 def _described(method: Any) -> str:
-    options = [_told(option) for option in method.own_options.values()]
+    options = [f"{name}: {_told(option)}" for name, option in method.own_options.items()]
     return " ".join([method.summary, *(f"{option};" for option in options)]).rstrip(";")
 
 
@@ -76,7 +78,7 @@ def merge(
     config: Annotated[Path, typer.Argument(help="A mergekit YAML; models may be adapters.", metavar="CONFIG")],
     out: Annotated[Path, typer.Argument(help="The directory to write.", metavar="OUT")],
     adapter: AdapterOut = False,
-    rank: Annotated[str | None, rank_option("what is kept of a merged adapter; default: nothing is cut.")] = None,
+    rank: Annotated[str | None, rank_option("what is kept of the merged adapter; default: all of it.")] = None,
     equal_rank: EqualRank = False,
     host: Host = None,
     dtype: Dtype = "auto",
@@ -86,7 +88,7 @@ def merge(
         Path | None,
         typer.Option(
             "--intermediate-dir",
-            help="Where the merges that have a name are written, of a CONFIG with several documents.",
+            help="Where to write the merges that have a name, if CONFIG holds several documents.",
             metavar="DIR",
         ),
     ] = None,
@@ -107,9 +109,9 @@ def merge(
     lora_merge_cache: LoraMergeCache = None,
     out_shard_size: OutShardSize = None,
 ) -> None:
-    """Merge as a mergekit YAML says, on the changes of weights. No model is built, adapters stay adapters.
+    """Merge as a mergekit YAML says, on the changes of weights. No model is built; adapters stay adapters.
 
-    --dtype auto is the YAML's, else the base's own; factors of adapters are then float32.
+    --dtype auto: what the YAML says, else the base's own; float32 for the factors of adapters.
     """
     from tvbases_mergekit import merge as run
 
@@ -128,7 +130,7 @@ def merge(
     epilog="Example: tvbases mergekit-yaml merge.yml merged/ --cuda",
 )
 def mergekit_yaml(context: typer.Context) -> None:
-    """Run mergekit-yaml with ae_bases and friends. It takes CONFIG OUT and every option that mergekit has."""
+    """Run mergekit-yaml with ae_bases and the others. It takes CONFIG OUT and every option that mergekit has."""
     from tvbases_mergekit.command import merge
 
     if previewed := merge(context.args):

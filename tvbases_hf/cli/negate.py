@@ -63,7 +63,8 @@ def negate(
         list[str],
         typer.Option(
             "--forget",
-            help="The task to forget; repeat for more fine-tunes of it: what all change alike.",
+            help="The task to forget; repeated for several fine-tunes of it, what all of them change alike is "
+            "forgotten.",
             metavar="NAME",
         ),
     ],
@@ -71,17 +72,17 @@ def negate(
     component: Annotated[
         defaults.Component,
         typer.Option(
-            "--component", help="Of the task vector: all of it (plain), what is unique to it, or what AE bases hold."
+            "--component", help="Of the task vector: all of it (plain), what is unique to it, or its AE reconstruction."
         ),
     ] = "plain",
     alpha: Annotated[
         float | None,
-        scale_option("how much is taken away; default: the largest of --alphas at which --control keeps --keep."),
+        scale_option("how much to take away; default: the largest of --alphas at which --control keeps --keep."),
     ] = None,
     alphas: Annotated[
         str | None, typer.Option(help="Scales to try, ascending; default: 0 to 1 in steps of 0.05.", metavar="A,B,...")
     ] = None,
-    keep: Annotated[float, typer.Option(help="Share of the control metric that has to stay.")] = defaults.KEEP,
+    keep: Annotated[float, typer.Option(help="Share of every control's metric that has to stay.")] = defaults.KEEP,
     target: Target = None,
     control: Control = None,
     data: Data = None,
@@ -91,7 +92,7 @@ def negate(
     label_column: LabelColumn = "label",
     image_column: ImageColumn = "image",
     curve: Annotated[
-        bool, typer.Option("--curve", help="Measure every alpha, for all three components; for --plot and --json.")
+        bool, typer.Option("--curve", help="Measure every alpha for all three components, for --plot and --json.")
     ] = False,
     plot: Annotated[Path | None, file_option("Draw target and control over alpha; needs --curve.", "PNG", True)] = None,
     adapter: AdapterOut = False,
@@ -107,11 +108,12 @@ def negate(
     ] = defaults.FORGETTING_POOL,
     side: Side = "column",
     rank: Annotated[
-        str, rank_option("the dimensions of a task's subspace, of full fine-tunes and DoRA.")
+        str, rank_option("how many dimensions the subspace of a full fine-tune or a DoRA has.")
     ] = defaults.RANK,
     num_bases: NumBases = defaults.NUM_BASES,
     even_errors: Annotated[
-        bool, typer.Option("--even-errors", help="Of the bases: reconstruct every task about as well; give none up.")
+        bool,
+        typer.Option("--even-errors", help="Let the bases reconstruct all tasks about equally well, and give none up."),
     ] = False,
     extra_rows: ExtraRows = None,
     prompts: Prompts = None,
@@ -132,9 +134,9 @@ def negate(
     json: Json = None,
     html: DrawnHtml = None,
 ) -> None:
-    """Forget a task: write the base minus alpha times its vector. Or what is unique to it, or its AE reconstruction.
+    """Forget a task: write the base minus alpha times its vector. Or minus what is unique to it, or its reconstruction.
 
-    Data of the forgotten task is the target, and all other data controls, where nothing else is said.
+    Unless you say otherwise, data of the forgotten task is the target, and all other data are controls.
     """
     from tvbases_lm_eval.forget import negate_task
 

@@ -17,7 +17,9 @@ from .options import DryRun, Dtype, ExtraRows, Json, OptionalBase, OptionalTask,
 class OnlineCommand(DerivedCommand):
     """A command with the options of all online methods."""
 
-    method_help = "ae, rand_select keep --num-bases vectors; ta, magmax, ties, opcm the merged one alone. Default: ae."
+    method_help = (
+        "ae and rand_select keep --num-bases vectors; ta, magmax, ties and opcm only the merged one. Default: ae."
+    )
 
     def methods(self) -> Mapping[str, Mapping[str, Any]]:
         from ..basis.online import ONLINE
@@ -34,14 +36,16 @@ def online(
     out: Out,
     new: Annotated[
         list[str] | None,
-        typer.Argument(help="Fine-tunes to add, named by the last part of their path.", metavar="[NEW]..."),
+        typer.Argument(help="Fine-tunes to add, each named after the last part of its path.", metavar="[NEW]..."),
     ] = None,
     base: OptionalBase = None,
     task: OptionalTask = None,
     num_bases: Annotated[
-        float | None, typer.Option("--num-bases", "-m", help="How many vectors are kept, however many tasks come.")
+        float | None, typer.Option("--num-bases", "-m", help="How many vectors to keep, however many tasks come.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of whatever is drawn at random. Default: 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="The seed of whatever is drawn at random. Default: 0.")
+    ] = None,
     extra_rows: ExtraRows = None,
     dtype: Dtype = "auto",
     dry_run: DryRun = False,
@@ -50,9 +54,9 @@ def online(
     push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
-    """Add tasks, one after another, to a basis of fixed size. Each is on disk when it is told.
+    """Add tasks, one after another, to a basis of fixed size. Each is on disk once it is reported.
 
-    --base and the options are said with the first task, and stay.
+    Give --base and the options with the first task; they stay as they are.
     """
     from ..basis.adding import add_tasks
     from ..models.vectors import parse_tasks

@@ -141,7 +141,7 @@ Revision = Annotated[
     str | None,
     typer.Option(
         "--revision",
-        help="Of Hub ids that name none themselves, as in owner/name@revision.",
+        help="The revision of Hub ids that name none themselves; owner/name@revision does.",
         metavar="BRANCH_TAG_OR_COMMIT",
         is_eager=True,
         callback=_keep_revision,
@@ -151,69 +151,90 @@ Out = Annotated[Path, typer.Option("--out", help="The directory to write.", meta
 NumBases = Annotated[
     float, typer.Option("--num-bases", "-m", help="How many bases; a number below 1 is a fraction of the tasks.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of whatever is drawn at random.")]
-Dtype = Annotated[defaults.Dtype, typer.Option("--dtype", help="Of the weights; auto: as the models are stored.")]
+Seed = Annotated[int, typer.Option("--seed", help="The seed of whatever is drawn at random.")]
+Dtype = Annotated[
+    defaults.Dtype, typer.Option("--dtype", help="The dtype of the weights; auto: as the models are stored.")
+]
 Device = Annotated[
-    str, typer.Option("--device", help="Where it is computed: cpu, cuda, or one of several as cuda:1.", metavar="NAME")
+    str,
+    typer.Option(
+        "--device", help="Where to compute: cpu, cuda, or one of several GPUs, such as cuda:1.", metavar="NAME"
+    ),
 ]
 ExtraRows = Annotated[
     defaults.ExtraRows | None,
     typer.Option(
         "--extra-rows",
-        help="Of vocabularies that differ: drop takes the common rows, keep leaves a row that one model has as it is.",
+        help="Where vocabularies differ: drop takes the rows they share, keep leaves a row of only one model as it is.",
     ),
 ]
-AdapterOut = Annotated[bool, typer.Option("--adapter", help="Of adapters: write an adapter, not a checkpoint.")]
+AdapterOut = Annotated[bool, typer.Option("--adapter", help="From adapters, write an adapter, not a checkpoint.")]
 EqualRank = Annotated[
     bool,
-    typer.Option("--equal-rank", help="Of adapters: one rank in all modules, padded with zeros; the same change."),
+    typer.Option(
+        "--equal-rank", help="Give every module of an adapter the same rank, padded with zeros; the change is the same."
+    ),
 ]
 Host = Annotated[
     defaults.Host | None,
-    typer.Option("--for", help="Of adapters: refuse what this program cannot load, and say what to change."),
+    typer.Option("--for", help="Refuse to write an adapter that this program cannot load, and say what to change."),
 ]
 
 # Shared and unique components.
 Threshold = Annotated[
-    float, typer.Option("--threshold", help="Degree of sharing, 0 to 1, above which a direction is shared.")
+    float, typer.Option("--threshold", help="Degree of sharing, 0 to 1, above which a direction counts as shared.")
 ]
 Subspace = Annotated[
     defaults.Subspace,
-    typer.Option("--subspace", help="chain: the paper's; mean: whatever the order; angles: of two tasks."),
+    typer.Option(
+        "--subspace",
+        help="How shared directions are found: chain (the paper's), mean (in any order), angles (of two tasks).",
+    ),
 ]
-Side = Annotated[defaults.Side, typer.Option("--side", help="column: output directions; row: input directions.")]
+Side = Annotated[
+    defaults.Side, typer.Option("--side", help="Which directions are compared: column (outputs) or row (inputs).")
+]
 
 # How a command works.
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress bars, nothing printed but warnings.", callback=_quietly)
+    bool, typer.Option("--quiet", "-q", help="No progress bars; print nothing but warnings.", callback=_quietly)
 ]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run the Python code that comes with a model, where it is loaded; it can do whatever you can.",
+        help="Run the Python code that comes with a model when it is loaded; it can do whatever you can.",
         callback=_trusting,
     ),
 ]
 Json = Annotated[Path | None, file_option("Write the report as JSON.")]
-PAGE = "The report as a page to send around, with its pictures."
+PAGE = "Write the report as one HTML page, pictures included, that can be sent to others."
 Html = Annotated[Path | None, file_option(PAGE, "HTML")]
 DrawnHtml = Annotated[Path | None, file_option(PAGE, "HTML", draws=True)]
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", help="Weights worked on at a time; default: one per processor.", min=1, callback=_on_threads
+        "--threads",
+        help="How many weights to work on at a time; default: one per processor.",
+        min=1,
+        callback=_on_threads,
     ),
 ]
 Memory = Annotated[
     str | None,
     typer.Option(
-        "--memory", help="The most that the work may take beside the program, as 1.5GB.", callback=_within_memory
+        "--memory",
+        help="The most memory that the work may take, besides the program itself; for example 1.5GB.",
+        callback=_within_memory,
     ),
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume/--no-resume", help="Go on where a killed run of this very command was.", callback=_going_on),
+    typer.Option(
+        "--resume/--no-resume",
+        help="Continue where an interrupted run of the same command stopped.",
+        callback=_going_on,
+    ),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check models, options and output; say what would be written; write nothing.")

@@ -17,7 +17,8 @@ def plan(
     base: Base,
     models: Annotated[int, typer.Option(help="How many full fine-tunes of the base.", min=1)],
     job: Annotated[
-        defaults.Job, typer.Option("--job", help="The Gram matrix, compression, or a merge by this method.")
+        defaults.Job,
+        typer.Option("--job", help="What to plan: the Gram matrix, compression, or a merge by this method."),
     ] = "compress",
     num_bases: NumBases = defaults.NUM_BASES,
     dtype: Dtype = "auto",
@@ -26,14 +27,14 @@ def plan(
     bandwidth: Annotated[
         str | None,
         typer.Option(
-            help="Of the disk that all processes share, per second, as 2GB; default: measured, of a local base."
+            help="Of the disk that all processes share, per second, such as 2GB; default: measured on a local base."
         ),
     ] = None,
     revision: Revision = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Foretell a job: bytes, peak memory, arithmetic and time. Weights are not read, nor downloaded.
+    """Predict the bytes, peak memory and time of a job. No weights are read or downloaded.
 
     --base may also be the config.json of a causal language model.
     """

@@ -10,7 +10,7 @@ from .options import Json, report
 
 @app.command(epilog="Example: tvbases schema --json merge.schema.json")
 def schema(json: Json = None) -> None:
-    """Print the JSON schema of a merge's YAML, for editors. Every method is in it, with bounds."""
+    """Print the JSON schema of a merge's YAML, for editors. It has every method and the bounds of its parameters."""
     from tvbases_mergekit.schema import yaml_schema
 
     found = yaml_schema()

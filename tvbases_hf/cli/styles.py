@@ -40,30 +40,31 @@ from .options import (
 def mix_styles(
     style: Annotated[
         list[str],
-        typer.Option("--style", help="A style's LoRA, of any trainer; repeat.", metavar="NAME=PATH_OR_ID"),
+        typer.Option("--style", help="A style's LoRA, from any trainer; repeat.", metavar="NAME=PATH_OR_ID"),
     ],
     out: Annotated[Path, typer.Option("--out", help="The LoRA file to write.", metavar="FILE", callback=apart)],
     scale: Annotated[
         list[str] | None,
-        typer.Option("--scale", help="A style's weight in the mix, default: 1; repeat.", metavar="NAME=NUMBER"),
+        typer.Option("--scale", help="A style's weight in the mix; default: 1; repeat.", metavar="NAME=NUMBER"),
     ] = None,
     component: Annotated[
         defaults.StyleComponent | None,
         typer.Option(
             "--component",
-            help="Of every style: what is unique to it, what is shared, or all. Default: unique; with --method: full.",
+            help="Of each style: what is unique to it, what is shared, or all of it. Default: unique; with "
+            "--method: full.",
         ),
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help="Merge the components by a merging method, such as tsv; default: their sum."),
+        typer.Option("--method", help="Merge the components with a merging method, such as tsv; default: their sum."),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", help="Of the method, such as density=0.3; repeat.", metavar="NAME=VALUE"),
+        typer.Option("--option", help="An option of the method, such as density=0.3; repeat.", metavar="NAME=VALUE"),
     ] = None,
     shared_weight: Annotated[
-        float, typer.Option(help="unique: add this much of one copy of what the styles share.")
+        float, typer.Option(help="With --component unique: add one copy of what the styles share, times this.")
     ] = 0.0,
     threshold: Threshold = defaults.THRESHOLD,
     subspace: Subspace = "chain",
@@ -72,18 +73,20 @@ def mix_styles(
         typer.Option("--pool", help="Shared is what all styles share (joint), or any two of them (iterative)."),
     ] = "joint",
     side: Side = "column",
-    rank: Annotated[str | None, rank_option("the leading directions of a style that count; default: all.")] = None,
+    rank: Annotated[str | None, rank_option("how many leading directions of a style count; default: all.")] = None,
     dtype: Dtype = "auto",
     loader: Annotated[
-        defaults.StyleLoader, typer.Option("--loader", help="Whose names the file has; comfy: ComfyUI's and kohya's.")
+        defaults.StyleLoader, typer.Option("--loader", help="Whose names the file uses; comfy: ComfyUI's and kohya's.")
     ] = "diffusers",
     family: Annotated[
-        str | None, typer.Option(help="comfy: the model, where the styles' modules are those of several.")
+        str | None, typer.Option(help="With --loader comfy: which model, if several have the styles' modules.")
     ] = None,
     equal_rank: EqualRank = False,
-    report: Annotated[bool, typer.Option("--report", help="Also what is shared by block and by two styles.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also show what is shared, block by block and by each two styles.")
+    ] = False,
     grid: Annotated[
-        Path | None, file_option("Also a picture: each style, their plain sum and this mix; needs --pipeline.", "PNG")
+        Path | None, file_option("Also draw each style, their plain sum and this mix; needs --pipeline.", "PNG")
     ] = None,
     pipeline: Annotated[
         str | None, typer.Option(help="The pipeline that draws the picture.", metavar="PATH_OR_ID")
@@ -97,7 +100,7 @@ def mix_styles(
     push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
-    """Mix style LoRAs by what is unique to each. So what they share does not add up. No model is loaded.
+    """Mix style LoRAs by what is unique to each. What they share does not add up then. No model is loaded.
 
     --device is where the picture is drawn.
     """

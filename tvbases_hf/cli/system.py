@@ -14,7 +14,7 @@ from .options import Json, Quiet, file_option, report
 
 @app.command(epilog="Example: tvbases doctor")
 def doctor(json: Json = None) -> None:
-    """Show versions, extras, the hook and the free disk."""
+    """Show versions, extras, the hook and free disk space."""
     from .doctor import examine, print_findings
 
     found = examine()
@@ -24,7 +24,9 @@ def doctor(json: Json = None) -> None:
 
 @app.command(epilog="Example: tvbases demo --json demo.json")
 def demo(
-    workdir: Annotated[Path | None, typer.Option(help="Where models are kept for the next run.", metavar="DIR")] = None,
+    workdir: Annotated[
+        Path | None, typer.Option(help="Where to keep the models for the next run.", metavar="DIR")
+    ] = None,
     plot: Annotated[Path | None, file_option("Draw the results.", "PNG", draws=True)] = None,
     quiet: Quiet = False,
     json: Json = None,

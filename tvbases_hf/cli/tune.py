@@ -50,15 +50,18 @@ def tune(
     image_column: ImageColumn = "image",
     alphas: Annotated[
         str | None,
-        typer.Option(help="Scales to try, ascending; default: 0.1 to 4, coarser upwards.", metavar="A,B,..."),
+        typer.Option(help="Scales to try, ascending; default: 0.1 to 4, with growing steps.", metavar="A,B,..."),
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of every control's metric that has to stay.")] = defaults.KEEP,
     per_basis: Annotated[
-        bool, typer.Option("--per-basis", help="Then a scale for every basis, or every model, that the YAML adds up.")
+        bool,
+        typer.Option(
+            "--per-basis", help="After that, find a scale for each basis, or each model, that the YAML adds up."
+        ),
     ] = False,
     plot: Annotated[Path | None, file_option("Draw the metrics over alpha.", "PNG", draws=True)] = None,
     adapter: AdapterOut = False,
-    rank: Annotated[str | None, rank_option("what is kept of a merged adapter; default: nothing is cut.")] = None,
+    rank: Annotated[str | None, rank_option("what is kept of the merged adapter; default: all of it.")] = None,
     equal_rank: EqualRank = False,
     host: Host = None,
     dtype: Dtype = "auto",
@@ -82,7 +85,7 @@ def tune(
 ) -> None:
     """Merge at the scale that data or lm-eval tasks like best.
 
-    It is the base plus alpha times what the YAML adds to it. Targets, and all data that is no control, should rise;
+    It is the base plus alpha times what the YAML adds to it. Targets, and all data that are no controls, should rise;
     controls stay. Where no scale is better than the base on all targets it says so, writes nothing and ends with exit
     code 2.
     """

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParameterError
+from ..storage.files import home_path
 from ..storage.json_files import parse_json
 
 
@@ -42,7 +43,7 @@ class Classes:
 
         Raises ParameterError for a file that is none of these, or that says a name twice.
         """
-        path = Path(file).expanduser()
+        path = home_path(file)
         try:
             text = path.read_text(encoding="utf-8-sig")
             found = parse_json(text) if path.suffix.lower() == ".json" else _lines(text)

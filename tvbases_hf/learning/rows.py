@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, ParameterError
+from ..storage.files import home_path
 from ..storage.json_files import parse_json
 from .data import stratified
 
@@ -60,7 +61,7 @@ def read_rows(name: str, source: str, limit: int | None = None) -> Rows:
         ParameterError: no such file, a line that is not a JSON object, no row, a folder that is something else.
         MissingExtraError: a data set of the Hub without ``datasets``.
     """
-    path = Path(source).expanduser()
+    path = home_path(source)
     if path.is_dir():
         found = _from_folder(name, path, limit)
     elif path.suffix.lower() not in FILES and not path.is_file():

@@ -58,10 +58,10 @@ class TaskModel:
             CheckpointError: a directory that transformers does not load, or without the head that it names.
         """
         base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-        path = Path(str(base.path))
+        path = _directory(base)
         try:
-            kind, code = class_of(base), {"trust_remote_code": current().trust_remote_code}  # None asks on a terminal
-            how: dict[str, Any] = code if device_map is None else {**code, "device_map": device_map}
+            kind = class_of(base)
+            how: dict[str, Any] = _locally() if device_map is None else {**_locally(), "device_map": device_map}
             with quiet_transformers():
                 model, found = kind.from_pretrained(str(path), dtype=dtype, output_loading_info=True, **how)
         except (OSError, ValueError, KeyError) as error:
@@ -83,10 +83,10 @@ class TaskModel:
 
         holders = [path for path in self.directories if any((path / file).is_file() for file in TOKENIZERS)]
         if not holders:
-            raise CheckpointError(f'"{self.directories[0]}" holds no tokenizer, which its data needs; save it there')
+            raise CheckpointError(f'"{self.directories[0]}" holds no tokenizer, and text needs one; save it there')
         try:
             with quiet_transformers():
-                return AutoTokenizer.from_pretrained(str(holders[0]), trust_remote_code=current().trust_remote_code)
+                return AutoTokenizer.from_pretrained(str(holders[0]), **_locally())
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise CheckpointError(f'the tokenizer in "{holders[0]}" cannot be loaded: {first_line(error)}') from error
 
@@ -166,6 +166,22 @@ class TaskModel:
             )
 
 
+def _directory(base: Checkpoint) -> Path:
+    """Where the configuration is; beside a file with the name that transformers looks for."""
+    path = Path(str(base.path))
+    if not path.is_file():
+        return path
+    if path.name != "model.safetensors":
+        raise CheckpointError(f'"{base.label}" is a file of weights; give a directory with the weights and config.json')
+    return path.parent
+
+
+def _locally() -> dict[str, Any]:
+    """A model's files are on this disk, so the Hub is not asked, but for code that a model may name there."""
+    trusted = current().trust_remote_code  # None would ask on the terminal
+    return {"trust_remote_code": trusted, "local_files_only": not trusted}
+
+
 def class_of(base: Checkpoint) -> Any:
     """What loads the class that a checkpoint's configuration names, if it writes, classifies or compares.
 
@@ -180,8 +196,7 @@ def class_of(base: Checkpoint) -> Any:
         return getattr(transformers, loader)
     if not answers(base):
         with quiet_transformers():
-            code = {"trust_remote_code": current().trust_remote_code}
-            transformers.AutoConfig.from_pretrained(str(base.path), **code)  # an unknown type is said as such
+            transformers.AutoConfig.from_pretrained(str(base.path), **_locally())  # an unknown type is said as such
         raise ParameterError(
             f'"{base.label}" is a {named}, which answers nothing that data could check; give a model that classifies '
             "texts or images, writes text, or compares images with texts, or a readout of your own in Python"

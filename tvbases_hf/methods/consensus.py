@@ -12,8 +12,10 @@ from ..algebra.delta import Delta, Dense
 from .elementwise import by_entry
 from .registry import method
 
-Mask = Annotated[float, Field(gt=0, description="an entry matters if it is this share of what the others add up to")]
-Agree = Annotated[int, Field(ge=1, description="vectors that an entry has to matter to")]
+Mask = Annotated[
+    float, Field(gt=0, description="an entry matters if it is at least this share of the sum of the others")
+]
+Agree = Annotated[int, Field(ge=1, description="how many vectors an entry has to matter to")]
 
 
 @method("consensus", title="Consensus Task Arithmetic", source="https://arxiv.org/abs/2405.07813")

@@ -18,7 +18,7 @@ from .sparse import TIES_DENSITY, Density, ties
 TIES_SCALING = 0.5
 OPCM_SHARE = 0.5
 Scaling = Annotated[float, Field(description="factor on what TIES gives")]
-Share = Annotated[float, Field(ge=0, lt=1, description="share of the sum of singular values that is protected")]
+Share = Annotated[float, Field(ge=0, lt=1, description="share of the sum of the singular values to protect")]
 
 
 def continual_ties(

@@ -23,12 +23,14 @@ from ..algebra.svd import factored_range, svd
 from ..errors import ParameterError
 from ..options import checked, options_of
 
-Threshold = Annotated[float, Field(gt=0, le=1, description="degree of sharing that counts as shared; the paper: 0.85")]
+Threshold = Annotated[
+    float, Field(gt=0, le=1, description="degree of sharing above which a direction counts as shared; the paper: 0.85")
+]
 Subspace = Annotated[defaults.Subspace, Field(description="how shared directions are found")]
 Pool = Annotated[defaults.Pool, Field(description="which tasks are compared")]
 Side = Annotated[defaults.Side, Field(description="the space that is compared")]
-DenseRank = Annotated[Rank, Field(description="rank rule of dense changes")]
-FactoredRank = Annotated[Rank | None, Field(description="rank rule of low-rank changes; left out: their own rank")]
+DenseRank = Annotated[Rank, Field(description="rank rule for dense changes")]
+FactoredRank = Annotated[Rank | None, Field(description="rank rule for low-rank changes; none: their own rank")]
 THRESHOLD = defaults.THRESHOLD
 DEFAULT_RANK = defaults.RANK
 # A matrix whose smaller side is below this has no low-rank structure to speak of: its change counts as unique.

@@ -17,8 +17,10 @@ from .registry import method
 from .spectrum import flattened
 
 PAPER = "https://arxiv.org/abs/2502.04959"
-Flatness = Annotated[float, Field(ge=0, le=1, description="power of the singular values: 0 all equal, 1 as they are")]
-Common = Annotated[float, Field(ge=0, le=1, description="share of the directions that are those of the sum")]
+Flatness = Annotated[
+    float, Field(ge=0, le=1, description="power of the singular values: 0 makes all equal, 1 leaves them as they are")
+]
+Common = Annotated[float, Field(ge=0, le=1, description="share of the directions that come from the sum")]
 
 
 @method("iso_c", title="Iso-C", source=PAPER, of_matrices=True, sum_only=True)

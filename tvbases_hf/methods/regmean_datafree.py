@@ -25,7 +25,7 @@ Side = Annotated[
     Field(description="whose second moments weigh the vectors: the rows' (a layer's inputs), the columns', or both"),
 ]
 # A smaller ridge would be lost in the rounding of float64 for wide layers.
-Ridge = Annotated[float, Field(ge=1e-6, description="weight of the mean of the vectors, a share of the mean diagonal")]
+Ridge = Annotated[float, Field(ge=1e-6, description="weight of the vectors' mean, as a share of the mean diagonal")]
 
 
 @method("regmean_datafree", title="Data-free RegMean", source="https://arxiv.org/abs/2603.02945", of_matrices=True)

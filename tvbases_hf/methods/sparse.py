@@ -14,11 +14,11 @@ from .elementwise import by_entry
 from .registry import method
 from .threshold import tensor_thresholds, trimmed
 
-Density = Annotated[float, Field(gt=0, le=1, description="share of entries that is kept")]
+Density = Annotated[float, Field(gt=0, le=1, description="share of the entries to keep")]
 Overlap = Annotated[
-    Literal["all", "shared"], Field(description="divide by all vectors, or by those that keep the entry")
+    Literal["all", "shared"], Field(description="what to divide by: all vectors, or those that keep the entry")
 ]
-Consensus = Annotated[Literal["mean", "sum"], Field(description="what is made of the vectors that agree")]
+Consensus = Annotated[Literal["mean", "sum"], Field(description="what becomes of the vectors that agree in sign")]
 TOP_K_DENSITY = 0.05
 TIES_DENSITY = 0.2
 

@@ -18,10 +18,10 @@ from ..algebra.svd import svd
 
 Calibrate = Annotated[
     Literal["none", "svc"],
-    Field(description="of the singular values of the merge: svc divides them by how often the vectors count them"),
+    Field(description="of the merge's singular values: svc divides each by how often the vectors count it"),
 ]
 Spectrum = Annotated[
-    float, Field(ge=0, le=1, description="power of the singular values, their sum kept: 1 as they are, 0 all equal")
+    float, Field(ge=0, le=1, description="power of the singular values, at the same sum: 1 as they are, 0 all equal")
 ]
 
 

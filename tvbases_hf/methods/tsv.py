@@ -19,8 +19,8 @@ from ..algebra.tall import by_rows, gram_of_images, right_components
 from .registry import method
 
 PAPER = "https://arxiv.org/abs/2412.00081"
-TaskRank = Annotated[Rank | None, Field(description="components kept of every vector; left out: 1/T of min(n, m)")]
-LowRankStep = Annotated[bool, Field(description="keep the leading components only")]
+TaskRank = Annotated[Rank | None, Field(description="components to keep of each vector; none: 1/T of min(n, m)")]
+LowRankStep = Annotated[bool, Field(description="keep only the leading components")]
 Orthogonalize = Annotated[bool, Field(description="decorrelate the components of different vectors")]
 
 

@@ -19,7 +19,7 @@ Pairs = Annotated[
     Literal["together", "trained"],
     Field(description="one weight for all that is shared, or (tvbases tune) a trained one for each part"),
 ]
-SharedWeight = Annotated[float, Field(description="of the shared component, which is left out at 0")]
+SharedWeight = Annotated[float, Field(description="weight of the shared component; 0: none of it")]
 
 
 @method("devec_unique", title="DeVec, unique components", source="https://arxiv.org/abs/2512.22511", of_matrices=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ParameterError
 from .file_names import check_name
 from .json_files import read_json
 from .side_files import TERMS
@@ -56,12 +56,21 @@ PARTS = {
 }
 
 
+def home_path(path: str | Path) -> Path:
+    """The path that ~ at the beginning stands for. Raises ParameterError for the home of a user that does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise ParameterError(f'"{path}": there is no home directory for {user}; write the path in full') from error
+
+
 def local_path(source: str | Path) -> Path | None:
     """The file or directory of this name, if there is one."""
     try:
-        path = Path(source).expanduser()
+        path = home_path(source)
         return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # too long, or of a user that is not there: it may still be an id
+    except (OSError, ValueError):  # too long, or of a user that does not exist: it may still be an id
         return None
 
 

@@ -75,10 +75,11 @@ def _check_depth(value: Any) -> None:
 def wrong_values(error: ValidationError) -> str:
     """Which values a schema refuses, in a line: where the first is, what it should be, what it is, and how many."""
     found = error.errors(include_url=False)
-    place = ".".join(map(str, found[0]["loc"])) or "it"
+    place = "".join(f"{part}." for part in found[0]["loc"])
     given = repr(found[0]["input"])
     shown = given if len(given) <= SHOWN else given[:SHOWN] + "..."
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     message = found[0]["msg"]
-    absent = found[0]["type"] == "missing"
-    return f"{place}: {message[:1].lower()}{message[1:]}{'' if absent else f', got {shown}'}{more}"
+    no_value = found[0]["type"] in ("missing", "json_invalid")
+    where = f"{place[:-1]}: " if place else ""
+    return f"{where}{message[:1].lower()}{message[1:]}{'' if no_value else f', got {shown}'}{more}"

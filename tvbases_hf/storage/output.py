@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import OutputError, TeamError
 from .cards import CARD, is_untouched
-from .files import local_path
+from .files import home_path, local_path
 from .inputs import unchanged
 from .journal import Journal, is_of, job_key
 from .run import current, once
@@ -45,7 +45,7 @@ def transaction(
     """
     key, team, kept = None if job is None else job_key(job), current().team, False
     check_output(out, is_ours)
-    place = Path(out).expanduser().resolve()  # a link stays, and what it points to is replaced
+    place = home_path(out).resolve()  # a link stays, and what it points to is replaced
     with writing(place, needed_bytes), _folders_above(place):
         scratch = once(lambda: _prepare(place, needed_bytes, key))
         work = scratch / place.name  # programs that write there may put the directory's name into a file
@@ -119,7 +119,7 @@ def file_transaction(out: str | Path, is_ours: Callable[[Path], bool], needed_by
     Raises OutputError as ``transaction`` does.
     """
     check_output_file(out, is_ours)
-    out = Path(out).expanduser().resolve()
+    out = home_path(out).resolve()
     with writing(out, needed_bytes), _folders_above(out):
         _sweep(out)
         check_space(out.parent, needed_bytes)
@@ -140,7 +140,7 @@ def preview(out: str | Path, tensors: int | None, needed_bytes: int | None) -> d
 
     Raises OutputError for a disk without that much room.
     """
-    place = Path(out).expanduser().absolute()
+    place = home_path(out).absolute()
     check_space(place.parent, needed_bytes or 0)
     return {"dry_run": True, "out": str(out), "tensors": tensors, "bytes": needed_bytes}
 
@@ -159,7 +159,7 @@ def journal_of(work: Path) -> tuple[Journal | None, str]:
 
 def check_output_file(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
     """Raise OutputError if ``out`` is a directory, or a file that this program did not write."""
-    out = Path(out).expanduser()
+    out = home_path(out)
     _check_above(out, "a file")
     if out.is_dir():
         raise OutputError(f'"{out}" is a directory; give the name of a file')
@@ -169,7 +169,7 @@ def check_output_file(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
 
 def check_output(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
     """Raise OutputError if ``out`` holds anything that this program did not write, or a card that was changed since."""
-    out = Path(out).expanduser()
+    out = home_path(out)
     _check_above(out, "a directory")
     if os.path.ismount(out):
         raise OutputError(f'"{out}" is where a file system begins, which cannot be replaced; name a directory in it')
@@ -191,7 +191,7 @@ def check_output(out: str | Path, is_ours: Callable[[Path], bool]) -> None:
 
 def check_apart(out: str | Path, inputs: Iterable[str]) -> None:
     """Raise OutputError if ``out`` is one of the inputs, paths as they were given: an earlier output may be one."""
-    place = Path(out).expanduser().resolve()
+    place = home_path(out).resolve()
     for source in inputs:
         found = map(local_path, (source, *source.split("+")))
         if any(path is not None and path.resolve() == place for path in found):

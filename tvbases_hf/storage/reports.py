@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import OutputError
 from ..version import library_version
+from .files import home_path
 from .output import file_transaction
 from .run import current
 
@@ -55,7 +56,7 @@ def write_whole(file: str | Path, content: bytes, is_ours: Callable[[Path], bool
 
     Raises OutputError for a file that is not ours, cannot be written, or a full disk; what was there stays.
     """
-    file = Path(file).expanduser()
+    file = home_path(file)
     if current().team.rank > 0:
         return
     if file.exists() and not file.is_file() and not file.is_dir():

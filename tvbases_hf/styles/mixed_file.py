@@ -16,6 +16,7 @@ from ..algebra.delta import LowRank
 from ..errors import ParameterError
 from ..methods.devec import Options
 from ..storage.checkpoint import TensorInfo
+from ..storage.files import home_path
 from ..storage.json_files import parse_json
 from ..storage.output import check_output_file, file_transaction, preview
 from ..storage.run import track
@@ -128,7 +129,7 @@ def write_mix(
         if matrices:
             written = write_comfy(written, file.with_name(f"{file.stem}-comfy.safetensors"), matrices, header)
         written.rename(file)
-    return found | {"bytes": out.expanduser().stat().st_size}
+    return found | {"bytes": home_path(out).stat().st_size}
 
 
 def _check_suffix(out: Path) -> None:
@@ -223,7 +224,7 @@ def recipe_header(
 
 def read_recipe(file: str | Path) -> dict[str, Any] | None:
     """The recipe in a file's header; None if there is none."""
-    text = metadata_of(Path(file).expanduser()).get(RECIPE)
+    text = metadata_of(home_path(file)).get(RECIPE)
     try:
         return parse_json(text) if text else None
     except ValueError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from tvbases_app import Mixer, build
 from tvbases_app.beside import beside, can_be_beside
 from tvbases_hf.algebra.delta import dense
 from tvbases_hf.basis import Basis
-from tvbases_hf.errors import MissingExtraError, OutputError, ParameterError
+from tvbases_hf.errors import CheckpointError, MissingExtraError, OutputError, ParameterError
 from tvbases_hf.models.vectors import Vectors
 from zoo.adapter_zoo import Zoo, adapter_changes, make_zoo, relative
 from zoo.hf_models import read_state
@@ -150,11 +152,18 @@ def test_what_is_wrong_is_said(zoo: Zoo, bases: dict[str, Path], tmp_path: Path)
             Mixer.open(str(zoo.base), **given)
     with pytest.raises(ParameterError, match="need the base"):
         Mixer.open("", tasks)
-    for weights in ({"maths": 1.0}, {"math": float("nan")}):
+    wrong: list[dict[str, Any]] = [{"maths": 1.0}, {"math": float("nan")}, {"math": None}, {"math": ""}]
+    for weights in wrong:
         with pytest.raises(ParameterError, match="a weight is a number for one of math, code, chat"):
             mixer.recipe(weights)
     with pytest.raises(ParameterError, match="prompt"):
         mixer.compare(" ", WEIGHTS)
+    with pytest.raises(ParameterError, match="at least one token"):
+        mixer.compare("word1", WEIGHTS, 0)
+    with pytest.raises(ParameterError, match="NaN"):
+        mixer.compare("word1", {"math": 1e38})
+    with pytest.raises(ParameterError, match="no home directory for ~nobody-of-this-name"):
+        mixer.save("~nobody-of-this-name/mix", WEIGHTS)
     with pytest.raises(ParameterError, match="full checkpoints"):
         mixer.save(tmp_path / "lora", WEIGHTS, adapter=True)
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
@@ -162,6 +171,33 @@ def test_what_is_wrong_is_said(zoo: Zoo, bases: dict[str, Path], tmp_path: Path)
     with pytest.raises(OutputError, match=r"mine\.txt"):
         mixer.save(tmp_path, WEIGHTS)
     assert snapshot(tmp_path) == before
+
+
+def test_a_prompt_that_the_model_cannot_continue_is_said(zoo: Zoo, bases: dict[str, Path]) -> None:
+    mixer = opened(zoo, bases, "adapters")
+    mixer._model.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ParameterError, match="a LlamaForCausalLM cannot continue this prompt: roles must alternate"):
+        mixer.compare("word1", WEIGHTS)
+
+
+def test_a_base_that_is_gone_is_said_without_asking_the_hub(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(zoo.base, tmp_path / "base")
+    mixer = Mixer.open(str(tmp_path / "base"), {"math": str(zoo.full["math"])})
+    shutil.rmtree(tmp_path / "base")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        mixer.compare("word1", {})
+
+
+def test_a_file_of_weights_has_its_configuration_beside_it(zoo: Zoo, tmp_path: Path) -> None:
+    tasks = {"math": str(zoo.full["math"])}
+    found = Mixer.open(str(zoo.base / "model.safetensors"), tasks).compare("word1", {}, 4)
+    assert found == Mixer.open(str(zoo.base), tasks).compare("word1", {}, 4)
+    (tmp_path / "other.safetensors").write_bytes((zoo.base / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="is a file of weights"):
+        Mixer.open(str(tmp_path / "other.safetensors"), tasks).compare("word1", {})
 
 
 def test_a_base_that_writes_no_text_is_compared_all_the_same_but_for_generations(bert: Any) -> None:

@@ -1,4 +1,5 @@
-"""The app in a real browser: weights move, generations change, and what is saved is the YAML that is shown."""
+"""The app in a real browser: weights move, generations change, what is saved is the YAML that is shown, and what is
+wrong is said on the page, not on the terminal."""
 
 from __future__ import annotations
 
@@ -103,10 +104,10 @@ def test_the_page_shows_the_tasks_and_what_they_share(page: Browser, mixer: Mixe
 def test_a_moved_weight_changes_what_is_written_after_and_not_before(page: Browser, mixer: Mixer) -> None:
     page.run(SET, "#tokens input", "8")
     page.run(SET, "#prompt textarea", PROMPT)
-    move(page, 0, 0.35)
+    move(page, 0, 0.33)
     page.run(CLICK, "#write")
     first = page.wait(VALUE, "#after textarea")
-    weights: dict[str, float] = dict.fromkeys(NAMES, 0.35)
+    weights: dict[str, float] = dict.fromkeys(NAMES, 0.33)
     before = page.run(VALUE, "#before textarea")
     assert (before, first) == mixer.compare(PROMPT, weights, 8)
     move(page, 0, -1.5)  # and nothing is clicked
@@ -126,6 +127,28 @@ def test_what_is_saved_is_what_merge_makes_of_the_yaml_that_is_shown(page: Brows
     assert set(saved) == set(merged)
     for name in merged:
         torch.testing.assert_close(saved[name], merged[name], rtol=4 * EPS, atol=4 * EPS)
+
+
+@pytest.mark.parametrize(("typed", "weight"), [("", 0.0), ("1e30", 2.0), ("nan", 0.0)])
+def test_a_weight_that_is_none_becomes_what_the_field_then_shows(
+    typed: str, weight: float, page: Browser, mixer: Mixer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    move(page, 0, 0.5)
+    page.run(SET, "#weight-0 input[type=number]", typed)
+    page.run("document.querySelector('#weight-0 input[type=number]').dispatchEvent(new Event('blur'))")
+    page.wait(f"{CODE}.split('weight:')[1].trim().startsWith(arguments[0])", f"{weight}")
+    page.wait(IDLE)
+    assert float(page.run(VALUE, "#weight-0 input[type=number]")) == weight
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_number_of_tokens_that_is_none_is_said(page: Browser, capfd: pytest.CaptureFixture[str]) -> None:
+    page.run(SET, "#tokens input", "")
+    page.run(CLICK, "#write")
+    page.wait("return document.querySelector('.toast-body')?.innerText.includes('from 1 to 1000')")
+    page.run("document.querySelectorAll('.toast-close').forEach((button) => button.click())")
+    page.run(SET, "#tokens input", "8")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_cannot_be_written_is_said_on_the_page(page: Browser, tmp_path: Path) -> None:
@@ -154,15 +177,35 @@ def test_nothing_is_asked_of_another_machine(page: Browser, asked: list[str]) ->
     assert asked == []
 
 
-def test_models_are_named_on_the_page(browser: Browser, family: Family) -> None:
+def test_models_are_named_on_the_page(
+    browser: Browser, family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     served = launch()
+    state = read_state(family.base)
+    state["lm_head.weight"][0, 0] = float("nan")
+    diverged = save_state(tmp_path / "diverged", state, family.base)
+
+    def load(tasks: dict[str, Path]) -> None:
+        browser.run(SET, "#base textarea", str(family.base))
+        browser.run(SET, "#tasks textarea", "\n".join(f"{task}={path}" for task, path in tasks.items()))
+        browser.run(CLICK, "#load")
+
     try:
         browser.open(served.local_url)
         browser.wait("return document.querySelector('#tasks textarea') !== null")
         assert browser.run("return document.querySelector('#weight-0')") is None
-        browser.run(SET, "#base textarea", str(family.base))
-        browser.run(SET, "#tasks textarea", "\n".join(f"{task}={path}" for task, path in family.tasks.items()))
-        browser.run(CLICK, "#load")
+        load({"diverged": diverged})
+        browser.wait("return document.querySelector('.toast-body')?.innerText.includes('NaN')")
+        load(family.tasks)
         browser.wait(READY)
+        browser.run(SET, "#prompt textarea", PROMPT)
+        browser.run(SET, "#tokens input", "4")
+        browser.run(CLICK, "#write")
+        browser.wait(VALUE, "#before textarea")
+        load(dict(list(family.tasks.items())[:2]))
+        browser.wait("return document.querySelector('#weight-2') === null")
+        browser.wait(IDLE)
+        assert not browser.run(VALUE, "#before textarea"), "what other models have written is gone"
+        assert "Traceback" not in capfd.readouterr().err
     finally:
         served.close(verbose=False)

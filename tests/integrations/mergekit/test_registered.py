@@ -100,7 +100,8 @@ def test_help_knows_the_same_methods_options_and_defaults() -> None:
     shown = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
     for name in OWN:
         options = METHODS[name].own_options.items()
-        words = [METHODS[name].summary, *(f"{key}: {o.help}, default: {o.default}" for key, o in options)]
+        words = [METHODS[name].summary]
+        words += [f"{key}: {o.help}, default: {'none' if o.default is None else o.default}" for key, o in options]
         assert all(text in shown[name] for text in words), shown[name]
         common = METHODS[name].options.keys() - METHODS[name].own_options.keys()
         assert all(f"{METHODS[name].options[key].help}, default:" in shown[key] for key in common)
@@ -284,7 +285,7 @@ def test_the_command_prints_the_schema_or_writes_it(tmp_path: Path) -> None:
         ("top_k", {"overlap": "al"}, "must be all or shared (did you mean all?)"),
         ("magmax", {"density": 0.5}, "magmax has no parameter 'density'"),
         ("ae_bases", {"merge": "top_k", "density": 2}, "density is 2; give a number above 0 and at most 1"),
-        ("ae_bases", {"steps": 0}, "steps of ae (adam: how many) must be a whole number, at least 1"),
+        ("ae_bases", {"steps": 0}, "steps of ae (with adam, how many) must be a whole number, at least 1"),
         ("pca_positive", {"temperature": 1.0}, "pca_positive has no parameter 'temperature'"),
         ("ae_bases", {"merge": "magmax", "scope": "model"}, "scope is not a parameter of merge: magmax"),
     ],

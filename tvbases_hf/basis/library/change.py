@@ -267,7 +267,7 @@ def _check_only_ours(path: Path) -> None:
     odd = sorted(entry.name for entry in path.iterdir() if not any(entry.match(pattern) for pattern in OUR_FILES))
     if odd:
         raise OutputError(
-            f'"{path}" holds {len(odd)} entries that are not of a library (first: {odd[0]}), which is written anew '
+            f'"{path}" holds {len(odd)} entries that are not of a library (first: {odd[0]}), which is written again '
             "as a whole; move them away"
         )
     check_output(path, is_basis_directory)

@@ -60,11 +60,10 @@ def make_plan(
     budget: float,
     *,
     normalize: Annotated[bool, Field(description="count each task's error relative to its own norm")] = True,
-    bits: Annotated[
-        Bits, Field(description="what numbers are kept in; auto: more for larger singular values")
-    ] = "auto",
+    bits: Annotated[Bits, Field(description="bits per number; auto: more for larger singular values")] = "auto",
     clusters: Annotated[
-        int | None, Field(ge=1, description="groups of adapters that share directions; none: what loses least")
+        int | None,
+        Field(ge=1, description="number of groups of adapters that share directions; none: what loses least"),
     ] = None,
 ) -> Plan:
     """Describe all adapters, group them, and choose what to keep within ``budget``, a share of their bytes.
