@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,22 +35,34 @@ class Cell:
     scale: float
 
     @classmethod
-    def of(cls, answers: Sequence[Answer]) -> Cell:
-        names = ("content", "styles", "both", "distance", "apart")
-        values: dict[str, list[float]] = {n: [v for a in answers for v in a[n]] for n in names}
-        values["pair"] = [1000 * number + pair for number, a in enumerate(answers) for pair in a["pair"]]
-        return cls(values, answers[0]["scale"])
+    def of(cls, answers: Mapping[int, Answer]) -> Cell:
+        names = ("content", "styles", "both", "distance", "apart", "pair")
+        values: dict[str, list[float]] = {n: [v for a in answers.values() for v in a[n]] for n in names}
+        values["seed"] = [seed for seed, a in answers.items() for _ in a["pair"]]
+        return cls(values, next(iter(answers.values()))["scale"])
+
+    @property
+    def count(self) -> int:
+        return len(self.values["pair"])
 
     def mean(self, name: str) -> float:
-        return sum(self.values[name]) / len(self.values[name])
+        return sum(self.values[name]) / self.count
 
     def minus(self, other: Cell, name: str = "both") -> Difference:
-        apart = [a - b for a, b in zip(self.values[name], other.values[name], strict=True)]
-        by_pair: dict[float, list[float]] = {}
-        for pair, value in zip(self.values["pair"], apart, strict=True):
-            by_pair.setdefault(pair % 1000, []).append(value)
+        """Over the seeds that both have."""
+        seeds = {*self.values["seed"]} & {*other.values["seed"]}
+        mine, others = self._by_pair(name, seeds), other._by_pair(name, seeds)
+        by_pair = {p: [a - b for a, b in zip(mine[p], others[p], strict=True)] for p in mine}
+        apart = [value for values in by_pair.values() for value in values]
         pairs = [sum(values) / len(values) for values in by_pair.values()]
         return Difference(sum(apart) / len(apart), _half(apart, 1.96), _half(pairs, quantile(len(pairs) - 1)))
+
+    def _by_pair(self, name: str, seeds: Set[float]) -> dict[float, list[float]]:
+        found: dict[float, list[float]] = {}
+        for pair, seed, value in zip(self.values["pair"], self.values["seed"], self.values[name], strict=True):
+            if seed in seeds:
+                found.setdefault(pair, []).append(value)
+        return found
 
 
 @dataclass(frozen=True)
@@ -74,10 +86,12 @@ def _half(values: Sequence[float], width: float) -> float:
 
 
 def cells(found: dict[str, Answers], group: str, scale: str) -> dict[str, Cell]:
-    """By way; of the seeds of which both this way and the plain sum are answered."""
+    """By way, of all seeds of which it is answered."""
     result = {}
     for way in (DRAWN, *WAYS):
-        answers = [a for q, a in found[FINAL.name] if (q["group"], q["way"], q["scale"]) == (group, way, scale)]
+        answers = {
+            q["seed"]: a for q, a in found[FINAL.name] if (q["group"], q["way"], q["scale"]) == (group, way, scale)
+        }
         if answers:
             result[way] = Cell.of(answers)
     return result
@@ -172,7 +186,6 @@ def _group(found: dict[str, Answers], group: str) -> Iterable[str]:
     best, one = cells(found, group, BEST), cells(found, group, ONE)
     if PLAIN not in best:
         return
-    count = len(best[PLAIN].values["both"])
     yield f"## {GROUPS[group]}"
     rows = []
     for way in ranked(best):
@@ -180,10 +193,13 @@ def _group(found: dict[str, Answers], group: str) -> Iterable[str]:
         difference = (
             "" if way == PLAIN else f"{100 * apart.mean:+.1f} ± {100 * apart.pictures:.1f} / {100 * apart.pairs:.1f}"
         )
-        rows.append([way, f"{cell.scale:g}", *_shares(cell), difference, *_lengths(cell), _at_one(one, way)])
-    rows += [
-        [way, "1", *_shares(one[way]), "", *_lengths(one[way]), _at_one(one, way)] for way in one if way not in best
-    ]
+        rows.append(
+            [way, f"{cell.scale:g}", *_shares(cell), difference, *_lengths(cell), _at_one(one, way), cell.count]
+        )
+    for way in one:
+        if way not in best:
+            cell = one[way]
+            rows.append([way, "1", *_shares(cell), "", *_lengths(cell), _at_one(one, way), cell.count])
     heads = [
         "way",
         "scale",
@@ -194,8 +210,8 @@ def _group(found: dict[str, Answers], group: str) -> Iterable[str]:
         "distance",
         "diversity",
         "both at 1",
+        "pictures",
     ]
-    yield f"{count} pictures a row."
     yield table(heads, rows)
 
 

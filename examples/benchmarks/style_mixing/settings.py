@@ -38,7 +38,8 @@ class Mixed:
 class Settings:
     """``needed``: the share of right contents without which nothing is mixed. ``screened``: pairs for the scales.
 
-    ``ways`` are compared at the best scale of each, ``at_one`` also at scale 1, ``of_persons`` also with a person.
+    ``ways`` are compared at the best scale of each, ``at_one`` also at scale 1, ``of_persons`` also with a person;
+    those that are ``repeated`` with the LoRAs of every seed, the others with those of the first.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Settings:
     seeds: tuple[int, ...]
     groups: tuple[str, ...]
     ways: tuple[str, ...]
+    repeated: tuple[str, ...]
     at_one: tuple[str, ...]
     of_persons: tuple[str, ...]
     styles: tuple[str, ...]
@@ -83,10 +85,10 @@ class Settings:
             yield APART, PERSON
 
     def parts(self) -> Iterator[Settings]:
-        """The same questions in the order in which they are asked: seed by seed, group by group, six ways at a time."""
+        """The same questions in the order in which they are asked: seed by seed, group by group."""
         for seed, group in itertools.product(self.seeds, self.groups):
-            for start in range(0, len(self.ways), 6):
-                yield replace(self, seeds=(seed,), groups=(group,), ways=self.ways[start : start + 6])
+            ways = self.ways if seed == self.seeds[0] else self.repeated
+            yield replace(self, seeds=(seed,), groups=(group,), ways=ways)
 
 
 FULL = Settings(
@@ -99,6 +101,7 @@ FULL = Settings(
     seeds=(0, 1),
     groups=(APART, FAMILY, PERSON),
     ways=tuple(way for way in WAYS if way not in SAME_AS_PLAIN),
+    repeated=tuple(WAYS)[:8],
     at_one=(PLAIN, "mean", "unique", "unique + one copy", "tsv", "sum, calibrated"),
     of_persons=tuple(WAYS)[:8],
     styles=STYLES,
@@ -119,6 +122,7 @@ QUICK = Settings(
     seeds=(0,),
     groups=(APART, FAMILY, PERSON),
     ways=(PLAIN, "unique", "steps"),
+    repeated=(PLAIN, "unique", "steps"),
     at_one=(PLAIN,),
     of_persons=(PLAIN, "steps"),
     styles=STYLES[4:],

@@ -89,6 +89,8 @@ def final_questions(settings: Settings) -> Iterator[Question]:
     for seed in settings.seeds:
         yield from ({"seed": seed, "way": DRAWN, "scale": ONE, "group": group} for group in settings.groups)
         for way in WAYS:
+            if seed != settings.seeds[0] and way not in (*settings.repeated, *SAME_AS_PLAIN):
+                continue
             for group in settings.groups:
                 if way in settings.ways_of(group):
                     yield {"seed": seed, "way": way, "scale": BEST, "group": group}

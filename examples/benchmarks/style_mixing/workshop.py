@@ -38,6 +38,7 @@ class Workshop(AnyWorkshop):
             "seeds",
             "groups",
             "ways",
+            "repeated",
             "at_one",
             "of_persons",
         )  # they decide which questions there are, not the answers
