@@ -150,7 +150,9 @@ def _person(pair: Mixed) -> int | None:
 
 
 def _set(mix: Any, pair: Mixed, way: str, scale: float) -> None:
-    """Both styles at the scale, or at as much of it as the steps are to have."""
+    """Both styles at the scale, or at as much of it as the steps are to have; where there is no mix, nothing."""
+    if mix is None:
+        return
     mix.set_style_scales(dict.fromkeys(mix.names, scale))
     if WAYS[way].steps:
         plan = schedules(pair.first, pair.second)

@@ -17,6 +17,7 @@ from evidence.workshop import Workshop as AnyWorkshop
 from torch import Tensor
 
 from tvbases_diffusers import mix_styles
+from tvbases_hf.errors import ParameterError
 
 from .drawing import COLOURS, CONTENTS, HOUSE, PERSON, SHAPES, Scenes, draw, scenes
 from .judge import Judge, train_judge
@@ -87,12 +88,21 @@ class Workshop(AnyWorkshop):
 
     @contextmanager
     def mixed(self, mixed: Mixed, way: str, seed: int, scale: float) -> Iterator[Any]:
-        """The StyleMix of a pair of LoRAs in the pipeline, at the scale for both."""
+        """The StyleMix of a pair of LoRAs in the pipeline, at the scale for both.
+
+        None where it is of what the two share, and they share nothing.
+        """
         made, how = dict(self.files(mixed, seed)), WAYS[way]
         if how.blocks:
             early = next(iter(schedules(*made)))
             made = {name: by_blocks(file, name == early) for name, file in made.items()}
-        mix = mix_styles(self.pipe, made, scales=dict.fromkeys(made, scale), **how.options)
+        try:
+            mix = mix_styles(self.pipe, made, scales=dict.fromkeys(made, scale), **how.options)
+        except ParameterError:
+            if how.options["component"] != "shared":
+                raise
+            yield None
+            return
         try:
             yield mix
         finally:
