@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from tvbases_hf.basis import libraries
 from tvbases_hf.basis.compress import compress
 from tvbases_hf.basis.library.bits import BITS, GROUP, dequantise, quantise, row_bytes
 from tvbases_hf.basis.library.factors import open_factors
+from tvbases_hf.basis.library.plan import least
 from tvbases_hf.basis.library.sketch import cut, linkage, sketch
 from tvbases_hf.basis.library.vectors import LibraryVectors
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, TvbasesError
@@ -124,6 +126,18 @@ def test_average_linkage_joins_what_is_most_similar_on_average() -> None:
 def test_no_group_is_larger_than_it_may_be() -> None:
     joins = linkage(torch.ones(9, 9))
     assert max(map(len, cut(joins, 9, 1, 4))) <= 4
+
+
+@pytest.mark.parametrize("families", [1, 3, 17, 40])
+def test_the_number_of_groups_is_found_also_where_a_few_are_no_better_than_one(families: int) -> None:
+    asked: list[int] = []
+
+    def loss(number: int) -> float:  # flat up to a few groups, a valley at as many as there are families
+        asked.append(number)
+        return min(1.0, abs(math.log(number / families)))
+
+    assert abs(math.log(least(loss, 1000) / families)) < 0.2
+    assert max(asked) <= 16 * families
 
 
 def test_planted_families_are_found_and_adapters_of_none_share_nothing(made: Path) -> None:
