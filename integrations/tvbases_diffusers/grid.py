@@ -24,7 +24,7 @@ def draw_grid(
     out: Path,
     *,
     component: str | None = None,
-    shared_weight: float = 0.0,
+    shared_weight: float | None = None,
     method: str | None = None,
     method_options: Mapping[str, Any] | None = None,
     prompt: str = "a castle on a hill",

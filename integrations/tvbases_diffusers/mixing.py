@@ -38,7 +38,7 @@ def mix_styles(
     pool: Pool = "joint",
     side: Side = "column",
     rank: str | float | None = None,
-    shared_weight: float = 0.0,
+    shared_weight: float | None = None,
     adapter_name: str = ADAPTER,
 ) -> StyleMix:
     """Mix style LoRAs into one adapter of the pipeline and make it the active one.
@@ -47,14 +47,15 @@ def mix_styles(
         pipe: any diffusers pipeline with a LoRA loader, or a transformer or UNet without one.
         styles: by name, a LoRA file in any of diffusers' formats, a directory, a Hub id, a state dict, or the name of
             an adapter that is loaded (it stays loaded, and inactive). Those of a list are called like their files.
-        component: ``unique`` (the default without a method) leaves out what the styles share, ``shared`` takes only
-            that, ``full`` (the default with one) is the whole style.
+        component: ``unique`` (the default without a method) takes what the styles share out of each, ``shared`` takes
+            only that, ``full`` (the default with one) is the whole style.
         method, method_options: the merging method that makes one change of the components, a name in METHODS with its
             options; None adds them up.
         scales: of each style; 1 where none is given. ``StyleMix.set_style_scales`` changes them later.
         threshold, subspace, pool, side: see tvbases_hf.methods.devec.Options.
         rank: a rank rule for the directions of a style that count (``energy:0.9``, 4, ...); None for all.
-        shared_weight: with ``unique``, how much of one copy of what the styles share is added.
+        shared_weight: with ``unique``, how much of one copy of what the styles share is added; None: all of it, but
+            none for a method.
 
     Raises:
         MissingExtraError, ParameterError, CheckpointError, MismatchError: each with what to do; the pipeline is then

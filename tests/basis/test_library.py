@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from commands.command_line import snapshot
 from tvbases_hf import Basis, LoraBasis
-from tvbases_hf.algebra.delta import dense
+from tvbases_hf.algebra.delta import LowRank, dense
 from tvbases_hf.basis import libraries
 from tvbases_hf.basis.compress import compress
 from tvbases_hf.basis.library.bits import BITS, GROUP, dequantise, quantise, row_bytes
 from tvbases_hf.basis.library.factors import open_factors
+from tvbases_hf.basis.library.plan import least
 from tvbases_hf.basis.library.sketch import cut, linkage, sketch
+from tvbases_hf.basis.library.stock import cut_sum
 from tvbases_hf.basis.library.vectors import LibraryVectors
 from tvbases_hf.errors import CheckpointError, OutputError, ParameterError, TvbasesError
 from zoo.adapter_families import Adapters, random_adapters
@@ -126,6 +129,18 @@ def test_no_group_is_larger_than_it_may_be() -> None:
     assert max(map(len, cut(joins, 9, 1, 4))) <= 4
 
 
+@pytest.mark.parametrize("families", [1, 3, 17, 40])
+def test_the_number_of_groups_is_found_also_where_a_few_are_no_better_than_one(families: int) -> None:
+    asked: list[int] = []
+
+    def loss(number: int) -> float:  # flat up to a few groups, a valley at as many as there are families
+        asked.append(number)
+        return min(1.0, abs(math.log(number / families)))
+
+    assert abs(math.log(least(loss, 1000) / families)) < 0.2
+    assert max(asked) <= 16 * families
+
+
 def test_planted_families_are_found_and_adapters_of_none_share_nothing(made: Path) -> None:
     info = LoraBasis.from_pretrained(made).info
     assert info.library is not None
@@ -134,6 +149,20 @@ def test_planted_families_are_found_and_adapters_of_none_share_nothing(made: Pat
     assert [cluster < 0 for cluster in clusters] == alone
     families = {(index % FAMILIES, cluster) for index, cluster in enumerate(clusters) if not alone[index]}
     assert len(families) == len({cluster for _, cluster in families}) == FAMILIES
+
+
+@pytest.mark.parametrize(("rows", "columns", "factors"), [(40, 24, 200), (24, 40, 200), (30, 30, 8), (40, 24, 30)])
+def test_a_sum_cut_to_a_rank_knows_what_it_lost(rows: int, columns: int, factors: int) -> None:
+    """The squared norms to float32's rounding; the cut as good as the best one, to what subspace iteration leaves."""
+    generator = torch.Generator().manual_seed(0)
+    halves = [(torch.randn(rows, factors // 2, generator=generator), factors // 2) for _ in range(2)]
+    parts = [LowRank(left, torch.randn(count, columns, generator=generator)) for left, count in halves]
+    found, whole = cut_sum(parts, 6, torch.float32), sum((dense(part).double() for part in parts), torch.zeros(()))
+    left_out = whole - dense(found.change).double()
+    assert found.whole == pytest.approx(float(whole.square().sum()), rel=1e-5)
+    assert found.lost == pytest.approx(float(left_out.square().sum()), rel=1e-5)
+    best = float(torch.linalg.svdvals(whole)[6:].square().sum())
+    assert found.lost <= best * 1.001 + 1e-6 * found.whole
 
 
 def test_every_task_is_as_far_from_its_adapter_as_the_library_says(planted: Adapters, made: Path) -> None:

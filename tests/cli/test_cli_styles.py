@@ -19,7 +19,7 @@ from tvbases_hf.styles.diffusers_files import read_lora_file
 from tvbases_hf.styles.mixed_file import mix_style_files, read_recipe
 from zoo.lora_files import kohya, write
 from zoo.peft_models import relative
-from zoo.pipelines import FLUX_MODULES, dense_unique, flux_pipeline, products, style
+from zoo.pipelines import FLUX_MODULES, dense_mixed, flux_pipeline, products, style
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_the_mixed_file_holds_the_dense_mix_and_the_report_its_shares(place: Pat
     report = json.loads((place / "report.json").read_text())
     changes = [products(style(seed, FLUX_MODULES)) for seed in range(2)]
     for module, delta in read_lora_file(place / "mixed.safetensors")["transformer"].items():
-        a, b = dense_unique([own[f"transformer.{module}"] for own in changes])
+        a, b = dense_mixed([own[f"transformer.{module}"] for own in changes])
         assert relative(dense(delta), a + 1.2 * b) <= 1e-5
     share = report["shared"]["all"]["a"]
     assert 0.1 < share < 0.9

@@ -21,7 +21,7 @@ from tvbases_hf.styles.original_names import ORIGINAL
 from zoo.families import chosen_modules, family_style, small_model
 from zoo.lora_files import change, factors, kohya, write
 from zoo.peft_models import relative
-from zoo.pipelines import FLUX_MODULES, UNET_MODULES, dense_unique, products, style
+from zoo.pipelines import FLUX_MODULES, UNET_MODULES, dense_mixed, products, style
 
 EXACT = 1e-5
 SCALES = {"a": 1.0, "b": 0.7}
@@ -45,7 +45,7 @@ def unique_sum(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The dense decomposition's mix, by component and module."""
     changes = [products(state) for state in states.values()]
     return {
-        module: sum(s * u for s, u in zip(SCALES.values(), dense_unique([c[module] for c in changes]), strict=True))
+        module: sum(s * u for s, u in zip(SCALES.values(), dense_mixed([c[module] for c in changes]), strict=True))
         for module in changes[0]
     }  # type: ignore[return-value]
 

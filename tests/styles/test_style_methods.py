@@ -82,8 +82,8 @@ def test_a_style_of_scale_zero_is_not_there(files: dict[str, str], tmp_path: Pat
 
 
 def test_a_method_merges_the_component_that_is_named(files: dict[str, str], tmp_path: Path) -> None:
-    """The sum of unique components is the mix by default; another method makes another change of them."""
-    plain = mixed(files, tmp_path / "plain.safetensors")
+    """Their sum is the mix without one copy of what is shared; another method makes another change of them."""
+    plain = mixed(files, tmp_path / "plain.safetensors", shared_weight=0.0)
     added = mixed(files, tmp_path / "added.safetensors", component="unique", method="task_arithmetic")
     other = mixed(files, tmp_path / "other.safetensors", component="unique", method="tsv")
     for module, matrix in plain.items():

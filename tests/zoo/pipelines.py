@@ -157,6 +157,17 @@ def dense_unique(changes: Iterable[Tensor], threshold: float = 0.85) -> list[Ten
     return [change - basis @ (basis.T @ change) for change in changes]
 
 
+def dense_mixed(changes: Iterable[Tensor], threshold: float = 0.85) -> list[Tensor]:
+    """What each change brings into the mix: what is unique to it, and its part of one copy of what is shared, the mean
+    weighted by norms (equation 14)."""
+    changes = list(changes)
+    unique = dense_unique(changes, threshold)
+    shared = [change - own for change, own in zip(changes, unique, strict=True)]
+    norms = torch.stack([part.norm() for part in shared])
+    parts = norms / norms.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return [own + part * rest for own, part, rest in zip(unique, parts, shared, strict=True)]
+
+
 def added(pipe: Any, adapter: str = "styles", component: str = "transformer") -> dict[str, Tensor]:
     """What PEFT adds to each module's weight with an adapter, float64, flattened."""
     model: nn.Module = getattr(pipe, component)

@@ -64,8 +64,11 @@ def mix_styles(
         typer.Option("--option", help="An option of the method, such as density=0.3; repeat.", metavar="NAME=VALUE"),
     ] = None,
     shared_weight: Annotated[
-        float, typer.Option(help="With --component unique: add one copy of what the styles share, times this.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="With --component unique: add one copy of what styles share, times this; default: 1, with --method 0."
+        ),
+    ] = None,
     threshold: Threshold = defaults.THRESHOLD,
     subspace: Subspace = "chain",
     pool: Annotated[
@@ -100,7 +103,7 @@ def mix_styles(
     push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
-    """Mix style LoRAs by what is unique to each. What they share does not add up then. No model is loaded.
+    """Mix style LoRAs by what is unique to each, and one copy of what they share. No model is loaded.
 
     --device is where the picture is drawn.
     """

@@ -41,7 +41,7 @@ def mix_style_files(
     component: str | None = None,
     method: str | None = None,
     method_options: Mapping[str, Any] | None = None,
-    shared_weight: float = 0.0,
+    shared_weight: float | None = None,
     threshold: float = defaults.THRESHOLD,
     subspace: defaults.Subspace = "chain",
     pool: defaults.Pool = "joint",

@@ -24,7 +24,7 @@ from zoo.pipelines import (
     TEXT,
     UNET_MODULES,
     added,
-    dense_unique,
+    dense_mixed,
     flux_image,
     flux_pipeline,
     products,
@@ -64,9 +64,9 @@ def unique(states: Mapping[str, Mapping[str, Tensor]], scales: Mapping[str, floa
     numbers = [(scales or {}).get(name, 1.0) for name in states]
     changes = [products(state) for state in states.values()]
     return {
-        module: torch.stack(
-            [s * u for s, u in zip(numbers, dense_unique(c[module] for c in changes), strict=True)]
-        ).sum(0)
+        module: torch.stack([s * u for s, u in zip(numbers, dense_mixed(c[module] for c in changes), strict=True)]).sum(
+            0
+        )
         for module in changes[0]
     }
 
@@ -467,7 +467,6 @@ BAD: dict[str, tuple[Any, type[TvbasesError], str]] = {
         MismatchError,
         "changes the text_encoder_2",
     ),
-    "identical styles": (lambda path: {"a": two()["a"], "b": two()["a"]}, ParameterError, "is empty"),
     "zeros": (
         lambda path: {n: {k: 0 * t for k, t in s.items()} for n, s in two().items()}, ParameterError, "are zero",
     ),
@@ -492,6 +491,16 @@ def test_bad_styles_are_one_message_and_the_pipeline_is_unchanged(name: str, flu
         mix_styles(flux, make(tmp_path))
     assert_same_state(flux, before)
     assert not vars(flux).get("_tvbases_styles")
+
+
+def test_one_style_twice_is_mixed_once_and_refused_without_a_shared_copy(flux: Any) -> None:
+    same = {name: two()["a"] for name in "ab"}
+    before = state_of(flux)
+    with pytest.raises(ParameterError, match="is empty"):
+        mix_styles(flux, same, shared_weight=0.0)
+    assert_same_state(flux, before)
+    mix_styles(flux, same)
+    assert_adds(flux, products(same["a"]))
 
 
 BAD_WORDS: dict[str, tuple[dict[str, Any], str]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -147,15 +147,27 @@ def _grouped(
             lost[number] = -sum(float(menu.gain[index]) for menu, index in zip(menus, picked, strict=True))
         return lost[number]
 
-    best = 1
+    return cut(joins, count, least(loss, count), MOST_MEMBERS)
+
+
+def least(loss: Callable[[int], float], count: int) -> int:
+    """The number of groups, from 1 to ``count``, at which about the least is lost: by steps of 4, then by smaller ones.
+
+    Ever more groups are ever more work, and share less, so the first step that does not help is the last. But a few
+    groups of many families each may be no better than one, and say nothing of more: after one group, it is the second.
+    """
+    best, worse = 1, 0
     for number in sorted({min(count, 4**step) for step in range(1, count.bit_length() // 2 + 2)} - {1}):
-        if loss(number) >= loss(best):
-            break  # more groups are ever more work, and share less
-        best = number
+        if loss(number) < loss(best):
+            best, worse = number, 0
+            continue
+        worse += 1
+        if worse > (best == 1):
+            break
     for step in (2.0, 2**0.5, 2**0.25):
         near = {max(1, min(count, round(best * factor))) for factor in (1 / step, 1, step)}
         best = min(sorted(near), key=loss)
-    return cut(joins, count, best, MOST_MEMBERS)
+    return best
 
 
 def _menus(

@@ -38,6 +38,10 @@ class Cut:
 def cut_sum(parts: Sequence[LowRank], rank: int, dtype: torch.dtype) -> Cut:
     """The leading components of a sum of factors, rounded to ``dtype``; exact where the sum's own rank is small."""
     left, right = torch.cat([part.left for part in parts], dim=1), torch.cat([part.right for part in parts])
+    if len(right) > min(len(left), right.shape[1]):  # the products of so many factors take more than the matrix
+        dense = left @ right
+        square = torch.eye(min(dense.shape), dtype=dense.dtype)
+        left, right = (square, dense) if len(left) < right.shape[1] else (dense, square)
     whole = float(((left.T @ left).double() * (right @ right.T).double()).sum().clamp_min(0))
     wide = min(rank + EXTRA, *left.shape, right.shape[1])
     generator = torch.Generator().manual_seed(0)
