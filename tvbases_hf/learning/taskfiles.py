@@ -178,8 +178,8 @@ def _directory(base: Checkpoint) -> Path:
 
 def _locally() -> dict[str, Any]:
     """A model's files are on this disk, so the Hub is not asked, but for code that a model may name there."""
-    trusted = current().trust_remote_code  # None would ask on the terminal
-    return {"trust_remote_code": trusted, "local_files_only": not trusted}
+    local = not current().trust_remote_code
+    return {"trust_remote_code": current().trust_remote_code, "local_files_only": local}  # None asks on a terminal
 
 
 def class_of(base: Checkpoint) -> Any:
