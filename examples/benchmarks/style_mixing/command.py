@@ -13,8 +13,9 @@ from evidence.runner import Answers, known, run
 from tvbases_hf.errors import TvbasesError
 
 from . import picture, report
-from .settings import FULL, QUICK
+from .settings import FAMILY, FULL, QUICK
 from .studies import BASE, FINAL, LORAS, SCREEN
+from .ways import DEFAULT, PLAIN
 from .workshop import Workshop
 
 WORKDIR = Path("~/.cache/tvbases-hf/styles")
@@ -70,9 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Answers]:
     out = given.out or (workdir / RESULTS.name if given.quick else RESULTS)
     shown = given.picture or (workdir / PICTURE.name if given.quick else PICTURE)
     found = stored(workshop)
-    rows = report.pictured(found)
-    if rows:
-        picture.draw_picture(workshop, rows, shown)
-    out.write_text(report.results(workshop, found, shown if rows else None, out), encoding="utf-8")
-    print(f"Results {out}\nPicture {shown if rows else 'of mixes: none is measured yet'}\nModels and answers {workdir}")
+    mixed = all(found[SCREEN.name].of(group=FAMILY, way=way) for way in (PLAIN, DEFAULT))
+    if mixed:
+        picture.draw_picture(workshop, shown)
+    out.write_text(report.results(workshop, found, shown if mixed else None, out), encoding="utf-8")
+    print(
+        f"Results {out}\nPicture {shown if mixed else 'of mixes: none is measured yet'}\nModels and answers {workdir}"
+    )
     return found

@@ -11,8 +11,9 @@ from torch import Tensor
 from tvbases_diffusers.grid import paste
 
 from .drawing import draw, scenes
-from .settings import APART, FAMILY, Mixed
+from .settings import FAMILY, Mixed
 from .studies import best_scale
+from .ways import DEFAULT, PLAIN
 from .workshop import Workshop
 
 COLUMNS = (  # a content's number, a colour's and two styles
@@ -28,31 +29,28 @@ COLUMNS = (  # a content's number, a colour's and two styles
 TILE = 128
 
 
-def draw_picture(workshop: Workshop, ways: list[tuple[str, str]], out: Path) -> None:
-    """``ways``: groups and ways whose mixes, each at its best scale, get a row; the last row is drawn."""
+def draw_picture(workshop: Workshop, out: Path) -> None:
+    """Content, both styles of the house alone, their plain sum and our default, each at its best scale, and drawn."""
     settings = workshop.settings
     columns = [column for column in COLUMNS if {*column[2:]} <= {*settings.styles}]
     rows: dict[str, list[Any]] = {"content": [], "style A": [], "style B": []}
     truths: list[Any] = []
     for index, (content, colour, first, second) in enumerate(columns):
+        pair = Mixed(FAMILY, first, second)
         prompt = torch.tensor([content]), torch.tensor([colour]), torch.tensor([4000 + index])
         rows["content"].append(_tile(workshop.paint(*prompt)))
         for row, style in (("style A", first), ("style B", second)):
             pipe: Any = workshop.pipe
-            pipe.load_lora_weights(str(workshop.lora(APART, style, settings.seeds[0])), adapter_name="alone")
+            pipe.load_lora_weights(str(workshop.lora(FAMILY, style, settings.seeds[0])), adapter_name="alone")
             rows[row].append(_tile(workshop.paint(*prompt)))
             pipe.unload_lora_weights()
-        for group, way in ways:
-            scale = best_scale(workshop, group, way)
-            with workshop.mixed(Mixed(group, first, second), way, settings.seeds[0], scale):
-                title = f"{way}, {_GROUP[group]}, scale {scale:g}"
-                rows.setdefault(title, []).append(_tile(workshop.paint(*prompt)))
-        truths.append(_tile(draw(scenes(prompt[0], prompt[1], 4000 + index), (first, second))))
+        for way, title in ((PLAIN, "plain sum"), (DEFAULT, "mix-styles")):
+            scale = best_scale(workshop, FAMILY, way)
+            with workshop.mixed(pair, way, settings.seeds[0], scale):
+                rows.setdefault(f"{title}, both at {scale:g}", []).append(_tile(workshop.paint(*prompt)))
+        truths.append(_tile(draw(scenes(prompt[0], prompt[1], 4000 + index), pair.styles)))
     sheet = paste({**rows, "drawn: the truth": truths}, margin=190, letters=18)
     sheet.quantize(128).save(out, optimize=True)
-
-
-_GROUP = {APART: "trained apart", FAMILY: "of one house"}
 
 
 def _tile(image: Tensor) -> Any:

@@ -13,9 +13,8 @@ from evidence.claims import Claim, verdicts
 from evidence.markdown import table
 from evidence.runner import Answer, Answers
 
-from .settings import APART, FAMILY
 from .studies import BASE, BEST, DRAWN, FINAL, LORAS, ONE, SCREEN
-from .ways import PLAIN, WAYS
+from .ways import DEFAULT, PLAIN, WAYS
 from .workshop import Workshop
 
 GROUPS = {
@@ -97,15 +96,6 @@ def cells(found: dict[str, Answers], group: str, scale: str) -> dict[str, Cell]:
     return result
 
 
-def pictured(found: dict[str, Answers]) -> list[tuple[str, str]]:
-    """The rows of mixes in the picture: the plain sum and what is promising beside it, of both families."""
-    rows = []
-    for group in (APART, FAMILY):
-        if found[SCREEN.name].of(group=group, way=PLAIN):
-            rows += [(group, way) for way in (PLAIN, promising(found, group)) if way]
-    return rows
-
-
 def ranked(of: dict[str, Cell]) -> list[str]:
     """Best first."""
     return sorted(of, key=lambda way: -of[way].mean("both"))
@@ -168,18 +158,12 @@ def claims(workshop: Workshop, found: dict[str, Answers]) -> list[Claim]:
         listed.append(Claim("contents of the worst LoRA alone", 100 * min(a["content"] for a in alone), 95))
         listed.append(Claim("style of the worst LoRA alone", 100 * min(a["style"] for a in alone), 95))
     for group, title in GROUPS.items():
-        of, way = cells(found, group, BEST), promising(found, group)
-        if PLAIN in of and way in of:
-            apart = of[way].minus(of[PLAIN])
-            text = f"{title}: {way} above the plain sum, both at their best scales, lower end of the interval"
+        of = cells(found, group, BEST)
+        if PLAIN in of and DEFAULT in of:
+            apart = of[DEFAULT].minus(of[PLAIN])
+            text = f"{title}: the default above the plain sum, both at their best scales, lower end of the interval"
             listed.append(Claim(text, 100 * (apart.mean - apart.pictures), 0.1))
     return listed
-
-
-def promising(found: dict[str, Answers], group: str) -> str:
-    """The way beside the plain sum that was best on the noise and the pairs that scales are found on."""
-    rates = {q["way"]: max(a["both"].values()) for q, a in found[SCREEN.name] if q["group"] == group}
-    return max((way for way in rates if way != PLAIN), key=lambda way: rates[way], default="")
 
 
 def _group(found: dict[str, Answers], group: str) -> Iterable[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from .drawing import HOUSE, PERSON, STYLES
 from .model import Size, Training
-from .ways import PLAIN, SAME_AS_PLAIN, WAYS
+from .ways import DEFAULT, PLAIN, SAME_AS_PLAIN, WAYS
 
 APART, FAMILY = "apart", "house"
 RANKS = {name: 16 if name in ("slanted", "outlined", "watercolour", "neon") else 8 for name in STYLES}
@@ -102,7 +102,7 @@ FULL = Settings(
     groups=(APART, FAMILY, PERSON),
     ways=tuple(way for way in WAYS if way not in SAME_AS_PLAIN),
     repeated=tuple(WAYS)[:8],
-    at_one=(PLAIN, "mean", "unique", "unique + one copy", "tsv", "sum, calibrated"),
+    at_one=(PLAIN, "mean", "unique", DEFAULT, "tsv", "sum, calibrated"),
     of_persons=tuple(WAYS)[:8],
     styles=STYLES,
     scales=(0.5, 0.7, 0.85, 1.0, 1.3, 1.8),
@@ -121,8 +121,8 @@ QUICK = Settings(
     judge_examples=256,
     seeds=(0,),
     groups=(APART, FAMILY, PERSON),
-    ways=(PLAIN, "unique", "steps"),
-    repeated=(PLAIN, "unique", "steps"),
+    ways=(PLAIN, "unique", DEFAULT, "steps"),
+    repeated=(PLAIN, "unique", DEFAULT, "steps"),
     at_one=(PLAIN,),
     of_persons=(PLAIN, "steps"),
     styles=STYLES[4:],

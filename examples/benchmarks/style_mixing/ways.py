@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 PLAIN = "plain sum"
+DEFAULT = "unique + one copy"  # what mix_styles does when nothing is said
 # What has to be done early in the pictures' denoising, where their shapes come about.
 EARLY = ("slanted", "outlined", "cat")
 RISING, FALLING = (0.4, 1.0, 1.3, 1.3), (1.3, 1.3, 1.0, 0.4)
@@ -35,8 +36,8 @@ def _unique(**options: Any) -> Way:
 # In the order in which they are asked.
 WAYS: dict[str, Way] = {
     PLAIN: Way({"component": "full"}),
-    "unique": _unique(),
-    "unique + one copy": _unique(shared_weight=1.0),
+    "unique": _unique(shared_weight=0.0),
+    DEFAULT: _unique(shared_weight=1.0),
     "tsv": _method("tsv"),
     "sum, calibrated": _method("task_arithmetic", calibrate="svc"),
     "iso_c, spectrum .5": _method("iso_c", spectrum=0.5),
@@ -45,10 +46,10 @@ WAYS: dict[str, Way] = {
     "ties, density .5": _method("ties", density=0.5),
     "regmean_datafree": _method("regmean_datafree"),
     "iso_c": _method("iso_c"),
-    "unique, threshold .5": _unique(threshold=0.5),
-    "unique, by pairs": _unique(pool="iterative"),
-    "unique, threshold .95": _unique(threshold=0.95),
-    "unique, row spaces": _unique(side="row"),
+    "unique, threshold .5": _unique(threshold=0.5, shared_weight=0.0),
+    "unique, by pairs": _unique(pool="iterative", shared_weight=0.0),
+    "unique, threshold .95": _unique(threshold=0.95, shared_weight=0.0),
+    "unique, row spaces": _unique(side="row", shared_weight=0.0),
     "unique, threshold .5 + one copy": _unique(threshold=0.5, shared_weight=1.0),
     "unique by tsv": _method("tsv", "unique"),
     "shared only": Way({"component": "shared"}),
