@@ -30,7 +30,7 @@ TILE = 128
 
 
 def draw_picture(workshop: Workshop, out: Path) -> None:
-    """Content, both styles of the house alone, their plain sum and our default, each at its best scale, and drawn."""
+    """Content, both styles of the house alone, their plain sum at its best scale, our default as it is, and drawn."""
     settings = workshop.settings
     columns = [column for column in COLUMNS if {*column[2:]} <= {*settings.styles}]
     rows: dict[str, list[Any]] = {"content": [], "style A": [], "style B": []}
@@ -44,10 +44,13 @@ def draw_picture(workshop: Workshop, out: Path) -> None:
             pipe.load_lora_weights(str(workshop.lora(FAMILY, style, settings.seeds[0])), adapter_name="alone")
             rows[row].append(_tile(workshop.paint(*prompt)))
             pipe.unload_lora_weights()
-        for way, title in ((PLAIN, "plain sum"), (DEFAULT, "mix-styles")):
-            scale = best_scale(workshop, FAMILY, way)
+        best = best_scale(workshop, FAMILY, PLAIN)
+        for way, scale, title in (
+            (PLAIN, best, f"plain sum, at its best scale, {best:g}"),
+            (DEFAULT, 1.0, "mix-styles"),
+        ):
             with workshop.mixed(pair, way, settings.seeds[0], scale):
-                rows.setdefault(f"{title}, both at {scale:g}", []).append(_tile(workshop.paint(*prompt)))
+                rows.setdefault(title, []).append(_tile(workshop.paint(*prompt)))
         truths.append(_tile(draw(scenes(prompt[0], prompt[1], 4000 + index), pair.styles)))
     sheet = paste({**rows, "drawn: the truth": truths}, margin=190, letters=18)
     sheet.quantize(128).save(out, optimize=True)
