@@ -103,7 +103,7 @@ def mix_styles(
     push_to_hub: PushToHub = None,
     json: Json = None,
 ) -> None:
-    """Mix style LoRAs by what is unique to each, and one copy of what they share. No model is loaded.
+    """Mix style LoRAs; what they share goes in once. No model is loaded.
 
     --device is where the picture is drawn.
     """
