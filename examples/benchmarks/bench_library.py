@@ -165,7 +165,7 @@ def of_directory(options: argparse.Namespace, work: Path) -> Row:
     folders = sorted(file.parent for file in options.adapters.rglob("adapter_config.json"))
     adapters = {folder.relative_to(options.adapters).as_posix().replace("/", "-"): str(folder) for folder in folders}
     tried = Comparison(options.base, adapters, work, options.accuracy)
-    what = f"{len(folders) - 1} trained adapters of {options.base.name}"
+    what = f"{len(folders) - 1} trained adapters of {options.label or options.base.name}"
     report: Row = {"what": what, "whole": tried.whole, "rows": []}
     if options.accuracy:
         own = {task: Path(path) for task, path in tried.request["adapters"].items()}
@@ -183,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.5, 0.25, 0.15], help="of trained ones")
     parser.add_argument("--adapters", type=Path, help="a folder of adapters, instead of planted ones")
     parser.add_argument("--base", type=Path, help="their base")
+    parser.add_argument("--label", help="what the table calls the base; default: its directory")
     parser.add_argument("--accuracy", type=Path, help="the work directory of bench_llm.py (with its full tasks)")
     parser.add_argument("--rivals", help="a Python that has vlora-dev and lorashare")
     parser.add_argument("--components", nargs="+", default=RIVALS, help="PACKAGE=COMPONENTS of rivals")
