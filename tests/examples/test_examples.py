@@ -59,7 +59,7 @@ def test_the_style_example_trains_mixes_draws_and_counts(
     assert alone == {("apart", "neon"), ("apart", "sepia"), ("apart", "cat")} | {
         ("house", style) for style in ("neon", "sepia", "framed")
     }
-    assert len(found["base"].found) == 2 and len(found["screen"].found) == 3 + 3 + 2
+    assert len(found["base"].found) == 2 and len(found["screen"].found) == 4 + 4 + 2
     assert len(found["final"].found) == 3 + len(found["screen"].found) + 3  # drawn, at the best scales, at scale 1
     results = (tmp_path / "styles.md").read_text()
     assert "| steps |" in results and "A person and a style" in results
