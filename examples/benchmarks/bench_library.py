@@ -155,7 +155,8 @@ def of_planted(options: argparse.Namespace, work: Path) -> Row:
         if not (folder / "adapter_config.json").exists():
             planted.write_adapter(folder, index, **how)
     tried = Comparison(base, {folder.name: str(folder) for folder in folders}, work)
-    size = f"{options.families} families, {options.layers} layers, {options.dtype}"
+    layers = f"{options.layers} layer{'s' if options.layers > 1 else ''}"
+    size = f"{options.families} families, {layers}, {options.dtype}"
     what = f"{options.count} planted adapters of rank 16 in {size}"
     return {"what": what, "whole": tried.whole, "rows": tried.all([options.budget], options.rivals, options.components)}
 
