@@ -42,8 +42,8 @@ def results(reports: Sequence[Mapping[str, Any]]) -> str:
         "program ran in a process of its own. vlora-dev 1.0.0 and lorashare 0.1.3 keep the numbers of components that "
         "are named; below each, tvbases-hf at the same share of the bytes. They hold all adapters in memory. "
         "Where they are better is time: vlora-dev compresses trained adapters, and both compress the thousand in one "
-        "layer, in less of it; vlora-dev unquantised, and lorashare, also restore a trained adapter faster. Seconds were "
-        "taken while other programs ran, the thousand in one layer on one core; but for the thousand in 30 layers.",
+        "layer, in less of it; vlora-dev unquantised, and lorashare, also restore a trained adapter faster. Seconds "
+        "were taken while other programs ran, the thousand in one layer on one core; the thousand in 30 layers alone.",
     ]
     for report in reports:
         parts += [f"## {report['what'][0].upper()}{report['what'][1:]}", *_section(report)]
