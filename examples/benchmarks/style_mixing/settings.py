@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from .drawing import HOUSE, PERSON, STYLES
 from .model import Size, Training
-from .ways import DEFAULT, PLAIN, SAME_AS_PLAIN, WAYS
+from .ways import DEFAULT, LOWER, PLAIN, SAME_AS_PLAIN, WAYS
 
 APART, FAMILY = "apart", "house"
 RANKS = {name: 16 if name in ("slanted", "outlined", "watercolour", "neon") else 8 for name in STYLES}
@@ -101,8 +101,8 @@ FULL = Settings(
     seeds=(0, 1),
     groups=(APART, FAMILY, PERSON),
     ways=tuple(way for way in WAYS if way not in SAME_AS_PLAIN),
-    repeated=tuple(WAYS)[:8],
-    at_one=(PLAIN, "mean", "unique", DEFAULT, "tsv", "sum, calibrated"),
+    repeated=(*tuple(WAYS)[:8], *LOWER),
+    at_one=(PLAIN, "mean", "unique", DEFAULT, "tsv", "sum, calibrated", *LOWER),
     of_persons=tuple(WAYS)[:8],
     styles=STYLES,
     scales=(0.5, 0.7, 0.85, 1.0, 1.3, 1.8),

@@ -36,8 +36,8 @@ def _unique(**options: Any) -> Way:
 # In the order in which they are asked.
 WAYS: dict[str, Way] = {
     PLAIN: Way({"component": "full"}),
-    "unique": _unique(shared_weight=0.0),
-    DEFAULT: _unique(shared_weight=1.0),
+    "unique": _unique(threshold=0.85, shared_weight=0.0),
+    DEFAULT: _unique(threshold=0.85, shared_weight=1.0),
     "tsv": _method("tsv"),
     "sum, calibrated": _method("task_arithmetic", calibrate="svc"),
     "iso_c, spectrum .5": _method("iso_c", spectrum=0.5),
@@ -64,7 +64,14 @@ WAYS: dict[str, Way] = {
     "tsv_compress": _method("tsv_compress"),
     "devec_unique": _method("devec_unique"),
     "mean": _method("mean"),
+    "unique, threshold .6 + one copy": _unique(threshold=0.6, shared_weight=1.0),
+    "unique, threshold .7 + one copy": _unique(threshold=0.7, shared_weight=1.0),
+    "unique, threshold .95 + one copy": _unique(threshold=0.95, shared_weight=1.0),
+    "unique, rank 4 + one copy": _unique(rank=4, shared_weight=1.0),
+    "unique, rank 8 + one copy": _unique(rank=8, shared_weight=1.0),
 }
+# Of lower thresholds than the default's, with one copy: candidates for the default.
+LOWER = tuple(f"unique, threshold {threshold} + one copy" for threshold in (".5", ".6", ".7"))
 # Where the mean is the sum of half the scale, only its row at scale 1 says something new.
 SAME_AS_PLAIN = ("mean",)
 
