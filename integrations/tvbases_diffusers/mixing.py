@@ -14,10 +14,11 @@ from tvbases_hf.methods.devec import THRESHOLD, Options, Pool, Side, Subspace
 from tvbases_hf.storage.run import track
 from tvbases_hf.styles.lora_layers import B
 from tvbases_hf.styles.lora_source import Source, name_styles
-from tvbases_hf.styles.mixed_file import factors, rounded, write_mix
-from tvbases_hf.styles.mixing import Part, Recipe, Styles, as_sum, bias, combine, parse_scales, recipe_of, split
+from tvbases_hf.styles.mixed_file import write_mix
+from tvbases_hf.styles.mixing import Part, Recipe, Styles, bias, parse_scales, recipe_of, split
 from tvbases_hf.styles.report import Tally
 
+from .live import Factors, Remade, Turned, live
 from .pipeline import AdapterState, adapters, check_fits, layer_of, load, open_style, remove, require_loader
 from .schedule import Schedule, attach, detach
 
@@ -120,13 +121,19 @@ class StyleMix:
         self.recipe, self.report, self.adapter_name, self.sources = recipe, report, adapter_name, sources
         self._pipe, self._styles, self._parts = pipe, styles, parts
         self._scales, self._written, self._schedule = dict(scales), dict(scales), None
-        self._sums, self._summed = parts, frozenset[str]()
+        self._weights, self._there, self._remade = list[Remade](), frozenset[str](), False
         self._before = AdapterState.of(pipe)
         try:
-            load(pipe, self._state(), adapter_name)
-            self._check_loaded()
+            state = self._state()
+            load(pipe, state, adapter_name)
+            self._check_loaded(state)
+            del state
             self._check_fits(scales)
             pipe.set_adapters(adapter_name)
+            self._remade = False
+            for weight in self._weights:
+                if isinstance(weight, Turned):
+                    weight.forget()
         except Exception:
             remove(pipe, adapter_name, self._before)
             raise
@@ -189,79 +196,54 @@ class StyleMix:
     def _state(self) -> dict[str, torch.Tensor]:
         biased = {part.place.component for part in self._parts if part.place.has_bias}
         state = {}
-        for part, added in zip(self._parts, self._sums_at(self._scales), strict=True):
-            state |= self._factors(added, self._scales)
+        for weight in self._live(self._scales):
+            part = weight.part
+            state |= weight.factors(self._scales)
             if part.place.component in biased:
-                state[f"{part.place.component}.{part.place.module}.lora_B.bias"] = bias(part, self._scales)
+                state[f"{weight.name}.lora_B.bias"] = bias(part, self._scales)
         return state
 
-    def _factors(self, part: Part, scales: Mapping[str, float]) -> dict[str, torch.Tensor]:
-        """Of one weight, at the rank that the adapter has whatever the scales are."""
-        change = combine(part, scales, keep_zeros=True)
-        return factors(part.place, change, torch.float32, self.recipe.rank(part.place))
-
-    def _check_loaded(self) -> None:
+    def _check_loaded(self, state: Mapping[str, torch.Tensor]) -> None:
         """diffusers leaves out, with a line in the log, what it finds no place for."""
-        for part in self._sums_at(self._scales):
-            layer, place = layer_of(self._pipe, part.place), part.place
-            rank = self.recipe.rank(place)
-            if self.adapter_name not in getattr(layer, "lora_B", {}) or layer.r[self.adapter_name] != rank:
-                raise MismatchError(f"{type(self._pipe).__name__} did not load {place.component}.{place.module}")
-            weight = layer.lora_B[self.adapter_name].weight
-            wanted = self._factors(part, self._scales)[f"{place.component}.{place.module}.{B}"].to(weight)
-            if layer.scaling[self.adapter_name] != 1 or not torch.equal(weight, wanted):
-                raise CheckpointError(f"diffusers changed {place.component}.{place.module} while loading it")
+        for weight in self._live(self._scales):
+            layer, name = layer_of(self._pipe, weight.part.place), weight.name
+            if self.adapter_name not in getattr(layer, "lora_B", {}) or layer.r[self.adapter_name] != weight.rank:
+                raise MismatchError(f"{type(self._pipe).__name__} did not load {name}")
+            found = layer.lora_B[self.adapter_name].weight
+            wanted = state[f"{name}.{B}"].to(found)
+            if layer.scaling[self.adapter_name] != 1 or not torch.equal(found, wanted):
+                raise CheckpointError(f"diffusers changed {name} while loading it")
 
     def _check_fits(self, scales: Mapping[str, float]) -> None:
         """ParameterError for scales at which the layers' dtype cannot hold a factor; nothing is changed."""
-        for part in self._sums_at(scales):
-            dtype = layer_of(self._pipe, part.place).lora_B[self.adapter_name].weight.dtype
-            name = f"{part.place.component}.{part.place.module}"
-            if part.method is not None:
-                rounded(name, combine(part, scales).left, dtype)
-                continue
-            for style, change in part.changes.items():
-                rounded(name, change.left * scales[style], dtype)
+        for weight in self._live(scales):
+            layer = layer_of(self._pipe, weight.part.place)
+            weight.check(scales, layer.lora_B[self.adapter_name].weight.dtype)
 
-    def _sums_at(self, scales: Mapping[str, float]) -> list[Part]:
-        """The parts, those of a linear method as sums; other ones where other styles are left out, by a scale of 0."""
-        there = frozenset(name for name in self.names if scales[name] != 0)
-        if self.recipe.method is not None and there != self._summed:
-            self._sums, self._summed = [as_sum(part, scales) for part in self._parts], there
-        return self._sums
+    def _live(self, scales: Mapping[str, float]) -> list[Remade]:
+        """The weights as they follow their scales; of a linear method others where other styles are left out, by 0."""
+        there, method = frozenset(name for name in self.names if scales[name] != 0), self.recipe.method
+        if not self._weights or (method is not None and method.is_linear and there != self._there):
+            self._weights = [live(part, scales, self.recipe.rank(part.place)) for part in self._parts]
+            self._there, self._remade = there, True
+        return self._weights
 
     def _write(self, scales: Mapping[str, float]) -> None:
-        """Put scales into the second factors, of the styles whose scale is another than before."""
+        """Put scales into the factors, of the styles whose scale is another than before."""
         changed = {name for name in self.names if scales[name] != self._written[name]}
-        others = any((scales[name] == 0) != (self._written[name] == 0) for name in changed)
-        for part, added in zip(self._parts, self._sums_at(scales), strict=True) if changed else ():
+        for weight, part in zip(self._live(scales), self._parts, strict=True) if changed else ():
             layer = layer_of(self._pipe, part.place)
-            first, second = layer.lora_A[self.adapter_name], layer.lora_B[self.adapter_name]
+            second = layer.lora_B[self.adapter_name]
             if second.weight.is_meta:
                 raise ParameterError(
                     "the weights are offloaded to nowhere; set the scales before sequential offloading"
                 )
-            if added.method is not None or (others and part.method is not None):  # no style has columns of its own
-                made = self._factors(added, scales).values()
-                for weight, tensor in zip((first.weight, second.weight), made, strict=True):
-                    weight.data.copy_(tensor)
-            else:
-                _write_columns(added, scales, changed, second.weight.data)
+            where = Factors(layer, self.adapter_name)
+            weight.rewrite(where, scales) if self._remade else weight.write(where, scales, changed)
             if changed & part.biases.keys() and second.bias is not None:
                 second.bias.data.copy_(bias(part, scales))
-        self._written = dict(scales)
+        self._written, self._remade = dict(scales), self._remade and not changed
 
     def _require_loaded(self) -> None:
         if not self.is_loaded:
             raise ParameterError(f'the mix "{self.adapter_name}" was unloaded; call mix_styles again')
-
-
-def _write_columns(part: Part, scales: Mapping[str, float], changed: set[str], second: torch.Tensor) -> None:
-    """The second factor's columns of the styles whose scale has changed."""
-    start = 0
-    for name, change in part.changes.items():
-        stop = start + change.rank
-        if name in changed:
-            place = second[:, start:stop]
-            place.copy_((change.left * scales[name]).reshape(place.shape))
-        start = stop

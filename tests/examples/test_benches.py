@@ -158,6 +158,16 @@ def test_bench_of_style_mixing_measures_a_process_and_agrees_with_the_dense_rout
     assert "linear layers" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("bench", ["live_scales"], indirect=True)
+def test_bench_of_live_scales_times_every_method_beside_a_merge_made_anew(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = bench.main(["--quick", "--count", "2", "--json", str(tmp_path / "x.json")])
+    assert json.loads((tmp_path / "x.json").read_text()) == found
+    assert set(found) == set(bench.METHODS) and all(row["cpu_seconds"] > 0 for row in found.values())
+    assert "every merge anew" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("bench", ["llama"], indirect=True)
 def test_bench_of_llama_shapes_measures_what_the_plan_says(

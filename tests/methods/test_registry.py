@@ -141,6 +141,31 @@ def test_sum_only_is_said_of_the_methods_of_which_it_is_true(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_equivariant_is_said_of_the_methods_of_which_it_is_true(name: str) -> None:
+    """Matrices [6, 5], and the same between orthonormal columns: of 8 or 24 rows, and 20 columns."""
+    weights, chosen = [1.0, 0.5, 2.0], METHODS[name]
+    generator = torch.Generator().manual_seed(0)
+    small = [torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in weights]
+    alone, holds = dense(chosen.combine([Dense(m) for m in small], weights)), []
+    for rows in (8, 24):
+        left = torch.linalg.qr(torch.randn(rows, 6, generator=generator, dtype=torch.float64)).Q
+        right = torch.linalg.qr(torch.randn(20, 5, generator=generator, dtype=torch.float64)).Q
+        found = dense(chosen.combine([LowRank(left @ m, right.T) for m in small], weights))
+        holds.append(close(found, left @ alone @ right.T))
+    assert all(holds) == chosen.equivariant
+
+
+@pytest.mark.parametrize("name", [name for name, chosen in METHODS.items() if chosen.in_turn])
+def test_methods_in_turn_are_linear_in_the_weights_by_columns(name: str) -> None:
+    first, second = [1.0, 0.5, 2.0], [-0.3, 1.0, 0.7]
+    found, other = (METHODS[name].combine(low_rank(rank=4), weights) for weights in (first, second))
+    assert isinstance(found, LowRank) and isinstance(other, LowRank) and found.rank == 3 * 4
+    ratio = torch.tensor([b / a for a, b in zip(first, second, strict=True)]).repeat_interleave(4)
+    assert close((found.left * ratio).double(), other.left.double())
+    assert close(found.right.double(), other.right.double())
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_result_has_the_shape_of_what_is_stored(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)

@@ -23,7 +23,7 @@ Flatness = Annotated[
 Common = Annotated[float, Field(ge=0, le=1, description="share of the directions that come from the sum")]
 
 
-@method("iso_c", title="Iso-C", source=PAPER, of_matrices=True, sum_only=True)
+@method("iso_c", title="Iso-C", source=PAPER, of_matrices=True, sum_only=True, equivariant=True)
 def iso_c(deltas: Sequence[Delta], weights: Sequence[float], *, spectrum: Flatness = 0.0) -> Delta:
     """The sum of the vectors, all of its singular values replaced by their mean.
 
@@ -45,7 +45,7 @@ def iso_c(deltas: Sequence[Delta], weights: Sequence[float], *, spectrum: Flatne
     return LowRank(parts.U * flattened(parts.S, spectrum), parts.V.T) if parts.rank else parts.low_rank()
 
 
-@method("iso_cts", title="Iso-CTS", source=PAPER, of_matrices=True)
+@method("iso_cts", title="Iso-CTS", source=PAPER, of_matrices=True, equivariant=True)
 def iso_cts(deltas: Sequence[Delta], weights: Sequence[float], *, common: Common = 0.8) -> Delta:
     """The leading directions of the sum and the vectors' own ones, all equally strong.
 

@@ -46,6 +46,8 @@ class Method:
     ``by_rows``: of large matrices that are tall (algebra.tall) it never holds one as a whole.
     ``in_turn``: of low-rank changes it makes factors that are those of every vector in turn, the left ones times the
     vector's weight, so that while no weight is zero the result is linear in them.
+    ``equivariant``: of the changes L M_k R^T, L and R with orthonormal columns, it makes L f(M_k) R^T, however large
+    the matrices M_k are.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Method:
     sum_only: bool = False
     by_rows: bool = False
     in_turn: bool = False
+    equivariant: bool = False
 
     @property
     def summary(self) -> str:
@@ -205,11 +208,12 @@ def method(
     sum_only: bool = False,
     by_rows: bool = False,
     in_turn: bool = False,
+    equivariant: bool = False,
 ) -> Callable[[Callable[P, D]], Callable[P, D]]:
     """Declare a function to be the merging method ``name``; ``title`` and ``source`` (an address) are for readers."""
 
     def declare(function: Callable[P, D]) -> Callable[P, D]:
-        METHODS.add(Method(name, title, source, function, of_matrices, sum_only, by_rows, in_turn))
+        METHODS.add(Method(name, title, source, function, of_matrices, sum_only, by_rows, in_turn, equivariant))
         return function
 
     return declare

@@ -17,7 +17,13 @@ NO_SUM = 1e-8
 UNIT_SUM = 1e-9
 
 
-@method("task_arithmetic", title="Task Arithmetic", source="https://arxiv.org/abs/2212.04089", sum_only=True)
+@method(
+    "task_arithmetic",
+    title="Task Arithmetic",
+    source="https://arxiv.org/abs/2212.04089",
+    sum_only=True,
+    equivariant=True,
+)
 def task_arithmetic(
     deltas: Sequence[Delta], weights: Sequence[float], *, normalize: bool = False, alpha: float = 1.0
 ) -> Delta:
@@ -29,7 +35,7 @@ def task_arithmetic(
     return total(deltas, [alpha * weight for weight in normalized(weights, normalize)])
 
 
-@method("mean", title="Mean", source="https://arxiv.org/abs/2203.05482", sum_only=True)
+@method("mean", title="Mean", source="https://arxiv.org/abs/2203.05482", sum_only=True, equivariant=True)
 def mean(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """The mean of the vectors.
 

@@ -62,7 +62,7 @@ def tsv_merge(
     return assemble(parts, weights, orthogonalize=orthogonalize)
 
 
-@method("tsv_compress", title="TSV-Compress", source=PAPER, of_matrices=True)
+@method("tsv_compress", title="TSV-Compress", source=PAPER, of_matrices=True, in_turn=True)
 def tsv_compress(deltas: Sequence[Delta], weights: Sequence[float], *, rank: TaskRank = None) -> Delta:
     """The sum of the vectors, each cut to its leading singular components.
 

@@ -36,6 +36,11 @@ class StyleMethod:
     def by_entry(self) -> bool:
         return not (self.method.of_matrices or self.method.sum_only)
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the mix is linear in the scales, while the same styles are left out."""
+        return self.method.is_linear(self.options)
+
     def of_styles(self, names: Sequence[str], passes: Callable[[], Iterable[Mapping[str, LowRank]]]) -> StyleMethod:
         """The same with the thresholds that ``passes``, twice all weights' changes by style, need."""
         density = self.method.of_whole_model(self.options)
@@ -69,7 +74,7 @@ class StyleMethod:
         fewer directions than the styles have, so that whose they are cannot be told.
         """
         live = {style: change for style, change in changes.items() if scales[style] != 0}
-        if not live or not self.method.is_linear(self.options):
+        if not live or not self.is_linear:
             return None
         merged = self.mixed(name, changes, scales)
         if merged.rank != sum(change.rank for change in live.values()):
@@ -79,6 +84,15 @@ class StyleMethod:
             own = slice(start, start := start + change.rank)
             found[style] = LowRank(merged.left[:, own] / scales[style], merged.right[own])
         return found
+
+    def in_core(self, name: str, matrices: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
+        """[p, q] float32: what an equivariant method makes of changes in the coordinates of their joint spaces.
+
+        ``matrices`` are float64: rounded to float32, what has fewer directions than numbers has others of noise.
+        """
+        live: dict[str, Delta] = {style: Dense(matrix) for style, matrix in matrices.items() if scales[style] != 0}
+        shape = next(iter(matrices.values())).shape
+        return dense(self._change(name, shape, live, scales), torch.float32) if live else torch.zeros(shape)
 
     def mixed_bias(self, name: str, biases: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
         """The merged change of a bias [n]."""

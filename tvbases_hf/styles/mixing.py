@@ -190,14 +190,6 @@ def combine(part: Part, scales: Mapping[str, float], *, keep_zeros: bool = False
     return side_by_side(terms) if terms else LowRank.zeros(part.place.shape)
 
 
-def as_sum(part: Part, scales: Mapping[str, float]) -> Part:
-    """A part whose method is linear as one to be added up, for all scales that leave out the same styles as these."""
-    if part.method is None:
-        return part
-    terms = part.method.terms(f"{part.place.component}.{part.place.module}", part.changes, scales)
-    return part if terms is None else replace(part, changes=terms, method=None)
-
-
 def bias(part: Part, scales: Mapping[str, float]) -> Tensor:
     """The mix of the styles' LoRA biases of one weight; they have no columns and are never shared."""
     if part.method is not None and part.biases:

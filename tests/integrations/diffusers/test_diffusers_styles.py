@@ -14,7 +14,7 @@ from torch import Tensor
 from tvbases_diffusers import mix_styles, set_style_scales, unload_styles
 from tvbases_hf.algebra.delta import Dense, dense
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError, TvbasesError
-from tvbases_hf.methods.registry import METHODS
+from tvbases_hf.methods.registry import METHODS, Method
 from tvbases_hf.styles.mixed_file import read_recipe
 from zoo.lora_files import kohya, write
 from zoo.peft_models import relative
@@ -113,9 +113,9 @@ def test_full_is_what_set_adapters_adds_up_and_unique_is_not(flux: Any) -> None:
     assert not torch.allclose(flux_image(flux), vanilla, atol=1e-2)
 
 
-@pytest.mark.parametrize("method", ["tsv", "ties"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_scales_of_a_merging_method_stay_live_and_its_mix_goes_without_a_trace(flux: Any, method: str) -> None:
-    """The merge is made again in the factors; it is not linear in the scales."""
+    """The merge is that of the dense matrices at all scales; most are not linear in them."""
     states, before, picture = two(), state_of(flux), flux_image(flux)
     mix = mix_styles(flux, states, method=method)
 
@@ -146,11 +146,53 @@ def test_the_scales_of_a_linear_method_change_without_another_merge(flux: Any, m
     assert_adds(flux, _merged(states, "tsv", {"a": 1.0, "b": 0.2}))
 
 
-def _merged(states: Mapping[str, Mapping[str, Tensor]], method: str, scales: Mapping[str, float]) -> dict[str, Tensor]:
+@pytest.mark.parametrize(
+    ("method", "options"), [("iso_c", {}), ("iso_cts", {}), ("task_arithmetic", {"calibrate": "svc"})]
+)
+def test_a_method_that_turns_with_its_matrices_is_merged_in_the_joint_spaces(
+    flux: Any, method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other scales take the small matrices alone, and change one factor of every weight: that of its shorter side."""
+    states = two()
+    mix = mix_styles(flux, states, method=method, method_options=options)
+    before = {name: tensor.clone() for name, tensor in state_of(flux).items() if "lora_" in name}
+    for scales in ({"a": 0.5, "b": -1.0}, {"a": 0.0, "b": 0.7}, {"a": 0.0, "b": 0.0}, {"a": 1.3, "b": 0.2}):
+        with monkeypatch.context() as during:
+            during.setattr("tvbases_diffusers.live.Core", None)
+            sizes = _sizes_of_merges(during)
+            mix.set_style_scales(scales)
+        assert all(size <= 2 * 4 for size in sizes), "of two styles of rank 4"
+        if any(scales.values()):
+            assert len(sizes) == 2 * len(FLUX_MODULES)
+            assert_adds(flux, _merged(states, method, scales, options))
+        else:
+            assert not any(matrix.any() for matrix in added(flux).values())
+    after = {name: tensor for name, tensor in state_of(flux).items() if "lora_" in name}
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert len(changed) == len(after) / 2
+
+
+def _sizes_of_merges(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    found, change = [], Method.change
+
+    def counted(self: Method, name: str, shape: Any, *args: Any, **how: Any) -> Any:
+        found.extend(shape)
+        return change(self, name, shape, *args, **how)
+
+    monkeypatch.setattr(Method, "change", counted)
+    return found
+
+
+def _merged(
+    states: Mapping[str, Mapping[str, Tensor]],
+    method: str,
+    scales: Mapping[str, float],
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
     """What the method makes of full matrices; TIES with the thresholds of the whole model."""
     chosen, live = METHODS[method], [name for name in states if scales[name]]
     changes = {name: products(states[name]) for name in live}
-    options = chosen.defaults
+    options = chosen.checked(options or {})
     if (density := chosen.of_whole_model(options)) is not None:
         entries = [torch.cat([m.flatten() for m in changes[name].values()]).abs().sort().values for name in live]
         options["limits"] = [float(own[len(own) - int(density * len(own))]) for own in entries]
@@ -578,7 +620,7 @@ def test_schedules_that_are_no_curves_are_refused(curve: Any, message: str, flux
 
 def test_a_loader_that_fails_leaves_nothing_behind(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = state_of(flux)
-    monkeypatch.setattr("tvbases_diffusers.mixing.StyleMix._check_loaded", lambda self: 1 / 0)
+    monkeypatch.setattr("tvbases_diffusers.mixing.StyleMix._check_loaded", lambda self, state: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         mix_styles(flux, two())
     assert_same_state(flux, before)

@@ -1,0 +1,142 @@
+"""How the mix of one weight follows its scales: with the least work that its method allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tvbases_hf.algebra.core import Core
+from tvbases_hf.algebra.delta import LowRank
+from tvbases_hf.styles.mixed_file import factors, rounded
+from tvbases_hf.styles.mixing import Part, combine
+
+Scales = Mapping[str, float]
+# What float32 holds, in size, the rounding of its largest number to these included.
+AS_WIDE = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class Factors:
+    """The weights of an adapter in a layer."""
+
+    def __init__(self, layer: Any, adapter: str) -> None:
+        self.first, self.second = layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data
+
+
+class Remade:
+    """A weight whose mix is made anew for other scales: of any method."""
+
+    def __init__(self, part: Part, rank: int) -> None:
+        """``rank``: that of the adapter, whatever the scales are."""
+        self.part, self.rank = part, rank
+
+    @property
+    def name(self) -> str:
+        return f"{self.part.place.component}.{self.part.place.module}"
+
+    def change(self, scales: Scales) -> LowRank:
+        return combine(self.part, scales, keep_zeros=True)
+
+    def factors(self, scales: Scales) -> dict[str, Tensor]:
+        """lora_A and lora_B, float32, by their names in a file."""
+        return factors(self.part.place, self.change(scales), torch.float32, self.rank)
+
+    def check(self, scales: Scales, dtype: torch.dtype) -> None:
+        """ParameterError where the dtype cannot hold the second factor."""
+        rounded(self.name, self.change(scales).left, dtype)
+
+    def rewrite(self, layer: Factors, scales: Scales) -> None:
+        """Both factors."""
+        for weight, tensor in zip((layer.first, layer.second), self.factors(scales).values(), strict=True):
+            weight.copy_(tensor)
+
+    def write(self, layer: Factors, scales: Scales, changed: Set[str]) -> None:
+        """What is another at these scales than it was, when those of ``changed`` were others."""
+        self.rewrite(layer, scales)
+
+
+class Summed(Remade):
+    """Styles side by side: each has columns of its own in the second factor, which hold its scale."""
+
+    def check(self, scales: Scales, dtype: torch.dtype) -> None:
+        for style, change in self.part.changes.items():
+            rounded(self.name, change.left * scales[style], dtype)
+
+    def write(self, layer: Factors, scales: Scales, changed: Set[str]) -> None:
+        start = 0
+        for style, change in self.part.changes.items():
+            stop = start + change.rank
+            if style in changed:
+                place = layer.second[:, start:stop]
+                place.copy_((change.left * scales[style]).reshape(place.shape))
+            start = stop
+
+
+class Turned(Remade):
+    """A method that turns with its matrices: merged in the styles' joint spaces, where the matrices are small.
+
+    The change is L f(M) R^T with L and R of no scale. The factor of the longer side is the same at all scales, and
+    kept nowhere but in the adapter, once it is there; the shorter one takes a single product.
+    """
+
+    def __init__(self, part: Part, rank: int) -> None:
+        super().__init__(part, rank)
+        core = Core.of(list(part.changes.values()), [1.0] * len(part.changes))
+        rows, columns = part.place.shape
+        self.matrices = dict(zip(part.changes, core.matrices, strict=True))
+        self.left_moves = rows <= columns
+        left, right = _basis(core.left, rows), _basis(core.right, columns)
+        self.moving, self.fixed = (left, right) if self.left_moves else (right, left)
+        self.made: tuple[dict[str, float], Tensor] | None = None
+
+    def forget(self) -> None:
+        """The factor of the longer side, which the adapter has."""
+        del self.fixed
+
+    def change(self, scales: Scales) -> LowRank:
+        moved = self._moved(scales)
+        return LowRank(moved, self.fixed.T) if self.left_moves else LowRank(self.fixed, moved.T)
+
+    def check(self, scales: Scales, dtype: torch.dtype) -> None:
+        """Of a dtype as wide as float32 by the merged matrix, whose columns are as long as those of the product."""
+        merged = self._merged(scales)
+        rounded(self.name, merged if dtype in AS_WIDE else self._moved(scales), dtype)
+
+    def rewrite(self, layer: Factors, scales: Scales) -> None:
+        self.write(layer, scales, set(self.matrices))
+
+    def write(self, layer: Factors, scales: Scales, changed: Set[str]) -> None:
+        moved = self._moved(scales)
+        count = moved.shape[1]
+        place = layer.second[:, :count] if self.left_moves else layer.first[:count]
+        place.copy_((moved if self.left_moves else moved.T).reshape(place.shape))
+
+    def _moved(self, scales: Scales) -> Tensor:
+        merged = self._merged(scales)
+        return self.moving @ (merged if self.left_moves else merged.T)
+
+    def _merged(self, scales: Scales) -> Tensor:
+        """Kept for the scales that were asked last: they are checked before they are written."""
+        own = {style: scales[style] for style in self.matrices}
+        if self.made is None or self.made[0] != own:
+            assert self.part.method is not None
+            self.made = own, self.part.method.in_core(self.name, self.matrices, own)
+        return self.made[1]
+
+
+def live(part: Part, scales: Scales, rank: int) -> Remade:
+    """The weight as it follows its scales; of a linear method for all that leave out the same styles as these."""
+    method = part.method
+    if method is None:
+        return Summed(part, rank)
+    name = f"{part.place.component}.{part.place.module}"
+    if (terms := method.terms(name, part.changes, scales)) is not None:
+        return Summed(replace(part, changes=terms, method=None), rank)
+    return (Turned if method.method.equivariant else Remade)(part, rank)
+
+
+def _basis(basis: Tensor | None, side: int) -> Tensor:
+    return torch.eye(side) if basis is None else basis.to(torch.float32)
