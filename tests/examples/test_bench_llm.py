@@ -34,6 +34,7 @@ from llm import (
     models,
     others,
     prompts,
+    spoilt,
     unlearning,
 )
 from llm.report import forgetting, more, tables
@@ -42,7 +43,7 @@ from llm.settings import EVERYTHING, FULL, QUICK, Recipe
 from llm.workshop import Workshop
 
 from tvbases_hf.algebra.delta import dense
-from tvbases_hf.errors import CheckpointError, MissingExtraError
+from tvbases_hf.errors import CheckpointError, MismatchError, MissingExtraError
 from tvbases_lm_eval.scorers import scorer_of
 from zoo.hf_models import make_llama, save_tokenizer
 
@@ -242,7 +243,7 @@ def test_every_merge_is_a_yaml_that_the_command_line_takes(place, monkeypatch):
 
 @pytest.mark.parametrize(
     "study",
-    [causes.STUDY, budgets.SERVED, others.COMBINED, others.COUNTED],
+    [causes.STUDY, budgets.SERVED, others.COMBINED, others.COUNTED, spoilt.STUDY],
     ids=lambda study: study.name,
 )
 def test_every_study_answers_its_first_question(found, place, monkeypatch, study):
@@ -255,8 +256,39 @@ def test_every_study_answers_its_first_question(found, place, monkeypatch, study
         case "served":
             worst = max(answer["select"], answer["mixed"], answer["stock"])
             assert worst <= 1e-4 * max(1.0, answer["range"])
+        case "spoilt":
+            first, *rest = (answer["tasks"][task] for task in SMALL.tasks)
+            assert answer["first"] == first and answer["accuracy"] == sum(rest) / len(rest)
         case _:
             assert answer["accuracy"] == sum(answer["tasks"].values()) / len(answer["tasks"])
+
+
+@pytest.mark.parametrize("kind", [spoilt.SHUFFLED, spoilt.ELSEWHERE])
+def test_a_bad_adapter_is_trained_and_merged_in_place_of_the_first(found, place, monkeypatch, kind) -> None:
+    monkeypatch.setenv("TVBASES_DATA", str(place / "data"))
+    with gzip.open(place / "data" / "lm" / "prose.train.txt.gz", "wt") as stream:
+        stream.write("word0 word1 word2 word3\n" * 200)
+    workshop = Workshop(place / "work" / "llama-small", SMALL, f"auto|{place / 'llama'}")
+    question = {**addition.ask("task_arithmetic", seed=0), "first": kind}
+    models_merged = [entry["model"] for entry in merges.config(workshop, question)["models"]]
+    assert [f"{kind}-0" in model for model in models_merged] == [True, False, False]
+    answer = spoilt.answer(workshop, question)
+    assert models.is_trained(workshop.path("sst2", 0, kind)) and 0 <= answer["first"] <= 100
+    spoilt.rename_base(workshop.path("sst2", 0, kind), workshop.workdir / "another")
+    with pytest.raises(MismatchError, match="trained on different bases"):
+        merges.opened(workshop, question)
+    assert ("moved" in answer) == (kind == spoilt.ELSEWHERE) and answer.get("moved", 1) > 1e-4
+    table = more.spoilt({"spoilt": Answers([(question, answer)])}, SMALL)
+    assert f"{answer['accuracy']:.1f}" in table and ("differs from the base" in table) == ("moved" in answer)
+
+
+def test_shuffled_labels_are_the_same_labels_of_other_prompts() -> None:
+    rows = [(f"text {k}", k % 3) for k in range(60)]
+    given = prompts.Prompts("x", ("a", "b", "c"), {"train": rows, "test": rows})
+    mixed = spoilt.shuffled(given, 0).splits
+    assert mixed["test"] == rows and mixed["train"] != rows
+    assert [text for text, _ in mixed["train"]] == [text for text, _ in rows]
+    assert sorted(label for _, label in mixed["train"]) == sorted(label for _, label in rows)
 
 
 def test_the_report_says_how_much_of_what_is_lost_was_the_odds_of_words() -> None:

@@ -11,7 +11,7 @@ from evidence.runner import Answers, Study, known, run
 
 from tvbases_hf.errors import TvbasesError
 
-from . import addition, base, budgets, causes, finetune, others, unlearning, written
+from . import addition, base, budgets, causes, finetune, others, spoilt, unlearning, written
 from .report import results
 from .settings import EVERYTHING, FULL, QUICK, Settings
 from .workshop import Workshop
@@ -30,6 +30,7 @@ STUDIES: tuple[Study, ...] = (
     causes.STUDY,
     others.COMBINED,
     others.COUNTED,
+    spoilt.STUDY,
     unlearning.STUDY,
 )
 

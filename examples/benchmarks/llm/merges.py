@@ -65,7 +65,7 @@ KINDS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
 def config(workshop: Workshop, question: Mapping[str, Any]) -> dict[str, Any]:
     """The YAML of a question: ``method`` of METHODS, ``kind`` ("all" or of KINDS), ``num_bases``, ``over``, ``seed``.
 
-    There may also be ``count`` (see chosen), and ``adapters``, the kind of fine-tune.
+    There may also be ``count`` (see chosen), ``adapters``, the kind of fine-tune, and ``first``: of the first task.
 
     M convex bases are shorter than T task vectors by T / M: ``lambda`` takes that out, so that one alpha means the
     same over bases as over all vectors.
@@ -94,6 +94,7 @@ def chosen(settings: Settings, count: int | None) -> tuple[str, ...]:
 
 def _model(workshop: Workshop, name: str, question: Mapping[str, Any]) -> str:
     kind = "text" if name in workshop.settings.domains else question.get("adapters", "lora")
+    kind = question.get("first", kind) if name == workshop.settings.tasks[0] else kind
     path = workshop.path(name, question["seed"], kind)
     return str(path) if kind == "full" else f"{workshop.base}+{path}"
 

@@ -9,6 +9,7 @@ from evidence.markdown import table
 from evidence.runner import Answers
 
 from .. import causes as why
+from .. import spoilt as bad
 from ..merges import ALL, METHODS
 from ..settings import Settings
 from .claims import Found, average
@@ -55,6 +56,23 @@ def _cause(answers: Answers) -> str:
         f"\n\nTSV-Merge at 1 is {plain:.1f} points behind the own adapters, and {abs(calibrated):.1f} {place} once "
         "both are calibrated: the rest was lost to the words' odds, not to telling prompts apart."
     )
+
+
+def spoilt(found: Found, settings: Settings) -> str:
+    """By method: what the other tasks are worth with every kind of first adapter, and the first task itself."""
+    rows, answers = [], found["spoilt"]
+    for method in why.MERGES:
+        cells = []
+        for kind in bad.TITLES:
+            own = answers.of(method=method, first=kind)
+            cells.append(f"{average([a['accuracy'] for a in own]):.1f}" if own else "")
+            cells.append(f"{average([a['first'] for a in own]):.0f}" if own else "")
+        rows.append([f"{METHODS[method].title}, α = {why.MERGES[method]:g}", *cells])
+    first = settings.tasks[0]
+    header = [cell for title in bad.TITLES.values() for cell in (f"{title}: others", first)]
+    moved = answers.of(first=bad.ELSEWHERE)
+    told = f"\n\nThe other base differs from the base by {moved[0]['moved']:.1%} of its norm." if moved else ""
+    return table(["merge", *header], rows) + told
 
 
 def by_count(found: Found, settings: Settings) -> str:

@@ -70,6 +70,15 @@ SECTIONS = (
         (more.causes,),
     ),
     Section(
+        "One bad adapter of eight",
+        "spoilt",
+        "What the other tasks keep, and the first task itself, where the first task's adapter has learnt shuffled "
+        "labels, or was trained over another base (the same model that has read one of the text domains with all of "
+        "its weights; `tvbases merge` refuses it, exit 2, while the adapter names that base, so the name was changed). "
+        "The mean over the seeds.",
+        (more.spoilt,),
+    ),
+    Section(
         "How many tasks",
         "counts",
         "Merges of the first tasks alone, asked those tasks; the first seed.",
