@@ -1,10 +1,11 @@
 """Mixes of style LoRAs on a small Flux, by every way: trains it and the LoRAs, asks every study, writes
 RESULTS-STYLES.md and examples/flux_styles.png.
 
-    python examples/benchmarks/bench_styles.py [--quick] [--report] [--processes N] [--workdir DIR] [--out FILE]
-        [--picture FILE]
+    python examples/benchmarks/bench_styles.py [--quick] [--report] [--anew] [--processes N] [--workdir DIR]
+        [--out FILE] [--picture FILE]
 
-Run it again and it goes on where it was; --report writes what is answered so far. --quick trains hardly anything.
+Run it again and it goes on where it was, and from the answers in answers/ unless --anew; --report writes what is
+answered so far. --quick trains hardly anything.
 """
 
 from style_mixing.command import main

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
-from evidence import runner, sources
+from evidence import archive, runner, sources
 from evidence.claims import Claim
 from text import addition, command, finetune, kinds, models, negation, with_data
 from text.report import more, results
@@ -111,6 +111,26 @@ def _study(asked: list[int], version: int = 1) -> runner.Study:
 
 
 TWO = Settings(tasks=("tense",), unseen=(), train=8, validation=4, test=4)
+
+
+def test_kept_answers_are_gone_on_from_elsewhere(tmp_path: Path) -> None:
+    """Another place asks nothing again, and keeps what it has of its own."""
+    here, there, kept = (Workshop(tmp_path / name, TWO, "generated") for name in ("a", "b", "c"))
+    archived, asked = tmp_path / "kept" / "x.tar.gz", []
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([_study(asked)], here, 1)
+    runner.run([_study(asked)], here, 1)
+    own = runner.answer_file(there, _study([]), {"n": 2})
+    own.parent.mkdir(parents=True)
+    own.write_text('{"question": {"n": 2}, "answer": {"square": -1}}')
+    assert archive.pack(here.workdir / "answers", archived) == 4
+    first = archived.read_bytes()
+    assert archive.pack(here.workdir / "answers", archived) == 4 and archived.read_bytes() == first
+    assert archive.unpack(archived, there.workdir / "answers") == 3
+    count = len(asked)
+    found = runner.run([_study(asked)], there, 1)["squares"]
+    assert len(asked) == count and [answer["square"] for _, answer in found] == [0, 1, -1, 9]
+    assert archive.unpack(tmp_path / "none.tar.gz", kept.workdir / "answers") == 0
 
 
 def test_an_interrupted_run_asks_only_what_is_not_answered(tmp_path):

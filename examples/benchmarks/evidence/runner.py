@@ -91,8 +91,8 @@ def run(studies: Sequence[Study], workshop: Workshop, processes: int, *, quiet: 
 
 
 def known(workshop: Workshop, study: Study) -> Answers:
-    """What is answered of a study's questions so far."""
-    asked = [q for q in study.questions(workshop.settings) if _known(workshop, study, q)]
+    """What is answered of a study's questions so far, whether or not it would be asked again."""
+    asked = [q for q in study.questions(workshop.settings) if answer_file(workshop, study, q).is_file()]
     return Answers([(q, _read(answer_file(workshop, study, q))) for q in asked])
 
 

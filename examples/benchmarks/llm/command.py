@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from evidence import archive
 from evidence.runner import Answers, Study, known, run
 
 from tvbases_hf.errors import TvbasesError
@@ -18,6 +19,7 @@ from .workshop import Workshop
 
 WORKDIR = Path("~/.cache/tvbases-hf/llm")
 RESULTS = Path(__file__).resolve().parents[1] / "RESULTS-LLM.md"
+KEPT = archive.FOLDER / "llm.tar.gz"
 MODEL = "LLM"
 
 # In the order in which they are asked; the fine-tunes have to be first.
@@ -63,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> Mapping[str, Answers]:
     size.add_argument("--quick", action="store_true", help="four tasks, one seed, the main claims only")
     size.add_argument("--all", action="store_true", help="DoRA, full fine-tunes and text domains too; goes on likewise")
     parser.add_argument("--report", action="store_true", help="ask nothing: write what earlier runs have answered")
+    parser.add_argument("--anew", action="store_true", help="do not go on from the answers kept in answers/")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one per core (the default)")
     parser.add_argument("--workdir", type=Path, default=WORKDIR, help=f"models and answers (default: {WORKDIR})")
     parser.add_argument("--tasks", default="auto", help="a tasks.json.gz or hub; default: that file if found, else hub")
@@ -75,7 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> Mapping[str, Answers]:
     workdir = options.workdir.expanduser().absolute() / directory(options.model, settings)
     out = options.out or (workdir / RESULTS.name if options.quick or options.model != "auto" else RESULTS)
     workshop = Workshop(workdir, settings, f"{options.tasks}|{options.model}")
+    ours = out == RESULTS
     try:
+        if ours and not options.anew:
+            archive.unpack(KEPT, workdir / "answers")
         if not options.report:
             answers(workshop, options.processes)
         found, missing = stored(workshop)
@@ -83,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> Mapping[str, Answers]:
         parser.error(str(error))
     out.parent.mkdir(parents=True, exist_ok=True)
     results.write(found, missing, workshop, out)
+    if ours:
+        archive.pack(workdir / "answers", KEPT)
     print(f"Results {out}\nModels and answers {workdir}")
     return found
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from evidence import archive
 from evidence.runner import Answers, known, run
 
 from tvbases_hf.errors import TvbasesError
@@ -20,6 +21,7 @@ from .workshop import Workshop
 
 WORKDIR = Path("~/.cache/tvbases-hf/styles")
 RESULTS = Path(__file__).resolve().parents[1] / "RESULTS-STYLES.md"
+KEPT = archive.FOLDER / "styles.tar.gz"
 PICTURE = Path(__file__).resolve().parents[2] / "flux_styles.png"
 
 
@@ -43,6 +45,11 @@ def stored(workshop: Workshop) -> dict[str, Answers]:
     return {study.name: known(workshop, study) for study in (BASE, LORAS, SCREEN, FINAL)}
 
 
+def trained(workshop: Workshop) -> bool:
+    """Whether there is a model to draw with; answers alone may come from the repository."""
+    return (workshop.workdir / "base").is_dir()
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Answers]:
     parser = argparse.ArgumentParser(
         description="Mixes of style LoRAs on a small Flux, by every way; writes RESULTS-STYLES.md and a picture. A run "
@@ -51,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Answers]:
     parser.add_argument("--quick", action="store_true", help="train hardly anything, to see that it runs")
     parser.add_argument("--group", action="append", choices=FULL.groups, help="only these mixes; repeat")
     parser.add_argument("--report", action="store_true", help="ask nothing: write what earlier runs have answered")
+    parser.add_argument("--anew", action="store_true", help="do not go on from the answers kept in answers/")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one per core (the default)")
     parser.add_argument("--workdir", type=Path, default=WORKDIR, help=f"models and answers (default: {WORKDIR})")
     parser.add_argument(
@@ -63,18 +71,23 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Answers]:
     settings = replace(settings, groups=tuple(given.group or settings.groups))
     workdir = given.workdir.expanduser().absolute() / settings.name
     workshop = Workshop(workdir, settings, "")
+    out = given.out or (workdir / RESULTS.name if given.quick else RESULTS)
     try:
+        if out == RESULTS and not given.anew:
+            archive.unpack(KEPT, workdir / "answers")
         if not given.report:
             answers(workshop, given.processes, given.quiet)
     except TvbasesError as error:
         parser.error(str(error))
-    out = given.out or (workdir / RESULTS.name if given.quick else RESULTS)
     shown = given.picture or (workdir / PICTURE.name if given.quick else PICTURE)
     found = stored(workshop)
     mixed = all(found[SCREEN.name].of(group=FAMILY, way=way) for way in (PLAIN, DEFAULT))
-    if mixed:
+    if mixed and (trained(workshop) or not given.report):
         picture.draw_picture(workshop, shown)
+    mixed = mixed and shown.is_file()
     out.write_text(report.results(workshop, found, shown if mixed else None, out), encoding="utf-8")
+    if out == RESULTS:
+        archive.pack(workdir / "answers", KEPT)
     print(
         f"Results {out}\nPicture {shown if mixed else 'of mixes: none is measured yet'}\nModels and answers {workdir}"
     )
