@@ -106,7 +106,7 @@ def results(workshop: Workshop, found: dict[str, Answers], picture: Path | None,
     parts = [
         "# Mixes of style LoRAs on a small Flux, by every way\n",
         "Written by `make bench-styles` (`python examples/benchmarks/bench_styles.py`); what was trained and painted "
-        "is kept, and the next run goes on from it.\n",
+        "is kept, and the next run goes on from it, or from the answers behind these tables (answers/styles.tar.gz).\n",
         f"![Content, styles, mixes and the drawn truth]({os.path.relpath(picture, out.parent)})" if picture else "",
         _missing(workshop, found),
         *_what(workshop, found),
