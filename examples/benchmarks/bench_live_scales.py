@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from tvbases_diffusers.live import Remade, live
 from tvbases_hf.methods.devec import Options
+from tvbases_hf.storage.parallel import for_all
 from tvbases_hf.styles.mixing import Styles, recipe_of, split
 
 METHODS = ("tsv", "iso_c", "iso_cts")
@@ -47,10 +48,9 @@ class Adapter:
     def seconds(self, weights: Sequence[Remade], scales: dict[str, float]) -> dict[str, float]:
         """Wall and processor seconds to check the scales and to write them."""
         wall, busy = time.perf_counter(), time.process_time()
-        for weight in weights:
-            weight.check(scales, torch.bfloat16)
-        for weight, factors in zip(weights, self.factors, strict=True):
-            weight.write(factors, scales, set(scales))
+        for_all(weights, lambda weight: weight.check(scales, torch.bfloat16))
+        both = list(zip(weights, self.factors, strict=True))
+        for_all(both, lambda pair: pair[0].write(pair[1], scales, set(scales)))
         return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - busy}
 
 

@@ -11,6 +11,7 @@ import torch
 from tvbases_hf.defaults import StyleLoader
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.methods.devec import THRESHOLD, Options, Pool, Side, Subspace
+from tvbases_hf.storage.parallel import for_all
 from tvbases_hf.storage.run import track
 from tvbases_hf.styles.lora_layers import B
 from tvbases_hf.styles.lora_source import Source, name_styles
@@ -196,8 +197,7 @@ class StyleMix:
     def _state(self) -> dict[str, torch.Tensor]:
         biased = {part.place.component for part in self._parts if part.place.has_bias}
         state = {}
-        for weight in self._live(self._scales):
-            part = weight.part
+        for weight, part in zip(self._live(self._scales), self._parts, strict=True):
             state |= weight.factors(self._scales)
             if part.place.component in biased:
                 state[f"{weight.name}.lora_B.bias"] = bias(part, self._scales)
@@ -216,9 +216,12 @@ class StyleMix:
 
     def _check_fits(self, scales: Mapping[str, float]) -> None:
         """ParameterError for scales at which the layers' dtype cannot hold a factor; nothing is changed."""
-        for weight in self._live(scales):
+
+        def check(weight: Remade) -> None:
             layer = layer_of(self._pipe, weight.part.place)
             weight.check(scales, layer.lora_B[self.adapter_name].weight.dtype)
+
+        for_all(self._live(scales), check)
 
     def _live(self, scales: Mapping[str, float]) -> list[Remade]:
         """The weights as they follow their scales; of a linear method others where other styles are left out, by 0."""
@@ -231,18 +234,23 @@ class StyleMix:
     def _write(self, scales: Mapping[str, float]) -> None:
         """Put scales into the factors, of the styles whose scale is another than before."""
         changed = {name for name in self.names if scales[name] != self._written[name]}
-        for weight, part in zip(self._live(scales), self._parts, strict=True) if changed else ():
-            layer = layer_of(self._pipe, part.place)
-            second = layer.lora_B[self.adapter_name]
-            if second.weight.is_meta:
-                raise ParameterError(
-                    "the weights are offloaded to nowhere; set the scales before sequential offloading"
-                )
-            where = Factors(layer, self.adapter_name)
-            weight.rewrite(where, scales) if self._remade else weight.write(where, scales, changed)
-            if changed & part.biases.keys() and second.bias is not None:
-                second.bias.data.copy_(bias(part, scales))
-        self._written, self._remade = dict(scales), self._remade and not changed
+        if changed:
+            weights, remade = self._live(scales), self._remade
+            both = list(zip(weights, self._parts, strict=True))
+            for_all(both, lambda pair: self._write_one(*pair, scales, changed, remade))
+            self._written, self._remade = dict(scales), False
+
+    def _write_one(
+        self, weight: Remade, part: Part, scales: Mapping[str, float], changed: set[str], remade: bool
+    ) -> None:
+        layer = layer_of(self._pipe, part.place)
+        second = layer.lora_B[self.adapter_name]
+        if second.weight.is_meta:
+            raise ParameterError("the weights are offloaded to nowhere; set the scales before sequential offloading")
+        where = Factors(layer, self.adapter_name)
+        weight.rewrite(where, scales) if remade else weight.write(where, scales, changed)
+        if changed & part.biases.keys() and second.bias is not None:
+            second.bias.data.copy_(bias(part, scales))
 
     def _require_loaded(self) -> None:
         if not self.is_loaded:

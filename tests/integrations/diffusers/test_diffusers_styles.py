@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tvbases_diffusers import mix_styles, set_style_scales, unload_styles
-from tvbases_hf.algebra.delta import Dense, dense
+from tvbases_hf.algebra.delta import Delta, Dense, dense
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError, TvbasesError
 from tvbases_hf.methods.registry import METHODS, Method
 from tvbases_hf.styles.mixed_file import read_recipe
@@ -172,6 +172,23 @@ def test_a_method_that_turns_with_its_matrices_is_merged_in_the_joint_spaces(
     assert len(changed) == len(after) / 2
 
 
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "ties"])
+def test_biases_are_merged_by_the_method_at_all_scales(flux: Any, method: str) -> None:
+    """Those of all styles, and of one alone."""
+    states, module = two(), "transformer.transformer_blocks.0.attn.to_q"
+    for number, state in enumerate(states.values()):
+        state[f"{module}.lora_B.bias"] = torch.randn(32, generator=torch.Generator().manual_seed(number))
+    mix = mix_styles(flux, states, method=method)
+    chosen, adapter = METHODS[method], flux.transformer.transformer_blocks[0].attn.to_q.lora_B["styles"]
+    for scales in ({"a": 1.0, "b": 1.0}, {"a": 0.5, "b": -1.0}, {"a": 0.0}, {"a": 0.7}):
+        mix.set_style_scales(scales)
+        live = [name for name in states if mix.scales[name]]
+        biases: list[Delta] = [Dense(states[name][f"{module}.lora_B.bias"]) for name in live]
+        options = chosen.defaults | ({"limits": _limits(states, live, method)} if chosen.trims else {})
+        wanted = chosen.change("bias", (32,), biases, [mix.scales[name] for name in live], options)
+        assert relative(adapter.bias.detach().double(), dense(wanted)) <= EXACT
+
+
 def _sizes_of_merges(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found, change = [], Method.change
 
@@ -193,14 +210,24 @@ def _merged(
     chosen, live = METHODS[method], [name for name in states if scales[name]]
     changes = {name: products(states[name]) for name in live}
     options = chosen.checked(options or {})
-    if (density := chosen.of_whole_model(options)) is not None:
-        entries = [torch.cat([m.flatten() for m in changes[name].values()]).abs().sort().values for name in live]
-        options["limits"] = [float(own[len(own) - int(density * len(own))]) for own in entries]
+    if chosen.of_whole_model(options) is not None:
+        options["limits"] = _limits(states, live, method)
     weights = [scales[name] for name in live]
     return {
         module: dense(chosen.change(module, m.shape, [Dense(changes[n][module]) for n in live], weights, options))
         for module, m in changes[live[0]].items()
     }
+
+
+def _limits(states: Mapping[str, Mapping[str, Tensor]], live: list[str], method: str) -> list[float]:
+    """The whole model's thresholds, by sorting all entries."""
+    density = METHODS[method].of_whole_model(METHODS[method].defaults)
+    assert density is not None
+    found = []
+    for name in live:
+        entries = torch.cat([matrix.flatten() for matrix in products(states[name]).values()]).abs().sort().values
+        found.append(float(entries[len(entries) - int(density * len(entries))]))
+    return found
 
 
 def test_adapters_that_are_loaded_are_styles_at_their_own_strength(flux: Any) -> None:
