@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError
-from tvbases_hf.learning.data import TaskData, decodes, writes
+from tvbases_hf.learning.data import TaskData, decodes, kind_of, writes
 from tvbases_hf.learning.rows import Rows, read_rows
 from tvbases_hf.learning.taskfiles import TaskModel
 from tvbases_hf.storage.run import current
@@ -50,7 +50,7 @@ class Session:
         if self.loaded and variant.tokenizer is None:
             raise ParameterError(
                 f'"{self.plan.benchmarks[0]}" is not --data, and lm-eval\'s tasks ask models that write text; a '
-                f"{type(variant.model).__name__} is measured on --data NAME=FILE_OR_FOLDER"
+                f"{kind_of(variant.model)} is measured on --data NAME=FILE_OR_FOLDER"
             )
         if self.loaded and decodes(variant.model):
             raise CheckpointError(
