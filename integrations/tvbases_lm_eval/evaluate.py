@@ -143,13 +143,14 @@ def evaluate(models: Iterable[Variant], plan: Plan) -> dict[str, Any]:
     notes: list[str] = []
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for variant in models:
-        labels.append(variant.label)
+        label = _column(variant.label, labels)
+        labels.append(label)
         data, said = session.data(variant)
         notes += said
         found = session.measure(variant.model, variant.tokenizer, data)
         for key, (value, error, better) in found.items():
             row = rows.setdefault(key, {"higher_is_better": better, "values": {}})
-            row["values"][variant.label] = {"value": value, "stderr": error}
+            row["values"][label] = {"value": value, "stderr": error}
     table = [{"task": task, "role": _role(task, plan), "metric": metric, **row} for (task, metric), row in rows.items()]
     return {
         "models": labels,
@@ -159,6 +160,14 @@ def evaluate(models: Iterable[Variant], plan: Plan) -> dict[str, Any]:
         "limit": plan.limit,
         "rows": sorted(table, key=lambda row: row["role"] != "target"),
     }
+
+
+def _column(label: str, taken: Sequence[str]) -> str:
+    """The label, or one with a number: a model may be called "before", as the base's column is."""
+    named, number = label, 2
+    while named in taken:
+        named, number = f"{label} ({number})", number + 1
+    return named
 
 
 def _shown(results: Mapping[str, Any], plan: Plan) -> list[str]:

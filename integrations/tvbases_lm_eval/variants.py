@@ -86,7 +86,7 @@ def variants(
     if plus and not local_path(source):
         if base is not None and locate(base).resolve() != locate(below).resolve():
             raise ParameterError(f'"{source}": the adapter is on {below}, and --base is {base}; leave --base out')
-        return _adapter(adapter_folder(locate(adapter)), base or below, source, where)
+        return _adapter(adapter_folder(locate(adapter)), base or below, adapter, where)
     path = locate(source)
     if is_basis_directory(path):
         basis = Basis.from_pretrained(path)

@@ -114,6 +114,17 @@ def test_evaluate_asks_adapters_and_their_basis_as_it_asks_the_merged_model(
         assert (rows["accuracy"]["stderr"] is None) == (name == "t5")
 
 
+def test_a_model_that_is_called_as_the_bases_column_has_one_of_its_own(root: Path, tmp_path: Path) -> None:
+    """Both columns showed the model's numbers."""
+    base, model, source, report = root / "t5" / "base", tmp_path / "before", data_file("t5", tmp_path), tmp_path / "r"
+    shutil.copytree(root / "t5" / "a", model)
+    done = tvbases("evaluate", model, "--base", base, f"--data=t={source}", "--json", report)
+    assert done.code == 0, done.err
+    (loss,) = (row["values"] for row in json.loads(report.read_text())["rows"] if row["metric"] == "loss")
+    assert loss["before"]["value"] == pytest.approx(answers(base, source).loss, rel=1e-5)
+    assert loss["before (2)"]["value"] == pytest.approx(answers(model, source).loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["clip", "t5", "vit"])
 def test_negate_takes_the_forgotten_tasks_data_as_target_and_the_rest_as_controls(
     name: str, root: Path, tmp_path: Path
