@@ -67,6 +67,21 @@ def test_an_inspection_of_twelve_tasks_with_long_names_can_be_read_at_80_columns
     assert "suggested: all 12 of them" in file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("count", "suggested", "words"),
+    [
+        (1, 1, ["1 task vector of", "suggested: 1 basis, which loses"]),
+        (2, 2, ["2 task vectors of", "suggested: both of them."]),
+        (3, 2, ["3 task vectors of", "suggested: 2 bases, which lose"]),
+    ],
+)
+def test_an_inspection_counts_in_english(count: int, suggested: int, words: list[str]) -> None:
+    file = io.StringIO()
+    found = inspection([f"task{i}" for i in range(count)]) | {"suggested_num_bases": suggested}
+    print_inspection(found, Terminal(file=file, width=200))
+    assert all(word in file.getvalue() for word in words)
+
+
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 400])
 @pytest.mark.parametrize("names", [LONG, ["a", "b", "c"], WIDE], ids=["long", "short", "wide"])
 def test_no_number_is_cut_and_no_two_names_look_alike(names: list[str], width: int) -> None:

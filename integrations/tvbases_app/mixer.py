@@ -27,7 +27,7 @@ from tvbases_hf.models.adapter import Adapter
 from tvbases_hf.models.gram import gram_matrix
 from tvbases_hf.models.layers import examine_layers
 from tvbases_hf.models.vectors import Vectors
-from tvbases_hf.storage.files import home_path
+from tvbases_hf.storage.files import home_path, locate_named
 from tvbases_hf.storage.run import find_device
 
 from .beside import beside, can_be_beside
@@ -75,6 +75,8 @@ class Mixer:
         named = base or found.info.base_id
         if not named:
             raise ParameterError(f'"{basis}" does not name the model that it was made on; give the base')
+        if not base:
+            locate_named(named, basis)
         return cls(found.vectors(named, over="reconstructions"), {}, found, basis, device)
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tvbases_hf.errors import CheckpointError, MissingExtraError, ParameterError
-from tvbases_hf.learning.data import TaskData, decodes, writes
+from tvbases_hf.learning.data import TaskData, decodes, kind_of, writes
 from tvbases_hf.learning.rows import Rows, read_rows
 from tvbases_hf.learning.taskfiles import TaskModel
 from tvbases_hf.storage.run import current
@@ -50,7 +50,7 @@ class Session:
         if self.loaded and variant.tokenizer is None:
             raise ParameterError(
                 f'"{self.plan.benchmarks[0]}" is not --data, and lm-eval\'s tasks ask models that write text; a '
-                f"{type(variant.model).__name__} is measured on --data NAME=FILE_OR_FOLDER"
+                f"{kind_of(variant.model)} is measured on --data NAME=FILE_OR_FOLDER"
             )
         if self.loaded and decodes(variant.model):
             raise CheckpointError(
@@ -143,13 +143,14 @@ def evaluate(models: Iterable[Variant], plan: Plan) -> dict[str, Any]:
     notes: list[str] = []
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for variant in models:
-        labels.append(variant.label)
+        label = _column(variant.label, labels)
+        labels.append(label)
         data, said = session.data(variant)
         notes += said
         found = session.measure(variant.model, variant.tokenizer, data)
         for key, (value, error, better) in found.items():
             row = rows.setdefault(key, {"higher_is_better": better, "values": {}})
-            row["values"][variant.label] = {"value": value, "stderr": error}
+            row["values"][label] = {"value": value, "stderr": error}
     table = [{"task": task, "role": _role(task, plan), "metric": metric, **row} for (task, metric), row in rows.items()]
     return {
         "models": labels,
@@ -159,6 +160,14 @@ def evaluate(models: Iterable[Variant], plan: Plan) -> dict[str, Any]:
         "limit": plan.limit,
         "rows": sorted(table, key=lambda row: row["role"] != "target"),
     }
+
+
+def _column(label: str, taken: Sequence[str]) -> str:
+    """The label, or one with a number: a model may be called "before", as the base's column is."""
+    named, number = label, 2
+    while named in taken:
+        named, number = f"{label} ({number})", number + 1
+    return named
 
 
 def _shown(results: Mapping[str, Any], plan: Plan) -> list[str]:

@@ -121,7 +121,8 @@ class Plan:
         manager = TaskManager(include_path=paths, metadata=self.metadata)
         for name in self.benchmarks:
             if not name.startswith(TEXT) and name not in manager.all_tasks:
-                raise ParameterError(f'lm-eval has no task "{name}"{did_you_mean(name, manager.all_tasks)}')
+                meant = did_you_mean(name, manager.all_tasks)
+                raise ParameterError(f'lm-eval has no task "{name}"{meant}; `lm_eval ls tasks` lists them')
         return manager
 
     def _check_files(self) -> None:

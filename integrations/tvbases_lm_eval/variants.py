@@ -26,7 +26,7 @@ from tvbases_hf.models.adapter_files import adapter_folder, is_adapter
 from tvbases_hf.models.lora_config import check_expressions, read_config
 from tvbases_hf.models.vectors import Vectors
 from tvbases_hf.storage.checkpoint import Checkpoint
-from tvbases_hf.storage.files import WEIGHT_FILES, local_path, locate
+from tvbases_hf.storage.files import WEIGHT_FILES, local_path, locate, locate_named
 from tvbases_hf.storage.run import current
 
 BEFORE = "before"
@@ -86,7 +86,7 @@ def variants(
     if plus and not local_path(source):
         if base is not None and locate(base).resolve() != locate(below).resolve():
             raise ParameterError(f'"{source}": the adapter is on {below}, and --base is {base}; leave --base out')
-        return _adapter(adapter_folder(locate(adapter)), base or below, source, where)
+        return _adapter(adapter_folder(locate(adapter)), base or below, adapter, where)
     path = locate(source)
     if is_basis_directory(path):
         basis = Basis.from_pretrained(path)
@@ -222,6 +222,9 @@ def _chosen(basis: Basis, tasks: Sequence[str] | None, source: str) -> list[str]
 
 
 def _base(given: str | None, named: str, source: str) -> str:
-    if given or named:
-        return given or named
+    if given:
+        return given
+    if named:
+        locate_named(named, source)
+        return named
     raise ParameterError(f'"{source}" does not name the model that it was made on; give it with --base')

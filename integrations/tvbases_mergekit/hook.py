@@ -100,7 +100,8 @@ def status(where: Path | None = None) -> HookStatus:
         if files := _files_in(folder):
             detail = f"{folder} belongs to another interpreter, which must also remove it, but this one reads it too"
             return HookStatus("installed for another interpreter", folder, files, detail)
-    return HookStatus("not installed", where, (), "only `tvbases mergekit-yaml` and register() know the methods")
+    detail = "only `tvbases mergekit-yaml` and register() know the methods; `tvbases hook install` changes that"
+    return HookStatus("not installed", where, (), detail)
 
 
 def _describe(where: Path, files: tuple[Path, ...]) -> HookStatus:

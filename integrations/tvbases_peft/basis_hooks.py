@@ -167,6 +167,7 @@ def _insert(peft: Any, model: Any, source: LoraVectors, info: BasisInfo, changes
         attached.add_adapter(name, config)
         attached.set_adapter(name)
     else:
+        config.base_model_name_or_path = None  # PEFT writes the model's own, and would warn of another
         attached = peft.get_peft_model(model, config, adapter_name=name)
     result = peft.set_peft_model_state_dict(attached, tensors, adapter_name=name)
     if result.unexpected_keys:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import typer
 
-from commands.command_line import compress, inputs, root, snapshot, tvbases
+from commands.command_line import compress, inputs, misused, root, snapshot, tvbases
 from oracles.merge_oracle import family_vectors, merge_config, write_config
 from tvbases_hf import Basis
 from tvbases_hf.cli import app
@@ -72,6 +72,11 @@ def test_wrong_usage_is_named_and_exits_with_2(arguments: list[str], reason: str
     assert outcome.code == 2 and outcome.out == ""
     assert reason in " ".join(outcome.err.replace("│", " ").split())
     assert snapshot(tmp_path) == before
+
+
+def test_a_wrong_choice_is_told_in_plain_words(tmp_path: Path) -> None:
+    message = misused(tmp_path, "plan", "--base", "b", "--models", 2, "--job", "ae_base")
+    assert message.startswith("Invalid value for '--job': 'ae_base' is not one of 'gram', 'compress', ")
 
 
 def test_the_installed_program_and_the_module_are_the_same_command(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -83,6 +84,45 @@ def test_evaluate_shows_what_each_model_makes_of_the_data(name: str, root: Path,
             error = rows[task, "accuracy"]["values"][label]["stderr"]
             assert (error is None) == (name in ("t5", "whisper"))
     assert ("there is no preprocessor_config.json" in done.err) == (name in ("clip", "vit"))
+
+
+@pytest.mark.parametrize("name", ["clip", "t5", "vit"])
+def test_evaluate_asks_adapters_and_their_basis_as_it_asks_the_merged_model(
+    name: str, root: Path, tmp_path: Path
+) -> None:
+    """PEFT's wrapper names no inputs where an adapter has no task type: its data could not be read."""
+    base, adapter, merged = root / name / "base", tmp_path / "lora", tmp_path / "merged"
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model: Any = peft.get_peft_model(TaskModel.load(Checkpoint.open(base)).model, config)
+    model.save_pretrained(str(adapter))
+    shutil.copytree(base, merged)
+    model.merge_and_unload().save_pretrained(merged)
+    source, report = data_file(name, tmp_path / "data"), tmp_path / "found.json"
+    expected = answers(merged, source)
+    assert answers(base, source).loss != pytest.approx(expected.loss, rel=1e-3)
+
+    compressed = tvbases("compress", "--base", base, f"--task=t={adapter}", "--rank", 2, "--out", tmp_path / "basis")
+    assert compressed.code == 0, compressed.err
+    for place in (adapter, tmp_path / "basis"):
+        done = tvbases("evaluate", place, "--base", base, f"--data=d={source}", "--json", report)
+        assert done.code == 0, done.err
+        found = json.loads(report.read_text())
+        rows = {row["metric"]: row["values"][found["models"][1]] for row in found["rows"]}
+        assert rows["accuracy"]["value"] == expected.accuracy
+        assert rows["loss"]["value"] == pytest.approx(expected.loss, rel=1e-4)
+        assert (rows["accuracy"]["stderr"] is None) == (name == "t5")
+
+
+def test_a_model_that_is_called_as_the_bases_column_has_one_of_its_own(root: Path, tmp_path: Path) -> None:
+    """Both columns showed the model's numbers."""
+    base, model, source, report = root / "t5" / "base", tmp_path / "before", data_file("t5", tmp_path), tmp_path / "r"
+    shutil.copytree(root / "t5" / "a", model)
+    done = tvbases("evaluate", model, "--base", base, f"--data=t={source}", "--json", report)
+    assert done.code == 0, done.err
+    (loss,) = (row["values"] for row in json.loads(report.read_text())["rows"] if row["metric"] == "loss")
+    assert loss["before"]["value"] == pytest.approx(answers(base, source).loss, rel=1e-5)
+    assert loss["before (2)"]["value"] == pytest.approx(answers(model, source).loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["clip", "t5", "vit"])

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -189,6 +190,19 @@ def test_what_to_install_is_said_in_full(monkeypatch: pytest.MonkeyPatch) -> Non
     print_findings(doctor.examine(), Terminal(file=file, width=200))
     text = file.getvalue()
     assert text.count("tvbases-hf[mergekit]") == 2 and "tvbases-hf[peft]" in text and "\\[" not in text
+
+
+def test_doctor_lists_every_extra_with_all_its_packages() -> None:
+    from tvbases_hf.cli.doctor import EXTRAS
+
+    declared: dict[str, set[str]] = {}
+    for line in metadata.requires("tvbases-hf") or []:
+        name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == [\"']([\w-]+)", line)
+        if name and extra:
+            declared.setdefault(extra[1], set()).add(name[0])
+    assert set(EXTRAS) == set(declared) - {"all", "docs", "test"}
+    for extra, packages in EXTRAS.items():
+        assert declared[extra] - {"tvbases-hf"} <= set(packages), extra
 
 
 @pytest.mark.parametrize("command", ["inspect", "compress"])

@@ -177,7 +177,7 @@ def open_library(directory: str | Path) -> LoraBasis:
     basis = Basis.from_pretrained(path)
     if not isinstance(basis, LoraBasis) or basis.info.library is None:
         raise ParameterError(
-            f'"{directory}": a basis of method {basis.info.method}, and no library, whose tasks depend on each other; '
+            f'"{directory}": a basis of method {basis.info.method}, whose tasks depend on each other, and no library; '
             "compress the adapters with --method library"
         )
     return basis

@@ -90,4 +90,5 @@ def _run() -> int:
             return 2
         context = error.ctx
         where = f"; see {context.command_path} --help" if context else ""
-        raise ParameterError(error.format_message().rstrip(".") + where) from error
+        said = error.format_message().rstrip(".").replace("Value error, ", "")  # of pydantic, which typer asks
+        raise ParameterError(said + where) from error

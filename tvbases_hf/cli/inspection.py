@@ -31,7 +31,8 @@ TITLES = {
 def print_inspection(found: dict[str, Any], console: Console) -> None:
     given, found = found["tasks"], in_cluster_order(found)
     tasks = found["tasks"]
-    console.print(f"{len(tasks)} task vectors of {found['parameters']:,} parameters in {found['tensors']} tensors")
+    vectors = count_of(len(tasks), "task vector", "task vectors")
+    console.print(f"{vectors} of {found['parameters']:,} parameters in {found['tensors']} tensors")
     console.print(f"over {found['base']}\n", soft_wrap=True)
     lengths = Sheet(
         "task",
@@ -91,13 +92,14 @@ def print_losses(found: dict[str, Any], console: Console) -> None:
     console.print(losses)
     if suggested == count and count > 1:
         console.print(
-            f"suggested: all {count} of them. Fewer would lose too much of the single tasks, so compressing will not "
-            "help here; their sum can still be had from fewer"
+            f"suggested: {'both' if count == 2 else f'all {count}'} of them. Fewer would lose too much of the single "
+            "tasks, so compressing will not help here; their sum can still be had from fewer"
         )
     else:
         lost = unexplained["balanced_bases"][suggested - 1]
         console.print(
-            f"suggested: {count_of(suggested, 'basis', 'bases')}, which lose {lost:.1%} (--num-bases {suggested})"
+            f"suggested: {count_of(suggested, 'basis, which loses', 'bases, which lose')} {lost:.1%} "
+            f"(--num-bases {suggested})"
         )
 
 

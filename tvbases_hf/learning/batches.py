@@ -13,7 +13,7 @@ from torch import Tensor
 from ..defaults import TEMPLATE
 from ..errors import ParameterError
 from .classes import Classes
-from .data import IGNORED, LABELS, decodes, writes
+from .data import IGNORED, LABELS, bare, decodes, kind_of, writes
 from .images import opened
 from .rows import IMAGE, LABEL, Row, Rows
 from .texts import CHOICES, MESSAGES, Written, is_written
@@ -129,7 +129,7 @@ def _answers(loaded: Asked, name: str, rows: Rows, columns: Columns) -> bool:
     if rows.has(columns.label):
         raise ParameterError(
             f'the data of "{name}": its column "{columns.label}" holds numbers (as {rows.values[0][columns.label]!r}), '
-            f"and a {type(loaded.model).__name__} writes text; give the text of the answer there, or a column "
+            f"and a {kind_of(loaded.model)} writes text; give the text of the answer there, or a column "
             f'"{CHOICES}" that the number is the place in, or name another column with --label-column'
         )
     return False
@@ -160,7 +160,7 @@ def _inputs(loaded: Asked, name: str, rows: Rows, columns: Columns) -> Inputs:
             return _texts(loaded, columns, known)
         case other:
             raise ParameterError(
-                f'the data of "{name}": a {type(loaded.model).__name__} hears sound, which is not read from files; '
+                f'the data of "{name}": a {kind_of(loaded.model)} hears sound, which is not read from files; '
                 f"give an npz with its {other}, as its feature extractor makes them, and labels"
             )
 
@@ -216,5 +216,5 @@ def _check_column(name: str, rows: Rows, column: str, option: str = "--text-colu
 
 def _inputs_of(loaded: Asked) -> set[str]:
     """What the model takes: some tokenizers give token types to models that have none."""
-    asked = loaded.model.get_image_features if loaded.names_images else loaded.model.forward
+    asked = loaded.model.get_image_features if loaded.names_images else bare(loaded.model).forward
     return set(signature(asked).parameters)

@@ -32,13 +32,13 @@ def transformers_readout(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, 
     targets = decodes(model)
     if targets and LABELS not in inputs and "decoder_input_ids" not in inputs:
         raise ParameterError(
-            f"a batch of an encoder-decoder model ({_class_of(model)}) has no labels: it is asked for the tokens of a "
+            f"a batch of an encoder-decoder model ({kind_of(model)}) has no labels: it is asked for the tokens of a "
             f'target; add a column "{LABELS}"'
         )
     labels = inputs.get(LABELS) if targets else inputs.pop(LABELS, None)
     if targets and labels is not None and _follow(labels):
         raise ParameterError(
-            f"the labels follow the text, which an encoder-decoder model ({_class_of(model)}) does not read; make its "
+            f"the labels follow the text, which an encoder-decoder model ({kind_of(model)}) does not read; make its "
             "data with TaskModel.load(base).data(task, file)"
         )
     logits = model(**inputs).logits
@@ -62,7 +62,7 @@ def _next_tokens(model: Any, inputs: Mapping[str, Any], labels: Tensor | None) -
         return ids if ids is None or mask is None else ids.masked_fill(mask == 0, IGNORED)
     if labels.ndim < 2:
         raise ParameterError(
-            f"the labels are one number for each example, and a {_class_of(model)} writes text: give the text of the "
+            f"the labels are one number for each example, and a {kind_of(model)} writes text: give the text of the "
             'answer as the label, or a column "choices" that the number is the place in'
         )
     return labels
@@ -259,18 +259,20 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _asked(model: Any) -> Any:
-    """The model itself; see inplace.Reparametrised."""
-    return getattr(model, "reparametrised", model)
+def kind_of(model: Any) -> str:
+    return type(bare(model)).__name__
 
 
-def _class_of(model: Any) -> str:
-    return type(_asked(model)).__name__
+def bare(model: Any) -> Any:
+    """The model itself, out of inplace.Reparametrised and of PEFT's wrapper, whose ``forward`` may name no inputs."""
+    model = getattr(model, "reparametrised", model)
+    under = getattr(model, "get_base_model", None)
+    return model if under is None else under()
 
 
 def _is_causal(model: Any) -> bool:
     """Whether a model of tokens predicts the next one; its class says so in transformers."""
-    names = [*(getattr(model.config, "architectures", None) or ()), _class_of(model)]
+    names = [*(getattr(model.config, "architectures", None) or ()), kind_of(model)]
     if any(name.endswith(("ForTokenClassification", "ForMaskedLM")) for name in names) or decodes(model):
         return False
     return any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names)

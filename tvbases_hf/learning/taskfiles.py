@@ -22,7 +22,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.run import current
 from .batches import Columns, collator, labelled
 from .classes import Classes, prompt_name
-from .data import TaskData, transformers_readout
+from .data import TaskData, kind_of, transformers_readout
 from .images import describe, has_processor, image_processor
 from .rows import Rows, read_rows
 from .zeroshot import ZeroShot, can_name_images
@@ -98,7 +98,7 @@ class TaskModel:
 
     @property
     def is_classifier(self) -> bool:
-        return type(self.model).__name__.endswith(CLASSIFIERS)
+        return kind_of(self.model).endswith(CLASSIFIERS)
 
     @property
     def names_images(self) -> bool:
@@ -157,7 +157,7 @@ class TaskModel:
             if isinstance(error, ParameterError):
                 raise
             raise ParameterError(
-                f'the data of "{data.name}" is not what a {type(self.model).__name__} takes: {first_line(error)}'
+                f'the data of "{data.name}" is not what a {kind_of(self.model)} takes: {first_line(error)}'
             ) from error
         if logits.isnan().any():
             raise ParameterError(

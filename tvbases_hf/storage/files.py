@@ -115,6 +115,14 @@ def locate(source: str, revision: str | None = None, cache_dir: str | None = Non
     return inside
 
 
+def locate_named(base: str, source: str) -> Path:
+    """The base that ``source`` names itself. Raises CheckpointError, which asks for --base, where it is nowhere."""
+    try:
+        return locate(base)
+    except CheckpointError as error:
+        raise CheckpointError(f'"{source}" names a base that is not found; give it with --base ({error})') from error
+
+
 def _hub_parts(source: str) -> tuple[str, str | None, str]:
     """(owner/name, the revision, the folder) of an id."""
     head, at, tail = source.removeprefix(HUB).partition("@")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,15 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(
     (tmp_path / "nameless" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ParameterError, match="does not name the model that it was made on; give it with --base"):
         variants(str(tmp_path / "nameless"))
+
+
+def test_a_named_base_that_has_gone_is_asked_for(adapters: dict[str, Path], tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(adapters["math"], moved)
+    config = json.loads((moved / "adapter_config.json").read_text()) | {"base_model_name_or_path": "gone/"}
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match='moved" names a base that is not found; give it with --base'):
+        variants(str(moved))
 
 
 def test_a_directory_without_a_language_model_is_named(tmp_path: Path, family: Family) -> None:

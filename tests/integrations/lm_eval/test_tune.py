@@ -220,6 +220,8 @@ def test_task_files_of_ones_own_are_measured_from_their_folder(family: Family, t
     (value,) = row["values"].values()
     assert 0 <= value["value"] <= 1 and value["stderr"] is not None
     message = refused(tmp_path, "evaluate", family.base, "--include-path", tmp_path / "none", "--target", "own_choice")
+    other = refused(tmp_path, "evaluate", family.base, "--include-path", folder, "--target", "own_choise")
+    assert other.endswith('lm-eval has no task "own_choise" (did you mean own_choice?); `lm_eval ls tasks` lists them')
     assert "is no directory; --include-path takes one of lm-eval task files" in message
 
 

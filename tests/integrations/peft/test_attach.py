@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,16 @@ def test_a_loaded_basis_selects_on_a_model_that_the_built_one_was_attached_to(
     model = joint.attach(fresh(family))
     LoraBasis.from_pretrained(tmp_path / "basis").select(model, "chat")
     assert close(logits(model), logits(task_model(joint, family, "chat")))
+
+
+def test_a_base_of_another_name_is_attached_to_without_a_warning(family: Adapters, joint: LoraBasis) -> None:
+    """Its weights are compared; PEFT compares names, and says that the model may be wrong."""
+    model = fresh(family)
+    model.name_or_path = "moved/"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The PEFT config")
+        attached = joint.attach(model, "math")
+    assert attached.peft_config[attached.active_adapter].base_model_name_or_path == "moved/"
 
 
 def test_a_copy_of_the_model_has_a_selection_of_its_own(family: Adapters, joint: LoraBasis) -> None:
