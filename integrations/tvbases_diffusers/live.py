@@ -45,8 +45,10 @@ class Remade:
         return factors(self.part.place, self.change(scales), torch.float32, self.rank)
 
     def check(self, scales: Scales, dtype: torch.dtype) -> None:
-        """ParameterError where the dtype cannot hold the second factor."""
-        rounded(self.name, self.change(scales).left, dtype)
+        """ParameterError where the dtype cannot hold a factor that changes with the scales."""
+        change = self.change(scales)
+        rounded(self.name, change.left, dtype)
+        rounded(self.name, change.right, dtype)
 
     def rewrite(self, layer: Factors, scales: Scales) -> None:
         """Both factors."""

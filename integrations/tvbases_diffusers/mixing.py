@@ -12,9 +12,9 @@ from tvbases_hf.defaults import StyleLoader
 from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.methods.devec import THRESHOLD, Options, Pool, Side, Subspace
 from tvbases_hf.storage.run import track
-from tvbases_hf.styles.lora_layers import B
+from tvbases_hf.styles.lora_layers import BIAS, A, B
 from tvbases_hf.styles.lora_source import Source, name_styles
-from tvbases_hf.styles.mixed_file import write_mix
+from tvbases_hf.styles.mixed_file import rounded, write_mix
 from tvbases_hf.styles.mixing import Part, Recipe, Styles, bias, parse_scales, recipe_of, split
 from tvbases_hf.styles.report import Tally
 
@@ -204,21 +204,28 @@ class StyleMix:
         return state
 
     def _check_loaded(self, state: Mapping[str, torch.Tensor]) -> None:
-        """diffusers leaves out, with a line in the log, what it finds no place for."""
+        """diffusers leaves out, with a line in the log, what it finds no place for.
+
+        Raises ParameterError for numbers that the layers' dtype cannot hold.
+        """
         for weight in self._live(self._scales):
             layer, name = layer_of(self._pipe, weight.part.place), weight.name
             if self.adapter_name not in getattr(layer, "lora_B", {}) or layer.r[self.adapter_name] != weight.rank:
                 raise MismatchError(f"{type(self._pipe).__name__} did not load {name}")
-            found = layer.lora_B[self.adapter_name].weight
-            wanted = state[f"{name}.{B}"].to(found)
-            if layer.scaling[self.adapter_name] != 1 or not torch.equal(found, wanted):
-                raise CheckpointError(f"diffusers changed {name} while loading it")
+            first, second = layer.lora_A[self.adapter_name], layer.lora_B[self.adapter_name]
+            loaded = {A: first.weight, B: second.weight} | ({} if second.bias is None else {BIAS: second.bias})
+            for part, found in loaded.items():
+                wanted = rounded(f"{name}.{part}", state[f"{name}.{part}"], found.dtype).to(found)
+                if layer.scaling[self.adapter_name] != 1 or not torch.equal(found, wanted):
+                    raise CheckpointError(f"diffusers changed {name} while loading it")
 
     def _check_fits(self, scales: Mapping[str, float]) -> None:
-        """ParameterError for scales at which the layers' dtype cannot hold a factor; nothing is changed."""
-        for weight in self._live(scales):
-            layer = layer_of(self._pipe, weight.part.place)
-            weight.check(scales, layer.lora_B[self.adapter_name].weight.dtype)
+        """ParameterError for scales at which the layers' dtype cannot hold a factor or a bias; nothing is changed."""
+        for weight, part in zip(self._live(scales), self._parts, strict=True):
+            second = layer_of(self._pipe, part.place).lora_B[self.adapter_name]
+            weight.check(scales, second.weight.dtype)
+            if part.biases and second.bias is not None:
+                rounded(f"{weight.name}.{BIAS}", bias(part, scales), second.bias.dtype)
 
     def _live(self, scales: Mapping[str, float]) -> list[Remade]:
         """The weights as they follow their scales; of a linear method others where other styles are left out, by 0."""

@@ -254,6 +254,46 @@ def test_scales_that_a_half_precision_pipeline_cannot_hold_change_nothing() -> N
     assert not any(hasattr(module, "lora_B") for module in pipe.transformer.modules())
 
 
+def biased(seed: int, size: float = 1.0) -> dict[str, Tensor]:
+    state = style(seed, FLUX_MODULES)
+    sizes = {name: len(tensor) for name, tensor in state.items() if name.endswith("lora_B.weight")}
+    return state | {name.replace("B.weight", "B.bias"): torch.full((rows,), size) for name, rows in sizes.items()}
+
+
+def test_biases_that_a_half_precision_pipeline_cannot_hold_change_nothing() -> None:
+    pipe = flux_pipeline(torch.float16)
+    before = state_of(pipe)
+    with pytest.raises(ParameterError, match=r"to_q.lora_B.bias are too large for float16"):
+        mix_styles(pipe, {"a": biased(0, size=1e5), "b": biased(1)})
+    assert_same_state(pipe, before)
+    mix = mix_styles(pipe, {"a": biased(0, size=30.0), "b": biased(1)})
+    mixed = state_of(pipe)
+    with pytest.raises(ParameterError, match=r"to_q.lora_B.bias are too large for float16"):
+        mix.set_style_scales({"a": 3e3})
+    assert_same_state(pipe, mixed)
+
+
+def test_first_factors_that_a_half_precision_pipeline_cannot_hold_are_refused() -> None:
+    pipe = flux_pipeline(torch.float16)
+    before = state_of(pipe)
+    large = {name: tensor * (1e6 if "lora_A" in name else 1e-6) for name, tensor in style(0, FLUX_MODULES).items()}
+    with pytest.raises(ParameterError, match=r"to_q.lora_A.weight are too large for float16"):
+        mix_styles(pipe, {"a": large, "b": style(1, FLUX_MODULES)})
+    assert_same_state(pipe, before)
+
+
+def test_scales_too_large_for_a_wide_matrix_by_entries_change_nothing() -> None:
+    """A matrix of more columns than rows is the first factor, and the identity the second."""
+    pipe = flux_pipeline(torch.float16)
+    module = "single_transformer_blocks.0.proj_out"
+    states = {name: style(seed, {module: FLUX_MODULES[module]}) for seed, name in enumerate("ab")}
+    mix = mix_styles(pipe, states, method="magmax")
+    before = state_of(pipe)
+    with pytest.raises(ParameterError, match="too large for float16"):
+        mix.set_style_scales({"a": 1e7})
+    assert_same_state(pipe, before)
+
+
 def test_a_unet_takes_styles_with_convolutions_and_its_text_encoder(tmp_path: Path) -> None:
     pipe = unet_pipeline()
     before, plain = state_of(pipe), unet_image(pipe)
