@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tvbases_hf.algebra.core import Core
 from tvbases_hf.algebra.delta import LowRank
@@ -138,6 +138,14 @@ def live(part: Part, scales: Scales, rank: int) -> Remade:
     if (terms := method.terms(name, part.changes, scales)) is not None:
         return Summed(replace(part, changes=terms, method=None), rank)
     return (Turned if method.method.equivariant else Remade)(part, rank)
+
+
+def are_finite(modules: Iterable[nn.Module]) -> bool:
+    """Whether all weights are, asked once per device: an accelerator's answers are waited for."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in (parameter for module in modules for parameter in module.parameters()):
+        found.setdefault(tensor.device, []).append(tensor.isfinite().all())
+    return all(bool(torch.stack(answers).all()) for answers in found.values())
 
 
 def _basis(basis: Tensor | None, side: int) -> Tensor:

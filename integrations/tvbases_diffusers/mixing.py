@@ -18,7 +18,7 @@ from tvbases_hf.styles.mixed_file import rounded, write_mix
 from tvbases_hf.styles.mixing import Part, Recipe, Styles, bias, parse_scales, recipe_of, split
 from tvbases_hf.styles.report import Tally
 
-from .live import Factors, Remade, Turned, live
+from .live import Factors, Remade, Turned, are_finite, live
 from .pipeline import AdapterState, adapters, check_fits, layer_of, load, open_style, remove, require_loader
 from .schedule import Schedule, attach, detach
 
@@ -167,10 +167,11 @@ class StyleMix:
                 number and the number of steps. Styles that are not named keep their scale.
         """
         self._require_loaded()
+        parsed = None if scales is None else Schedule.parse(self.names, scales)
         detach(self._pipe, self.adapter_name)
-        self._schedule = None if scales is None else Schedule.parse(self.names, scales)
-        if self._schedule is not None:
-            attach(self._pipe, self.adapter_name, self._schedule, lambda now: self._write({**self._scales, **now}))
+        self._schedule = parsed
+        if parsed is not None:
+            attach(self._pipe, self.adapter_name, self._follow)
         self._write(self._scales)
 
     def save(
@@ -234,6 +235,24 @@ class StyleMix:
             self._weights = [live(part, scales, self.recipe.rank(part.place)) for part in self._parts]
             self._there, self._remade = there, True
         return self._weights
+
+    def _follow(self, step: int, steps: int) -> None:
+        """Write the scales of a step. Raises ParameterError, with the scales given in place, for numbers too large.
+
+        Nothing where the pipeline itself has unloaded the adapter.
+        """
+        if self._schedule is None or not self.is_loaded:
+            return
+        now = self._schedule.at(step, steps)
+        scales = {**self._scales, **now}
+        if scales == self._written:
+            return
+        self._write(scales)
+        layers = [layer_of(self._pipe, part.place) for part in self._parts]
+        if not are_finite(own[self.adapter_name] for layer in layers for own in (layer.lora_A, layer.lora_B)):
+            self._write(self._scales)
+            words = ", ".join(f"{name} {scale:g}" for name, scale in now.items())
+            raise ParameterError(f"the schedule's scales {words} are too large for the pipeline's dtype; take smaller")
 
     def _write(self, scales: Mapping[str, float]) -> None:
         """Put scales into the factors, of the styles whose scale is another than before."""

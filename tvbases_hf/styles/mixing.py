@@ -8,6 +8,7 @@ what a merging method makes of the parts.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -206,9 +207,14 @@ def parse_scales(names: tuple[str, ...], scales: Mapping[str, float] | None) -> 
         if name not in names:
             near = did_you_mean(name, names)
             raise ParameterError(f'a scale for "{name}", which is no style{near}; there are {", ".join(names)}')
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        if not is_number(scale):
             raise ParameterError(f'the scale of "{name}" is {scale!r}; it must be a finite number')
     return {name: float(given.get(name, 1.0)) for name in names}
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float holds: integers of Python have no end."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _decompose(changes: Mapping[str, LowRank], options: Options) -> tuple[Decomposition | None, bool]:

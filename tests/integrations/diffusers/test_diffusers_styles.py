@@ -294,6 +294,16 @@ def test_scales_too_large_for_a_wide_matrix_by_entries_change_nothing() -> None:
     assert_same_state(pipe, before)
 
 
+def test_a_scheduled_scale_that_is_too_large_ends_the_picture_and_leaves_the_scales_given() -> None:
+    pipe = flux_pipeline(torch.float16)
+    mix = mix_styles(pipe, {"a": style(0, FLUX_MODULES), "b": style(1, FLUX_MODULES)})
+    before = added(pipe)
+    mix.schedule({"a": [0.5, 1e7]})
+    with pytest.raises(ParameterError, match=r"the schedule's scales a 1e\+07 are too large"):
+        flux_image(pipe)
+    assert all(torch.equal(delta, before[name]) for name, delta in added(pipe).items())
+
+
 def test_a_unet_takes_styles_with_convolutions_and_its_text_encoder(tmp_path: Path) -> None:
     pipe = unet_pipeline()
     before, plain = state_of(pipe), unet_image(pipe)
@@ -655,6 +665,26 @@ def test_schedules_that_are_no_curves_are_refused(curve: Any, message: str, flux
         mix.schedule({"z": 1.0})
     mix.schedule({"a": lambda step, steps: float("nan")})
     with pytest.raises(ParameterError, match="gives nan at step 0"):
+        flux_image(flux)
+
+
+def test_a_schedule_that_is_refused_leaves_the_one_before(flux: Any) -> None:
+    mix = mix_styles(flux, two())
+    mix.schedule({"a": [0.0, 0.6]})
+    scheduled = flux_image(flux)
+    with pytest.raises(ParameterError, match="which is no style"):
+        mix.schedule({"z": 1.0})
+    assert torch.equal(flux_image(flux), scheduled)
+
+
+def test_numbers_beyond_all_floats_are_refused(flux: Any) -> None:
+    mix = mix_styles(flux, two())
+    with pytest.raises(ParameterError, match="must be a finite number"):
+        mix.set_style_scales({"a": 10**400})
+    with pytest.raises(ParameterError, match="give a number"):
+        mix.schedule({"a": [10**400]})
+    mix.schedule({"a": lambda step, steps: 10**400})
+    with pytest.raises(ParameterError, match="at step 0; it must be a number"):
         flux_image(flux)
 
 
