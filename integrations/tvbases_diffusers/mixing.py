@@ -149,6 +149,11 @@ class StyleMix:
 
     @property
     def is_loaded(self) -> bool:
+        return self._is_known and self.adapter_name in adapters(self._pipe)
+
+    @property
+    def _is_known(self) -> bool:
+        """Not unloaded here; the pipeline itself may have unloaded the adapter."""
         return vars(self._pipe).get(HANDLES, {}).get(self.adapter_name) is self
 
     def set_style_scales(self, scales: Mapping[str, float]) -> None:
@@ -188,11 +193,25 @@ class StyleMix:
         return write_mix(self._styles, self.recipe, self._scales, Path(path), **how)
 
     def unload(self) -> None:
-        """Take the adapter out; adapters that were active before are active again. Twice is once."""
+        """Take the adapter out; adapters that were active before are active again. Twice is once.
+
+        A mix that came later stays as it is, and gives back, in its turn, what was before both.
+        """
+        if not self._is_known:
+            return
+        detach(self._pipe, self.adapter_name)
         if self.is_loaded:
-            detach(self._pipe, self.adapter_name)
-            remove(self._pipe, self.adapter_name, self._before)
-            del vars(self._pipe)[HANDLES][self.adapter_name]
+            self._give_back()
+        del vars(self._pipe)[HANDLES][self.adapter_name]
+
+    def _give_back(self) -> None:
+        mixes = list(vars(self._pipe)[HANDLES].values())
+        later, left = mixes[mixes.index(self) + 1 :], self._before
+        if later:
+            left = AdapterState.of(self._pipe).without(self.adapter_name, self._before)
+        for mix in later:
+            mix._before = mix._before.without(self.adapter_name, self._before)
+        remove(self._pipe, self.adapter_name, left)
 
     def _state(self) -> dict[str, torch.Tensor]:
         biased = {part.place.component for part in self._parts if part.place.has_bias}

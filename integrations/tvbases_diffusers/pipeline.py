@@ -194,6 +194,16 @@ class AdapterState:
             }
         )
 
+    def without(self, adapter: str, before: AdapterState) -> AdapterState:
+        """The same, had the adapter never been there: where it alone is active, those of ``before`` are."""
+        found = {}
+        for layer, (active, scaling, disabled) in self.layers.items():
+            others = [own for own in active if own != adapter]
+            if active == [adapter]:
+                others = before.layers.get(layer, ([], {}, False))[0]
+            found[layer] = (others, scaling, disabled)
+        return AdapterState(found)
+
     def give_back(self, pipe: Any) -> None:
         """For the layers and adapters that are still there."""
         for component, model in components(pipe).items():

@@ -688,6 +688,35 @@ def test_numbers_beyond_all_floats_are_refused(flux: Any) -> None:
         flux_image(flux)
 
 
+def test_a_mix_that_the_pipeline_unloaded_is_gone_with_its_schedule(flux: Any) -> None:
+    plain = flux_image(flux)
+    mix = mix_styles(flux, two())
+    mix.schedule({"a": [0.0, 1.0]})
+    flux.unload_lora_weights()
+    assert torch.equal(flux_image(flux), plain)
+    assert not mix.is_loaded
+    with pytest.raises(ParameterError, match="was unloaded; call mix_styles again"):
+        mix.set_style_scales({"a": 0.5})
+    mix_styles(flux, two()).unload()
+    mix.unload()
+    assert torch.equal(flux_image(flux), plain)
+
+
+@pytest.mark.parametrize("first", ["styles", "more"])
+def test_mixes_are_unloaded_in_any_order(flux: Any, first: str) -> None:
+    flux.load_lora_weights(style(5, FLUX_MODULES), adapter_name="own")
+    flux.set_adapters("own", 0.7)
+    before = flux_image(flux)
+    mixes = {"styles": mix_styles(flux, two()), "more": mix_styles(flux, two(size=0.2), adapter_name="more")}
+    second = flux_image(flux)
+    mixes.pop(first).unload()
+    if first == "styles":
+        assert torch.equal(flux_image(flux), second)
+    mixes.popitem()[1].unload()
+    assert flux.get_active_adapters() == ["own"]
+    assert torch.equal(flux_image(flux), before)
+
+
 def test_a_loader_that_fails_leaves_nothing_behind(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = state_of(flux)
     monkeypatch.setattr("tvbases_diffusers.mixing.StyleMix._check_loaded", lambda self, state: 1 / 0)
