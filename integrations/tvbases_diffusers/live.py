@@ -137,7 +137,7 @@ def live(part: Part, scales: Scales, rank: int) -> Remade:
     name = f"{part.place.component}.{part.place.module}"
     if (terms := method.terms(name, part.changes, scales)) is not None:
         return Summed(replace(part, changes=terms, method=None), rank)
-    return (Turned if method.method.equivariant else Remade)(part, rank)
+    return (Turned if method.method.is_equivariant(method.options) else Remade)(part, rank)
 
 
 def are_finite(modules: Iterable[nn.Module]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tvbases_diffusers import mix_styles, set_style_scales, unload_styles
@@ -715,6 +716,19 @@ def test_mixes_are_unloaded_in_any_order(flux: Any, first: str) -> None:
     mixes.popitem()[1].unload()
     assert flux.get_active_adapters() == ["own"]
     assert torch.equal(flux_image(flux), before)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_directions_that_are_equally_strong_are_calibrated_alike_in_pipeline_and_file(
+    flux: Any, method: str, tmp_path: Path
+) -> None:
+    """Which directions stand for a flat spectrum is a matter of the form, so that one form is for both."""
+    mix = mix_styles(flux, two(), method=method, method_options={"calibrate": "svc"})
+    mix.set_style_scales({"a": 0.7})
+    found = added(flux)
+    mix.save(tmp_path / "mix.safetensors")
+    for module, delta in products(load_file(tmp_path / "mix.safetensors")).items():
+        assert relative(found[module], delta) <= EXACT
 
 
 def test_a_loader_that_fails_leaves_nothing_behind(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
