@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import Delta, Dense, LowRank, dense
+from ..errors import ParameterError
 from ..methods.registry import Method, find_method
 from ..methods.threshold import thresholds
 
@@ -105,7 +106,13 @@ class StyleMethod:
     ) -> Delta:
         limits = {"limits": [self.limits[style] for style in deltas]} if self.limits else {}
         weights = [scales[style] for style in deltas]
-        return self.method.change(name, shape, list(deltas.values()), weights, {**self.options, **limits})
+        try:
+            return self.method.change(name, shape, list(deltas.values()), weights, {**self.options, **limits})
+        except torch.linalg.LinAlgError as error:
+            words = ", ".join(f"{style} {weight:g}" for style, weight in zip(deltas, weights, strict=True))
+            raise ParameterError(
+                f"{name}: no decomposition by {self.method.name} at scales {words}; take smaller"
+            ) from error
 
 
 def _all(names: Sequence[str], changes: Mapping[str, LowRank]) -> list[Delta]:

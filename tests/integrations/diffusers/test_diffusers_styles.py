@@ -703,6 +703,14 @@ def test_a_mix_that_the_pipeline_unloaded_is_gone_with_its_schedule(flux: Any) -
     assert torch.equal(flux_image(flux), plain)
 
 
+def test_scales_at_which_no_method_can_decompose_change_nothing(flux: Any) -> None:
+    mix = mix_styles(flux, two(), method="iso_c")
+    before = state_of(flux)
+    with pytest.raises(ParameterError, match=r"no decomposition by iso_c at scales a 1e\+300, b 1; take smaller"):
+        mix.set_style_scales({"a": 1e300})
+    assert_same_state(flux, before)
+
+
 @pytest.mark.parametrize("first", ["styles", "more"])
 def test_mixes_are_unloaded_in_any_order(flux: Any, first: str) -> None:
     flux.load_lora_weights(style(5, FLUX_MODULES), adapter_name="own")
