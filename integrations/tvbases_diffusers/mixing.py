@@ -15,11 +15,21 @@ from tvbases_hf.storage.run import track
 from tvbases_hf.styles.lora_layers import BIAS, A, B
 from tvbases_hf.styles.lora_source import Source, name_styles
 from tvbases_hf.styles.mixed_file import rounded, write_mix
-from tvbases_hf.styles.mixing import Part, Recipe, Styles, bias, parse_scales, recipe_of, split
+from tvbases_hf.styles.mixing import Part, Recipe, Styles, bias, recipe_of, split
 from tvbases_hf.styles.report import Tally
+from tvbases_hf.styles.scales import by_style, parse_scales
 
 from .live import Factors, Remade, Turned, are_finite, live
-from .pipeline import AdapterState, adapters, check_fits, layer_of, load, open_style, remove, require_loader
+from .pipeline import (
+    AdapterState,
+    adapters,
+    check_fits,
+    layer_of,
+    load,
+    open_style,
+    remove,
+    require_loader,
+)
 from .schedule import Schedule, attach, detach
 
 ADAPTER = "styles"
@@ -159,7 +169,7 @@ class StyleMix:
     def set_style_scales(self, scales: Mapping[str, float]) -> None:
         """Change the scales of some styles; nothing is decomposed again, but by a method. Ends a schedule."""
         self._require_loaded()
-        wanted = parse_scales(self.names, {**self._scales, **scales})
+        wanted = parse_scales(self.names, self._scales | by_style("scales", scales))
         self._check_fits(wanted)
         self._scales = wanted
         self.schedule(None)

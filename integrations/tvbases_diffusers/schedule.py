@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvbases_hf.errors import ParameterError, did_you_mean
-from tvbases_hf.styles.mixing import is_number
+from tvbases_hf.styles.scales import by_style, is_number
 
 Curve = float | Sequence[float] | Callable[[int, int], float]
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
@@ -22,7 +22,7 @@ class Schedule:
     @classmethod
     def parse(cls, names: Sequence[str], curves: Mapping[str, Any]) -> Schedule:
         """Raises ParameterError for unknown styles and for what is no curve."""
-        for name, curve in curves.items():
+        for name, curve in by_style("schedules", curves).items():
             if name not in names:
                 near = did_you_mean(name, names)
                 raise ParameterError(f'a schedule for "{name}", which is no style{near}; there are {", ".join(names)}')

@@ -8,7 +8,6 @@ what a merging method makes of the parts.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -196,25 +195,6 @@ def bias(part: Part, scales: Mapping[str, float]) -> Tensor:
     if part.method is not None and part.biases:
         return part.method.mixed_bias(f"{part.place.component}.{part.place.module}.bias", part.biases, scales)
     return sum((scales[name] * own for name, own in part.biases.items()), torch.zeros(part.place.shape[0]))
-
-
-def parse_scales(names: tuple[str, ...], scales: Mapping[str, float] | None) -> dict[str, float]:
-    """One finite number per style, 1 where none is given. Raises ParameterError for unknown names."""
-    from ..errors import did_you_mean
-
-    given = dict(scales or {})
-    for name, scale in given.items():
-        if name not in names:
-            near = did_you_mean(name, names)
-            raise ParameterError(f'a scale for "{name}", which is no style{near}; there are {", ".join(names)}')
-        if not is_number(scale):
-            raise ParameterError(f'the scale of "{name}" is {scale!r}; it must be a finite number')
-    return {name: float(given.get(name, 1.0)) for name in names}
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number that a float holds: integers of Python have no end."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _decompose(changes: Mapping[str, LowRank], options: Options) -> tuple[Decomposition | None, bool]:

@@ -703,6 +703,16 @@ def test_a_mix_that_the_pipeline_unloaded_is_gone_with_its_schedule(flux: Any) -
     assert torch.equal(flux_image(flux), plain)
 
 
+def test_scales_and_schedules_without_names_are_refused(flux: Any) -> None:
+    with pytest.raises(ParameterError, match="scales are given by style"):
+        mix_styles(flux, two(), scales=[1.0])  # pyright: ignore[reportArgumentType]
+    mix = mix_styles(flux, two())
+    with pytest.raises(ParameterError, match="scales are given by style"):
+        mix.set_style_scales(0.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ParameterError, match="schedules are given by style"):
+        mix.schedule([1.0, 0.3])  # pyright: ignore[reportArgumentType]
+
+
 def test_scales_at_which_no_method_can_decompose_change_nothing(flux: Any) -> None:
     mix = mix_styles(flux, two(), method="iso_c")
     before = state_of(flux)
