@@ -24,6 +24,7 @@ from .pipeline import (
     AdapterState,
     adapters,
     check_fits,
+    is_fused,
     layer_of,
     load,
     open_style,
@@ -205,10 +206,13 @@ class StyleMix:
     def unload(self) -> None:
         """Take the adapter out; adapters that were active before are active again. Twice is once.
 
+        Raises ParameterError while it is fused into the weights, out of which nothing would take it.
+
         A mix that came later stays as it is, and gives back, in its turn, what was before both.
         """
         if not self._is_known:
             return
+        self._require_apart()
         detach(self._pipe, self.adapter_name)
         if self.is_loaded:
             self._give_back()
@@ -272,6 +276,7 @@ class StyleMix:
         """
         if self._schedule is None or not self.is_loaded:
             return
+        self._require_apart()
         now = self._schedule.at(step, steps)
         scales = {**self._scales, **now}
         if scales == self._written:
@@ -302,3 +307,9 @@ class StyleMix:
     def _require_loaded(self) -> None:
         if not self.is_loaded:
             raise ParameterError(f'the mix "{self.adapter_name}" was unloaded; call mix_styles again')
+        self._require_apart()
+
+    def _require_apart(self) -> None:
+        """ParameterError while fuse_lora has added the adapter to the weights, which follow no scale then."""
+        if is_fused(self._pipe, self.adapter_name):
+            raise ParameterError(f'the mix "{self.adapter_name}" is fused into the weights; call unfuse_lora first')

@@ -703,6 +703,24 @@ def test_a_mix_that_the_pipeline_unloaded_is_gone_with_its_schedule(flux: Any) -
     assert torch.equal(flux_image(flux), plain)
 
 
+def test_a_mix_that_is_fused_into_the_weights_takes_no_scales(flux: Any) -> None:
+    """The picture would not change, and the weights would keep what unloading leaves in them."""
+    plain = flux_image(flux)
+    mix = mix_styles(flux, two())
+    flux.fuse_lora()
+    for change in (lambda: mix.set_style_scales({"a": 0.0}), lambda: mix.schedule({"a": [0.0]}), mix.unload):
+        with pytest.raises(ParameterError, match="is fused into the weights; call unfuse_lora first"):
+            change()
+    flux.unfuse_lora()
+    mix.schedule({"a": [0.0]})
+    flux.fuse_lora()
+    with pytest.raises(ParameterError, match="is fused into the weights"):
+        flux_image(flux)
+    flux.unfuse_lora()
+    mix.unload()
+    assert relative(flux_image(flux), plain) <= EXACT
+
+
 def test_scales_and_schedules_without_names_are_refused(flux: Any) -> None:
     with pytest.raises(ParameterError, match="scales are given by style"):
         mix_styles(flux, two(), scales=[1.0])  # pyright: ignore[reportArgumentType]
