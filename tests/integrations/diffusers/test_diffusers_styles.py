@@ -192,6 +192,7 @@ def _merged(
 ) -> dict[str, Tensor]:
     """What the method makes of full matrices; TIES with the thresholds of the whole model."""
     chosen, live = METHODS[method], [name for name in states if scales[name]]
+    dtype = torch.float32 if method == "iso_cts" else torch.float64  # whose rounding noise is no direction
     changes = {name: products(states[name]) for name in live}
     options = chosen.checked(options or {})
     if (density := chosen.of_whole_model(options)) is not None:
@@ -199,7 +200,9 @@ def _merged(
         options["limits"] = [float(own[len(own) - int(density * len(own))]) for own in entries]
     weights = [scales[name] for name in live]
     return {
-        module: dense(chosen.change(module, m.shape, [Dense(changes[n][module]) for n in live], weights, options))
+        module: dense(
+            chosen.change(module, m.shape, [Dense(changes[n][module].to(dtype)) for n in live], weights, options)
+        )
         for module, m in changes[live[0]].items()
     }
 
