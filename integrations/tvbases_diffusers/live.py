@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tvbases_hf.algebra.core import Core
 from tvbases_hf.algebra.delta import LowRank
@@ -45,8 +45,10 @@ class Remade:
         return factors(self.part.place, self.change(scales), torch.float32, self.rank)
 
     def check(self, scales: Scales, dtype: torch.dtype) -> None:
-        """ParameterError where the dtype cannot hold the second factor."""
-        rounded(self.name, self.change(scales).left, dtype)
+        """ParameterError where the dtype cannot hold a factor that changes with the scales."""
+        change = self.change(scales)
+        rounded(self.name, change.left, dtype)
+        rounded(self.name, change.right, dtype)
 
     def rewrite(self, layer: Factors, scales: Scales) -> None:
         """Both factors."""
@@ -135,7 +137,15 @@ def live(part: Part, scales: Scales, rank: int) -> Remade:
     name = f"{part.place.component}.{part.place.module}"
     if (terms := method.terms(name, part.changes, scales)) is not None:
         return Summed(replace(part, changes=terms, method=None), rank)
-    return (Turned if method.method.equivariant else Remade)(part, rank)
+    return (Turned if method.method.is_equivariant(method.options) else Remade)(part, rank)
+
+
+def are_finite(modules: Iterable[nn.Module]) -> bool:
+    """Whether all weights are, asked once per device: an accelerator's answers are waited for."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in (parameter for module in modules for parameter in module.parameters()):
+        found.setdefault(tensor.device, []).append(tensor.isfinite().all())
+    return all(bool(torch.stack(answers).all()) for answers in found.values())
 
 
 def _basis(basis: Tensor | None, side: int) -> Tensor:

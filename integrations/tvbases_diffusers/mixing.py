@@ -13,14 +13,25 @@ from tvbases_hf.errors import CheckpointError, MismatchError, ParameterError
 from tvbases_hf.methods.devec import THRESHOLD, Options, Pool, Side, Subspace
 from tvbases_hf.storage.parallel import for_all
 from tvbases_hf.storage.run import track
-from tvbases_hf.styles.lora_layers import B
+from tvbases_hf.styles.lora_layers import BIAS, A, B
 from tvbases_hf.styles.lora_source import Source, name_styles
-from tvbases_hf.styles.mixed_file import write_mix
-from tvbases_hf.styles.mixing import Part, Recipe, Styles, bias, parse_scales, recipe_of, split
+from tvbases_hf.styles.mixed_file import rounded, write_mix
+from tvbases_hf.styles.mixing import Part, Recipe, Styles, bias, recipe_of, split
 from tvbases_hf.styles.report import Tally
+from tvbases_hf.styles.scales import by_style, parse_scales
 
-from .live import Factors, Remade, Turned, live
-from .pipeline import AdapterState, adapters, check_fits, layer_of, load, open_style, remove, require_loader
+from .live import Factors, Remade, Turned, are_finite, live
+from .pipeline import (
+    AdapterState,
+    adapters,
+    check_fits,
+    is_fused,
+    layer_of,
+    load,
+    open_style,
+    remove,
+    require_loader,
+)
 from .schedule import Schedule, attach, detach
 
 ADAPTER = "styles"
@@ -150,12 +161,17 @@ class StyleMix:
 
     @property
     def is_loaded(self) -> bool:
+        return self._is_known and self.adapter_name in adapters(self._pipe)
+
+    @property
+    def _is_known(self) -> bool:
+        """Not unloaded here; the pipeline itself may have unloaded the adapter."""
         return vars(self._pipe).get(HANDLES, {}).get(self.adapter_name) is self
 
     def set_style_scales(self, scales: Mapping[str, float]) -> None:
         """Change the scales of some styles; nothing is decomposed again, but by a method. Ends a schedule."""
         self._require_loaded()
-        wanted = parse_scales(self.names, {**self._scales, **scales})
+        wanted = parse_scales(self.names, self._scales | by_style("scales", scales))
         self._check_fits(wanted)
         self._scales = wanted
         self.schedule(None)
@@ -168,10 +184,11 @@ class StyleMix:
                 number and the number of steps. Styles that are not named keep their scale.
         """
         self._require_loaded()
+        parsed = None if scales is None else Schedule.parse(self.names, scales)
         detach(self._pipe, self.adapter_name)
-        self._schedule = None if scales is None else Schedule.parse(self.names, scales)
-        if self._schedule is not None:
-            attach(self._pipe, self.adapter_name, self._schedule, lambda now: self._write({**self._scales, **now}))
+        self._schedule = parsed
+        if parsed is not None:
+            attach(self._pipe, self.adapter_name, self._follow)
         self._write(self._scales)
 
     def save(
@@ -188,40 +205,66 @@ class StyleMix:
         return write_mix(self._styles, self.recipe, self._scales, Path(path), **how)
 
     def unload(self) -> None:
-        """Take the adapter out; adapters that were active before are active again. Twice is once."""
+        """Take the adapter out; adapters that were active before are active again. Twice is once.
+
+        Raises ParameterError while it is fused into the weights, out of which nothing would take it.
+
+        A mix that came later stays as it is, and gives back, in its turn, what was before both.
+        """
+        if not self._is_known:
+            return
+        self._require_apart()
+        detach(self._pipe, self.adapter_name)
         if self.is_loaded:
-            detach(self._pipe, self.adapter_name)
-            remove(self._pipe, self.adapter_name, self._before)
-            del vars(self._pipe)[HANDLES][self.adapter_name]
+            self._give_back()
+        del vars(self._pipe)[HANDLES][self.adapter_name]
+
+    def _give_back(self) -> None:
+        mixes = list(vars(self._pipe)[HANDLES].values())
+        later, left = mixes[mixes.index(self) + 1 :], self._before
+        if later:
+            left = AdapterState.of(self._pipe).without(self.adapter_name, self._before)
+        for mix in later:
+            mix._before = mix._before.without(self.adapter_name, self._before)
+        remove(self._pipe, self.adapter_name, left)
 
     def _state(self) -> dict[str, torch.Tensor]:
         biased = {part.place.component for part in self._parts if part.place.has_bias}
         state = {}
-        for weight, part in zip(self._live(self._scales), self._parts, strict=True):
+        for weight, part in self._pairs(self._scales):
             state |= weight.factors(self._scales)
             if part.place.component in biased:
                 state[f"{weight.name}.lora_B.bias"] = bias(part, self._scales)
         return state
 
     def _check_loaded(self, state: Mapping[str, torch.Tensor]) -> None:
-        """diffusers leaves out, with a line in the log, what it finds no place for."""
+        """diffusers leaves out, with a line in the log, what it finds no place for.
+
+        Raises ParameterError for numbers that the layers' dtype cannot hold.
+        """
         for weight in self._live(self._scales):
             layer, name = layer_of(self._pipe, weight.part.place), weight.name
             if self.adapter_name not in getattr(layer, "lora_B", {}) or layer.r[self.adapter_name] != weight.rank:
                 raise MismatchError(f"{type(self._pipe).__name__} did not load {name}")
-            found = layer.lora_B[self.adapter_name].weight
-            wanted = state[f"{name}.{B}"].to(found)
-            if layer.scaling[self.adapter_name] != 1 or not torch.equal(found, wanted):
-                raise CheckpointError(f"diffusers changed {name} while loading it")
+            first, second = layer.lora_A[self.adapter_name], layer.lora_B[self.adapter_name]
+            loaded = {A: first.weight, B: second.weight} | ({} if second.bias is None else {BIAS: second.bias})
+            for part, found in loaded.items():
+                wanted = rounded(f"{name}.{part}", state[f"{name}.{part}"], found.dtype).to(found)
+                if layer.scaling[self.adapter_name] != 1 or not torch.equal(found, wanted):
+                    raise CheckpointError(f"diffusers changed {name} while loading it")
 
     def _check_fits(self, scales: Mapping[str, float]) -> None:
-        """ParameterError for scales at which the layers' dtype cannot hold a factor; nothing is changed."""
+        """ParameterError for scales at which the layers' dtype cannot hold a factor or a bias; nothing is changed."""
+        for_all(self._pairs(scales), lambda pair: self._check_one(*pair, scales))
 
-        def check(weight: Remade) -> None:
-            layer = layer_of(self._pipe, weight.part.place)
-            weight.check(scales, layer.lora_B[self.adapter_name].weight.dtype)
+    def _check_one(self, weight: Remade, part: Part, scales: Mapping[str, float]) -> None:
+        second = layer_of(self._pipe, part.place).lora_B[self.adapter_name]
+        weight.check(scales, second.weight.dtype)
+        if part.biases and second.bias is not None:
+            rounded(f"{weight.name}.{BIAS}", bias(part, scales), second.bias.dtype)
 
-        for_all(self._live(scales), check)
+    def _pairs(self, scales: Mapping[str, float]) -> list[tuple[Remade, Part]]:
+        return list(zip(self._live(scales), self._parts, strict=True))
 
     def _live(self, scales: Mapping[str, float]) -> list[Remade]:
         """The weights as they follow their scales; of a linear method others where other styles are left out, by 0."""
@@ -231,12 +274,30 @@ class StyleMix:
             self._there, self._remade = there, True
         return self._weights
 
+    def _follow(self, step: int, steps: int) -> None:
+        """Write the scales of a step. Raises ParameterError, with the scales given in place, for numbers too large.
+
+        Nothing where the pipeline itself has unloaded the adapter.
+        """
+        if self._schedule is None or not self.is_loaded:
+            return
+        self._require_apart()
+        now = self._schedule.at(step, steps)
+        scales = {**self._scales, **now}
+        if scales == self._written:
+            return
+        self._write(scales)
+        layers = [layer_of(self._pipe, part.place) for part in self._parts]
+        if not are_finite(own[self.adapter_name] for layer in layers for own in (layer.lora_A, layer.lora_B)):
+            self._write(self._scales)
+            words = ", ".join(f"{name} {scale:g}" for name, scale in now.items())
+            raise ParameterError(f"the schedule's scales {words} are too large for the pipeline's dtype; take smaller")
+
     def _write(self, scales: Mapping[str, float]) -> None:
         """Put scales into the factors, of the styles whose scale is another than before."""
         changed = {name for name in self.names if scales[name] != self._written[name]}
         if changed:
-            weights, remade = self._live(scales), self._remade
-            both = list(zip(weights, self._parts, strict=True))
+            both, remade = self._pairs(scales), self._remade
             for_all(both, lambda pair: self._write_one(*pair, scales, changed, remade))
             self._written, self._remade = dict(scales), False
 
@@ -255,3 +316,9 @@ class StyleMix:
     def _require_loaded(self) -> None:
         if not self.is_loaded:
             raise ParameterError(f'the mix "{self.adapter_name}" was unloaded; call mix_styles again')
+        self._require_apart()
+
+    def _require_apart(self) -> None:
+        """ParameterError while fuse_lora has added the adapter to the weights, which follow no scale then."""
+        if is_fused(self._pipe, self.adapter_name):
+            raise ParameterError(f'the mix "{self.adapter_name}" is fused into the weights; call unfuse_lora first')

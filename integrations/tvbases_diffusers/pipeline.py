@@ -104,6 +104,12 @@ def adapters(pipe: Any) -> set[str]:
     return {name for model in components(pipe).values() for name in getattr(model, "peft_config", {})}
 
 
+def is_fused(pipe: Any, adapter: str) -> bool:
+    """Whether fuse_lora has added it to the weights."""
+    layers = (layer for model in components(pipe).values() for _, layer in tuner_layers(model))
+    return any(adapter in getattr(layer, "merged_adapters", ()) for layer in layers)
+
+
 def open_style(pipe: Any, name: str, source: Source) -> Lora:
     """A style from a file, directory, Hub id or state dict, or the adapter of this name in the pipeline."""
     if not isinstance(source, str) or source not in adapters(pipe):
@@ -193,6 +199,16 @@ class AdapterState:
                 for name, layer in tuner_layers(model)
             }
         )
+
+    def without(self, adapter: str, before: AdapterState) -> AdapterState:
+        """The same, had the adapter never been there: where it alone is active, those of ``before`` are."""
+        found = {}
+        for layer, (active, scaling, disabled) in self.layers.items():
+            others = [own for own in active if own != adapter]
+            if active == [adapter]:
+                others = before.layers.get(layer, ([], {}, False))[0]
+            found[layer] = (others, scaling, disabled)
+        return AdapterState(found)
 
     def give_back(self, pipe: Any) -> None:
         """For the layers and adapters that are still there."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tvbases_hf.errors import ParameterError, did_you_mean
+from tvbases_hf.styles.scales import by_style, is_number
 
 Curve = float | Sequence[float] | Callable[[int, int], float]
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
@@ -22,7 +22,7 @@ class Schedule:
     @classmethod
     def parse(cls, names: Sequence[str], curves: Mapping[str, Any]) -> Schedule:
         """Raises ParameterError for unknown styles and for what is no curve."""
-        for name, curve in curves.items():
+        for name, curve in by_style("schedules", curves).items():
             if name not in names:
                 near = did_you_mean(name, names)
                 raise ParameterError(f'a schedule for "{name}", which is no style{near}; there are {", ".join(names)}')
@@ -43,14 +43,14 @@ class Schedule:
                 value = curve[min(len(curve) - 1, step * len(curve) // max(1, steps))]
             else:
                 value = curve
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not is_number(value):
                 raise ParameterError(f'the schedule of "{name}" gives {value!r} at step {step}; it must be a number')
             found[name] = float(value)
         return found
 
 
-def attach(pipe: Any, name: str, schedule: Schedule, write: Callable[[dict[str, float]], None]) -> None:
-    """Call ``write`` with the step's scales before each step of the pipeline's denoiser."""
+def attach(pipe: Any, name: str, follow: Callable[[int, int], None]) -> None:
+    """Call ``follow`` with the step and the number of steps before each step of the pipeline's denoiser."""
     from diffusers.hooks import HookRegistry, ModelHook
 
     if not hasattr(pipe, "scheduler"):
@@ -60,8 +60,7 @@ def attach(pipe: Any, name: str, schedule: Schedule, write: Callable[[dict[str, 
         """Runs before every pass; passes of one step, as of guidance, find the scales in place."""
 
         def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-            step, steps = current_step(pipe.scheduler, args, kwargs)
-            write(schedule.at(step, steps))
+            follow(*current_step(pipe.scheduler, args, kwargs))
             return args, kwargs
 
     for model in _denoisers(pipe):
@@ -102,6 +101,4 @@ def _hook_name(name: str) -> str:
 
 def _numbers(curve: Any) -> bool:
     values = list(curve) if isinstance(curve, Sequence) else [curve]
-    return bool(values) and all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )
+    return bool(values) and all(map(is_number, values))

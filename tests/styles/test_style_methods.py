@@ -16,7 +16,7 @@ from tvbases_hf.styles.diffusers_files import read_lora_file
 from tvbases_hf.styles.mixed_file import mix_style_files, read_recipe
 from zoo.lora_files import write
 from zoo.peft_models import relative
-from zoo.pipelines import FLUX_MODULES, products, style
+from zoo.pipelines import FLUX_MODULES, dense_unique, products, style
 
 EXACT = 1e-5
 SCALES = {"a": 1.0, "b": 0.7, "c": -0.4}
@@ -42,6 +42,7 @@ def mixed(files: dict[str, str], out: Path, **how: Any) -> dict[str, torch.Tenso
 def reference(files: dict[str, str], method: str, scales: dict[str, float]) -> dict[str, torch.Tensor]:
     """What the method makes of full float64 matrices; thresholds of the whole model by sorting."""
     chosen, names = METHODS[method], [name for name in files if scales[name]]
+    dtype = torch.float32 if method == "iso_cts" else torch.float64  # whose rounding noise is no direction
     changes = {name: products(load_file(files[name])) for name in names}
     options = chosen.defaults
     density = chosen.of_whole_model(options)
@@ -54,7 +55,7 @@ def reference(files: dict[str, str], method: str, scales: dict[str, float]) -> d
             chosen.change(
                 module,
                 matrix.shape,
-                [Dense(changes[name][module].double()) for name in names],
+                [Dense(changes[name][module].to(dtype)) for name in names],
                 [scales[name] for name in names],
                 options,
             )
@@ -105,3 +106,14 @@ def test_what_no_method_has_is_refused_before_anything_is_written(
     with pytest.raises(ParameterError, match=message):
         mix_style_files(files, tmp_path / "mix.safetensors", **how)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rounding_noise_of_components_is_no_direction_of_iso_cts(files: dict[str, str], tmp_path: Path) -> None:
+    """Unique components have as many columns as the styles, but fewer directions: the rest is float32's noise."""
+    found = mixed(files, tmp_path / "mix.safetensors", method="iso_cts", component="unique", scales=SCALES)
+    changes = [products(load_file(file)) for file in files.values()]
+    for module, matrix in found.items():
+        parts = [Dense(part.float()) for part in dense_unique(own[module] for own in changes)]
+        wanted = METHODS["iso_cts"].combine(parts, list(SCALES.values()))
+        assert torch.linalg.matrix_rank(matrix, rtol=1e-4) <= 2 * len(SCALES)
+        assert relative(matrix, dense(wanted)) <= 1e-3, module

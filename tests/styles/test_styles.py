@@ -17,7 +17,8 @@ from tvbases_hf.errors import ParameterError
 from tvbases_hf.methods.devec import Options, Pool, Side
 from tvbases_hf.styles.diffusers_files import read_lora_file
 from tvbases_hf.styles.mixed_file import read_recipe, write_mix
-from tvbases_hf.styles.mixing import Recipe, Styles, parse_scales
+from tvbases_hf.styles.mixing import Recipe, Styles
+from tvbases_hf.styles.scales import parse_scales
 from zoo.lora_files import FLUX_SHAPES, SIDE, factors, kohya, write
 from zoo.peft_models import relative
 from zoo.pipelines import CONV, FLUX_MODULES, dense_unique, products, style

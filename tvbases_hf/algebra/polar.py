@@ -49,12 +49,15 @@ def polar(matrix: Tensor) -> Polar:
     return exact_polar(matrix)
 
 
-def exact_polar(matrix: Tensor) -> Polar:
-    """From the Gram matrix of the columns, in float64, whose squared condition still resolves what float32 can hold."""
+def exact_polar(matrix: Tensor, noise_of: torch.dtype | None = None) -> Polar:
+    """From the Gram matrix of the columns, in float64, whose squared condition still resolves what float32 can hold.
+
+    ``noise_of``: the dtype whose rounding noise is no direction, where the matrix came from numbers of that.
+    """
     if matrix.shape[1] == 0:
         return Polar(matrix, matrix.new_zeros(0, dtype=torch.float64))
     exact = matrix.to(torch.float64)
-    root, values = inverse_root(exact.T @ exact, matrix.shape, matrix.dtype)
+    root, values = inverse_root(exact.T @ exact, matrix.shape, noise_of or matrix.dtype)
     if bool((values > SMALL * values[-1:]).all()):  # a product in the matrix's own dtype is then as exact as that
         return Polar(matrix @ root.to(matrix.dtype), values)
     return Polar((exact @ root).to(matrix.dtype), values)

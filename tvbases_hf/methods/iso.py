@@ -8,9 +8,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from ..algebra.components import SVD
 from ..algebra.core import Core
 from ..algebra.delta import Delta, Dense, LowRank, dense
-from ..algebra.polar import polar, polar_factor
+from ..algebra.linalg import negligible
+from ..algebra.polar import exact_polar, polar
 from ..algebra.sums import total
 from ..algebra.svd import exact_svd, svd
 from .registry import method
@@ -52,7 +54,9 @@ def iso_cts(deltas: Sequence[Delta], weights: Sequence[float], *, common: Common
     Of the r directions of s = sum_i w_i delta_i the leading share ``common`` is kept; the rest is left to the leading
     directions of every w_i delta_i - U_k U_k^T w_i delta_i, equally many of each of the T vectors (k = r - T round((r -
     common r) / T)). Both sides are replaced by their polar factors, and all values by the mean of those that were kept.
-    Other shapes take their mean. Everything happens in the coordinates of the vectors' joint spaces.
+    Other shapes take their mean. Everything happens in the coordinates of the vectors' joint spaces. What is rounding
+    noise in the dtype of the changes is no direction, although the coordinates are float64: it would become as strong
+    as the others.
     """
     if len(deltas[0].shape) != 2:
         return total(deltas, [weight / len(deltas) for weight in weights])
@@ -60,10 +64,21 @@ def iso_cts(deltas: Sequence[Delta], weights: Sequence[float], *, common: Common
     tasks = [matrix for matrix in core.matrices if matrix.any()]
     if not tasks:
         return core.change(core.matrices[0])
-    summed = exact_svd(sum(tasks[1:], tasks[0]))
+    noise = negligible(deltas[0].shape, core.dtype)
+    summed = _above(exact_svd(sum(tasks[1:], tasks[0])), noise)
     own = round((summed.rank - int(common * summed.rank)) / len(tasks))
     kept = summed.keep(max(0, summed.rank - own * len(tasks)))
-    rest = [exact_svd(task - kept.U @ (kept.U.T @ task)).keep(own) for task in tasks]
+    least = min(tasks[0].shape) ** -0.5  # of a matrix's norm, its largest singular value
+    rest = [_above(exact_svd(t - kept.U @ (kept.U.T @ t)), noise, least * float(t.norm())).keep(own) for t in tasks]
     parts = [kept, *rest]
-    left, right = (polar_factor(torch.cat(side, dim=1)) for side in ([p.U for p in parts], [p.V for p in parts]))
+    sides = [torch.cat(side, dim=1) for side in ([p.U for p in parts], [p.V for p in parts])]
+    left, right = (exact_polar(side, core.dtype).factor for side in sides)
     return core.product(left * torch.cat([part.S for part in parts]).mean(), right.T)
+
+
+def _above(parts: SVD, noise: float, largest: float = 0.0) -> SVD:
+    """The components above that share of the largest one, which is at least ``largest``."""
+    if not parts.rank:
+        return parts
+    least = noise * max(largest, float(parts.S[0]))
+    return parts.keep(int((parts.S - least > 0).sum()))

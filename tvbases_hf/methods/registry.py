@@ -133,6 +133,14 @@ class Method:
         """Whether ``in_turn`` holds with these options."""
         return self.in_turn and not self._last_step(options).changes
 
+    def is_equivariant(self, options: Mapping[str, Any]) -> bool:
+        """Whether ``equivariant`` holds with these options.
+
+        Calibration asks about single directions, and those of a flat spectrum are any: which ones hangs on how the
+        changes are stored.
+        """
+        return self.equivariant and not (self.of_matrices and self._last_step(options).calibrate != "none")
+
     def _last_step(self, options: Mapping[str, Any]) -> LastStep:
         return LastStep(**{k: options[k] for k in options_of(LastStep) if k in options and k not in self.own_options})
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.delta import Delta, Dense, LowRank, dense
+from ..errors import ParameterError
 from ..methods.registry import Method, find_method
 from ..methods.threshold import thresholds
 
@@ -88,9 +89,11 @@ class StyleMethod:
     def in_core(self, name: str, matrices: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
         """[p, q] float32: what an equivariant method makes of changes in the coordinates of their joint spaces.
 
-        ``matrices`` are float64: rounded to float32, what has fewer directions than numbers has others of noise.
+        In float32, as the styles are: what is noise in their dtype is no direction here, as it is none in a file.
         """
-        live: dict[str, Delta] = {style: Dense(matrix) for style, matrix in matrices.items() if scales[style] != 0}
+        live: dict[str, Delta] = {
+            style: Dense(matrix.to(torch.float32)) for style, matrix in matrices.items() if scales[style] != 0
+        }
         shape = next(iter(matrices.values())).shape
         return dense(self._change(name, shape, live, scales), torch.float32) if live else torch.zeros(shape)
 
@@ -105,7 +108,13 @@ class StyleMethod:
     ) -> Delta:
         limits = {"limits": [self.limits[style] for style in deltas]} if self.limits else {}
         weights = [scales[style] for style in deltas]
-        return self.method.change(name, shape, list(deltas.values()), weights, {**self.options, **limits})
+        try:
+            return self.method.change(name, shape, list(deltas.values()), weights, {**self.options, **limits})
+        except torch.linalg.LinAlgError as error:
+            words = ", ".join(f"{style} {weight:g}" for style, weight in zip(deltas, weights, strict=True))
+            raise ParameterError(
+                f"{name}: no decomposition by {self.method.name} at scales {words}; take smaller"
+            ) from error
 
 
 def _all(names: Sequence[str], changes: Mapping[str, LowRank]) -> list[Delta]:

@@ -25,9 +25,10 @@ from ..version import library_version
 from .comfy_file import Matrix, all_infos, comfy_matrices, with_equal_ranks, write_comfy
 from .lora_layers import BIAS, A, B
 from .lora_source import METADATA, name_styles
-from .mixing import Part, Recipe, Styles, bias, combine, parse_scales, recipe_of, split
+from .mixing import Part, Recipe, Styles, bias, combine, recipe_of, split
 from .places import Place
 from .report import Tally, recipe_words
+from .scales import parse_scales
 
 RECIPE = "tvbases_styles"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

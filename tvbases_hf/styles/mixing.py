@@ -197,20 +197,6 @@ def bias(part: Part, scales: Mapping[str, float]) -> Tensor:
     return sum((scales[name] * own for name, own in part.biases.items()), torch.zeros(part.place.shape[0]))
 
 
-def parse_scales(names: tuple[str, ...], scales: Mapping[str, float] | None) -> dict[str, float]:
-    """One finite number per style, 1 where none is given. Raises ParameterError for unknown names."""
-    from ..errors import did_you_mean
-
-    given = dict(scales or {})
-    for name, scale in given.items():
-        if name not in names:
-            near = did_you_mean(name, names)
-            raise ParameterError(f'a scale for "{name}", which is no style{near}; there are {", ".join(names)}')
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise ParameterError(f'the scale of "{name}" is {scale!r}; it must be a finite number')
-    return {name: float(given.get(name, 1.0)) for name in names}
-
-
 def _decompose(changes: Mapping[str, LowRank], options: Options) -> tuple[Decomposition | None, bool]:
     """None where nothing can be shared; whether that is because a style spans everything."""
     if len(changes) < 2:

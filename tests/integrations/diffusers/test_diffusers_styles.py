@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tvbases_diffusers import mix_styles, set_style_scales, unload_styles
@@ -208,13 +210,16 @@ def _merged(
 ) -> dict[str, Tensor]:
     """What the method makes of full matrices; TIES with the thresholds of the whole model."""
     chosen, live = METHODS[method], [name for name in states if scales[name]]
+    dtype = torch.float32 if method == "iso_cts" else torch.float64  # whose rounding noise is no direction
     changes = {name: products(states[name]) for name in live}
     options = chosen.checked(options or {})
     if chosen.of_whole_model(options) is not None:
         options["limits"] = _limits(states, live, method)
     weights = [scales[name] for name in live]
     return {
-        module: dense(chosen.change(module, m.shape, [Dense(changes[n][module]) for n in live], weights, options))
+        module: dense(
+            chosen.change(module, m.shape, [Dense(changes[n][module].to(dtype)) for n in live], weights, options)
+        )
         for module, m in changes[live[0]].items()
     }
 
@@ -279,6 +284,56 @@ def test_scales_that_a_half_precision_pipeline_cannot_hold_change_nothing() -> N
     with pytest.raises(ParameterError, match="too large for float16"):
         mix_styles(pipe, {"a": style(0, FLUX_MODULES), "b": style(1, FLUX_MODULES)}, scales={"a": 1e7})
     assert not any(hasattr(module, "lora_B") for module in pipe.transformer.modules())
+
+
+def biased(seed: int, size: float = 1.0) -> dict[str, Tensor]:
+    state = style(seed, FLUX_MODULES)
+    sizes = {name: len(tensor) for name, tensor in state.items() if name.endswith("lora_B.weight")}
+    return state | {name.replace("B.weight", "B.bias"): torch.full((rows,), size) for name, rows in sizes.items()}
+
+
+def test_biases_that_a_half_precision_pipeline_cannot_hold_change_nothing() -> None:
+    pipe = flux_pipeline(torch.float16)
+    before = state_of(pipe)
+    with pytest.raises(ParameterError, match=r"to_q.lora_B.bias are too large for float16"):
+        mix_styles(pipe, {"a": biased(0, size=1e5), "b": biased(1)})
+    assert_same_state(pipe, before)
+    mix = mix_styles(pipe, {"a": biased(0, size=30.0), "b": biased(1)})
+    mixed = state_of(pipe)
+    with pytest.raises(ParameterError, match=r"to_q.lora_B.bias are too large for float16"):
+        mix.set_style_scales({"a": 3e3})
+    assert_same_state(pipe, mixed)
+
+
+def test_first_factors_that_a_half_precision_pipeline_cannot_hold_are_refused() -> None:
+    pipe = flux_pipeline(torch.float16)
+    before = state_of(pipe)
+    large = {name: tensor * (1e6 if "lora_A" in name else 1e-6) for name, tensor in style(0, FLUX_MODULES).items()}
+    with pytest.raises(ParameterError, match=r"to_q.lora_A.weight are too large for float16"):
+        mix_styles(pipe, {"a": large, "b": style(1, FLUX_MODULES)})
+    assert_same_state(pipe, before)
+
+
+def test_scales_too_large_for_a_wide_matrix_by_entries_change_nothing() -> None:
+    """A matrix of more columns than rows is the first factor, and the identity the second."""
+    pipe = flux_pipeline(torch.float16)
+    module = "single_transformer_blocks.0.proj_out"
+    states = {name: style(seed, {module: FLUX_MODULES[module]}) for seed, name in enumerate("ab")}
+    mix = mix_styles(pipe, states, method="magmax")
+    before = state_of(pipe)
+    with pytest.raises(ParameterError, match="too large for float16"):
+        mix.set_style_scales({"a": 1e7})
+    assert_same_state(pipe, before)
+
+
+def test_a_scheduled_scale_that_is_too_large_ends_the_picture_and_leaves_the_scales_given() -> None:
+    pipe = flux_pipeline(torch.float16)
+    mix = mix_styles(pipe, {"a": style(0, FLUX_MODULES), "b": style(1, FLUX_MODULES)})
+    before = added(pipe)
+    mix.schedule({"a": [0.5, 1e7]})
+    with pytest.raises(ParameterError, match=r"the schedule's scales a 1e\+07 are too large"):
+        flux_image(pipe)
+    assert all(torch.equal(delta, before[name]) for name, delta in added(pipe).items())
 
 
 def test_a_unet_takes_styles_with_convolutions_and_its_text_encoder(tmp_path: Path) -> None:
@@ -643,6 +698,109 @@ def test_schedules_that_are_no_curves_are_refused(curve: Any, message: str, flux
     mix.schedule({"a": lambda step, steps: float("nan")})
     with pytest.raises(ParameterError, match="gives nan at step 0"):
         flux_image(flux)
+
+
+def test_a_schedule_that_is_refused_leaves_the_one_before(flux: Any) -> None:
+    mix = mix_styles(flux, two())
+    mix.schedule({"a": [0.0, 0.6]})
+    scheduled = flux_image(flux)
+    with pytest.raises(ParameterError, match="which is no style"):
+        mix.schedule({"z": 1.0})
+    assert torch.equal(flux_image(flux), scheduled)
+
+
+def test_numbers_of_numpy_are_scales(flux: Any) -> None:
+    mix = mix_styles(flux, two(), scales={"a": np.float32(0.5), "b": np.int64(2)})
+    assert mix.scales == {"a": 0.5, "b": 2.0} and all(type(scale) is float for scale in mix.scales.values())
+
+
+def test_numbers_beyond_all_floats_are_refused(flux: Any) -> None:
+    mix = mix_styles(flux, two())
+    with pytest.raises(ParameterError, match="must be a finite number"):
+        mix.set_style_scales({"a": 10**400})
+    with pytest.raises(ParameterError, match="give a number"):
+        mix.schedule({"a": [10**400]})
+    mix.schedule({"a": lambda step, steps: 10**400})
+    with pytest.raises(ParameterError, match="at step 0; it must be a number"):
+        flux_image(flux)
+
+
+def test_a_mix_that_the_pipeline_unloaded_is_gone_with_its_schedule(flux: Any) -> None:
+    plain = flux_image(flux)
+    mix = mix_styles(flux, two())
+    mix.schedule({"a": [0.0, 1.0]})
+    flux.unload_lora_weights()
+    assert torch.equal(flux_image(flux), plain)
+    assert not mix.is_loaded
+    with pytest.raises(ParameterError, match="was unloaded; call mix_styles again"):
+        mix.set_style_scales({"a": 0.5})
+    mix_styles(flux, two()).unload()
+    mix.unload()
+    assert torch.equal(flux_image(flux), plain)
+
+
+def test_a_mix_that_is_fused_into_the_weights_takes_no_scales(flux: Any) -> None:
+    """The picture would not change, and the weights would keep what unloading leaves in them."""
+    plain = flux_image(flux)
+    mix = mix_styles(flux, two())
+    flux.fuse_lora()
+    for change in (lambda: mix.set_style_scales({"a": 0.0}), lambda: mix.schedule({"a": [0.0]}), mix.unload):
+        with pytest.raises(ParameterError, match="is fused into the weights; call unfuse_lora first"):
+            change()
+    flux.unfuse_lora()
+    mix.schedule({"a": [0.0]})
+    flux.fuse_lora()
+    with pytest.raises(ParameterError, match="is fused into the weights"):
+        flux_image(flux)
+    flux.unfuse_lora()
+    mix.unload()
+    assert relative(flux_image(flux), plain) <= EXACT
+
+
+def test_scales_and_schedules_without_names_are_refused(flux: Any) -> None:
+    with pytest.raises(ParameterError, match="scales are given by style"):
+        mix_styles(flux, two(), scales=[1.0])  # pyright: ignore[reportArgumentType]
+    mix = mix_styles(flux, two())
+    with pytest.raises(ParameterError, match="scales are given by style"):
+        mix.set_style_scales(0.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ParameterError, match="schedules are given by style"):
+        mix.schedule([1.0, 0.3])  # pyright: ignore[reportArgumentType]
+
+
+def test_scales_at_which_no_method_can_decompose_change_nothing(flux: Any) -> None:
+    mix = mix_styles(flux, two(), method="iso_c")
+    before = state_of(flux)
+    with pytest.raises(ParameterError, match=r"no decomposition by iso_c at scales a 1e\+300, b 1; take smaller"):
+        mix.set_style_scales({"a": 1e300})
+    assert_same_state(flux, before)
+
+
+@pytest.mark.parametrize("first", ["styles", "more"])
+def test_mixes_are_unloaded_in_any_order(flux: Any, first: str) -> None:
+    flux.load_lora_weights(style(5, FLUX_MODULES), adapter_name="own")
+    flux.set_adapters("own", 0.7)
+    before = flux_image(flux)
+    mixes = {"styles": mix_styles(flux, two()), "more": mix_styles(flux, two(size=0.2), adapter_name="more")}
+    second = flux_image(flux)
+    mixes.pop(first).unload()
+    if first == "styles":
+        assert torch.equal(flux_image(flux), second)
+    mixes.popitem()[1].unload()
+    assert flux.get_active_adapters() == ["own"]
+    assert torch.equal(flux_image(flux), before)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_directions_that_are_equally_strong_are_calibrated_alike_in_pipeline_and_file(
+    flux: Any, method: str, tmp_path: Path
+) -> None:
+    """Which directions stand for a flat spectrum is a matter of the form, so that one form is for both."""
+    mix = mix_styles(flux, two(), method=method, method_options={"calibrate": "svc"})
+    mix.set_style_scales({"a": 0.7})
+    found = added(flux)
+    mix.save(tmp_path / "mix.safetensors")
+    for module, delta in products(load_file(tmp_path / "mix.safetensors")).items():
+        assert relative(found[module], delta) <= EXACT
 
 
 def test_a_loader_that_fails_leaves_nothing_behind(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
