@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from typing import Any
@@ -33,6 +34,8 @@ from .processes import team
 __all__ = ["app", "main"]
 # A shell says so of a program that one of these signals has ended; Windows has no name for the first.
 SIGPIPE, SIGINT = 13, 2
+# Nothing of the modules that a start loads is garbage; looking for it as often as Python does took a tenth of the time.
+OBJECTS_BETWEEN_COLLECTIONS = 10_000
 # Of click, or of the copy of click that newer typers have inside.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 
@@ -42,6 +45,8 @@ def main() -> None:
 
     Anything else is a defect of ours and shows its traceback.
     """
+    if 0 < gc.get_threshold()[0] < OBJECTS_BETWEEN_COLLECTIONS:
+        gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     try:
         with team():
             code = _run()
