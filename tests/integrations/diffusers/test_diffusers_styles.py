@@ -710,7 +710,8 @@ def test_a_schedule_that_is_refused_leaves_the_one_before(flux: Any) -> None:
 
 
 def test_numbers_of_numpy_are_scales(flux: Any) -> None:
-    mix = mix_styles(flux, two(), scales={"a": np.float32(0.5), "b": np.int64(2)})
+    given: Any = {"a": np.float32(0.5), "b": np.int64(2)}
+    mix = mix_styles(flux, two(), scales=given)
     assert mix.scales == {"a": 0.5, "b": 2.0} and all(type(scale) is float for scale in mix.scales.values())
 
 
