@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from tvbases_hf.basis import Basis
 from tvbases_mergekit.command import merge
@@ -64,6 +65,26 @@ def test_the_style_example_trains_mixes_draws_and_counts(
     results = (tmp_path / "styles.md").read_text()
     assert "| steps |" in results and "A person and a style" in results
     assert "styles.png" in capsys.readouterr().out
+
+
+def test_digits_take_the_place_of_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The person, and shapes where nothing else is asked, are as ever."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    from style_mixing.drawing import PERSON, SHAPES, draw, scenes
+
+    content, colour = torch.arange(len(SHAPES)).repeat(3), torch.zeros(33, dtype=torch.int64)
+    shapes, digits, again = (scenes(content, colour, 1, *what) for what in ((), ("digits",), ("digits",)))
+    assert torch.equal(digits.distance, again.distance)
+    person = content == list(SHAPES).index(PERSON)
+    assert torch.equal(digits.distance[person], shapes.distance[person])
+    assert not any(torch.equal(a, b) for a, b in zip(digits.distance[~person], shapes.distance[~person], strict=True))
+    inside = (digits.distance[~person] < 0).double().mean((1, 2))
+    assert inside.min() > 0.02 and inside.max() < 0.3
+    edge = digits.distance[~person][:, [0, -1]]
+    assert (edge > 0).all(), "whole digits, in the middle"
+    steps = (digits.distance[~person].diff(dim=2) / (2 / 32)).abs()
+    assert steps.max() < 1.6, "a distance: no steeper than the way between two pixels"
+    assert draw(digits, ("sepia", "framed")).shape == (33, 3, 32, 32)
 
 
 def test_the_example_of_images_trains_and_runs_its_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

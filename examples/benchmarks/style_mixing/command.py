@@ -14,15 +14,16 @@ from evidence.runner import Answers, known, run
 from tvbases_hf.errors import TvbasesError
 
 from . import picture, report
-from .settings import FAMILY, FULL, QUICK
+from .settings import DIGITS, FAMILY, FULL, QUICK
 from .studies import BASE, FINAL, LORAS, SCREEN
 from .ways import DEFAULT, PLAIN
 from .workshop import Workshop
 
 WORKDIR = Path("~/.cache/tvbases-hf/styles")
-RESULTS = Path(__file__).resolve().parents[1] / "RESULTS-STYLES.md"
-KEPT = archive.FOLDER / "styles.tar.gz"
-PICTURE = Path(__file__).resolve().parents[2] / "flux_styles.png"
+HERE, EXAMPLES = Path(__file__).resolve().parents[1], Path(__file__).resolve().parents[2]
+RESULTS = {"full": HERE / "RESULTS-STYLES.md", "digits": HERE / "RESULTS-STYLES-DIGITS.md"}
+KEPT = {"full": archive.FOLDER / "styles.tar.gz", "digits": archive.FOLDER / "styles_digits.tar.gz"}
+PICTURES = {"full": EXAMPLES / "flux_styles.png", "digits": HERE / "figures" / "flux_digits.png"}
 
 
 class NotGoodEnough(TvbasesError):
@@ -55,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Answers]:
         description="Mixes of style LoRAs on a small Flux, by every way; writes RESULTS-STYLES.md and a picture. A run "
         "that was interrupted goes on where it stopped."
     )
-    parser.add_argument("--quick", action="store_true", help="train hardly anything, to see that it runs")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="train hardly anything, to see that it runs")
+    size.add_argument("--digits", action="store_true", help="the main rows on scikit-learn's digits, not on shapes")
     parser.add_argument("--group", action="append", choices=FULL.groups, help="only these mixes; repeat")
     parser.add_argument("--report", action="store_true", help="ask nothing: write what earlier runs have answered")
     parser.add_argument("--anew", action="store_true", help="do not go on from the answers kept in answers/")
@@ -67,27 +70,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Answers]:
     parser.add_argument("--picture", type=Path, help="default: examples/flux_styles.png, if in full")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     given = parser.parse_args(arguments)
-    settings = QUICK if given.quick else FULL
+    settings = QUICK if given.quick else DIGITS if given.digits else FULL
     settings = replace(settings, groups=tuple(given.group or settings.groups))
     workdir = given.workdir.expanduser().absolute() / settings.name
     workshop = Workshop(workdir, settings, "")
-    out = given.out or (workdir / RESULTS.name if given.quick else RESULTS)
+    ours = RESULTS.get(settings.name, workdir / "RESULTS-STYLES.md")
+    out: Path = given.out or ours
+    kept = KEPT.get(settings.name)
     try:
-        if out == RESULTS and not given.anew:
-            archive.unpack(KEPT, workdir / "answers")
+        if kept and out == ours and not given.anew:
+            archive.unpack(kept, workdir / "answers")
         if not given.report:
             answers(workshop, given.processes, given.quiet)
     except TvbasesError as error:
         parser.error(str(error))
-    shown = given.picture or (workdir / PICTURE.name if given.quick else PICTURE)
+    shown: Path = given.picture or PICTURES.get(settings.name, workdir / "flux_styles.png")
     found = stored(workshop)
     mixed = all(found[SCREEN.name].of(group=FAMILY, way=way) for way in (PLAIN, DEFAULT))
     if mixed and (trained(workshop) or not given.report):
         picture.draw_picture(workshop, shown)
     mixed = mixed and shown.is_file()
     out.write_text(report.results(workshop, found, shown if mixed else None, out), encoding="utf-8")
-    if out == RESULTS:
-        archive.pack(workdir / "answers", KEPT)
+    if kept and out == ours:
+        archive.pack(workdir / "answers", kept)
     print(
         f"Results {out}\nPicture {shown if mixed else 'of mixes: none is measured yet'}\nModels and answers {workdir}"
     )

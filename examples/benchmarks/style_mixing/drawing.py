@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .digits import digit_distances
+
 SIDE = 32
 PIXEL = 2 / SIDE
 COLOURS = {
@@ -101,8 +103,11 @@ class Scenes:
         return len(self.content)
 
 
-def scenes(content: Tensor, colour: Tensor, seed: int) -> Scenes:
-    """A scene of each prompt, with its own place, size and angle; ``content`` counts SHAPES, ``colour`` COLOURS."""
+def scenes(content: Tensor, colour: Tensor, seed: int, contents: str = "shapes") -> Scenes:
+    """A scene of each prompt, with its own place, size and angle; ``content`` counts SHAPES, ``colour`` COLOURS.
+
+    ``contents``: with ``digits`` handwritten ones take the place of the ten shapes.
+    """
     generator = torch.Generator().manual_seed(seed)
     distance = torch.empty(len(content), SIDE, SIDE)
     shifts = 0.05 * (2 * torch.rand(len(content), 2, generator=generator) - 1)
@@ -111,7 +116,11 @@ def scenes(content: Tensor, colour: Tensor, seed: int) -> Scenes:
     for number, name in enumerate(SHAPES):
         rows = (content == number).nonzero()[:, 0]
         for part in rows.split(256):
-            distance[part] = _distances(SHAPES[name], shifts[part], sizes[part], angles[part])
+            place = shifts[part], sizes[part], angles[part]
+            if contents == "digits" and name != PERSON:
+                distance[part] = digit_distances(number, *place, SIDE, generator)
+            else:
+                distance[part] = _distances(SHAPES[name], *place)
     coarse = 2 * torch.rand(len(content), 1, 7, 7, generator=generator) - 1
     grain = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic", align_corners=True)[:, 0].clamp(-1, 1)
     return Scenes(distance, grain, content, colour)

@@ -63,13 +63,13 @@ def sets() -> Iterator[tuple[str, ...]]:
         yield from itertools.combinations(EVERY_STYLE, count)
 
 
-def random_scenes(count: int, seed: int) -> Scenes:
+def random_scenes(count: int, seed: int, contents: str) -> Scenes:
     generator = torch.Generator().manual_seed(seed)
     content = torch.randint(len(SHAPES), (count,), generator=generator)
-    return scenes(content, torch.randint(len(COLOURS), (count,), generator=generator), seed)
+    return scenes(content, torch.randint(len(COLOURS), (count,), generator=generator), seed, contents)
 
 
-def train_judge(file: Path, steps: int, examples: int) -> Judge:
+def train_judge(file: Path, steps: int, examples: int, contents: str) -> Judge:
     """From the file if it is there; trained on one set of scenes, its probabilities calibrated on another."""
     judge = Judge()
     if file.is_file():
@@ -77,7 +77,7 @@ def train_judge(file: Path, steps: int, examples: int) -> Judge:
         return judge.eval()
     torch.manual_seed(0)
     judge = Judge()
-    seen, listed = random_scenes(examples, 1), list(sets())
+    seen, listed = random_scenes(examples, 1, contents), list(sets())
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def train_judge(file: Path, steps: int, examples: int) -> Judge:
         optimizer.step()
         schedule.step()
     judge.eval()
-    judge.heat.copy_(_heat(judge, random_scenes(examples // 4, 2), listed))
+    judge.heat.copy_(_heat(judge, random_scenes(examples // 4, 2, contents), listed))
     part = file.with_suffix(f".{os.getpid()}")
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(judge.state_dict(), part)
@@ -153,9 +153,9 @@ def _heat(judge: Judge, unseen: Scenes, listed: list[tuple[str, ...]]) -> Tensor
     return tried[losses.argmin(0)]
 
 
-def accuracy(judge: Judge, count: int) -> dict[str, float]:
+def accuracy(judge: Judge, count: int, contents: str) -> dict[str, float]:
     """On scenes that it has not seen: contents and styles right, and the styles' mean error of calibration."""
-    unseen, listed = random_scenes(count, 3), list(sets())
+    unseen, listed = random_scenes(count, 3, contents), list(sets())
     right, wrong, apart = 0, 0.0, torch.zeros(len(EVERY_STYLE))
     for i, styles in enumerate(listed):
         rows = unseen[torch.arange(i, len(unseen), len(listed))]

@@ -51,7 +51,8 @@ def draw_picture(workshop: Workshop, out: Path) -> None:
         ):
             with workshop.mixed(pair, way, settings.seeds[0], scale):
                 rows.setdefault(title, []).append(_tile(workshop.paint(*prompt)))
-        truths.append(_tile(draw(scenes(prompt[0], prompt[1], 4000 + index), pair.styles)))
+        drawn = scenes(prompt[0], prompt[1], 4000 + index, settings.contents)
+        truths.append(_tile(draw(drawn, pair.styles)))
     sheet = paste({**rows, "drawn: the truth": truths}, margin=190, letters=18)
     sheet.quantize(128).save(out, optimize=True)
 

@@ -13,6 +13,7 @@ from evidence.claims import Claim, verdicts
 from evidence.markdown import table
 from evidence.runner import Answer, Answers
 
+from .drawing import PERSON
 from .studies import BASE, BEST, DRAWN, FINAL, LORAS, ONE, SCREEN
 from .ways import DEFAULT, PLAIN, WAYS
 from .workshop import Workshop
@@ -132,14 +133,15 @@ def _what(workshop: Workshop, found: dict[str, Answers]) -> Iterable[str]:
         judge, drawn = base.one(what="judge"), base.one(what="base")
         yield (
             f"A FluxTransformer2DModel of {drawn['parameters'] / 1e6:.1f} M numbers (32 x 32 pixels in colour, 64 "
-            f"tokens, {settings.steps} steps of FlowMatchEulerDiscreteScheduler) that draws ten shapes in five "
-            f"colours: {drawn['content']:.1%} of {drawn['count']} pictures show the right one. The judge is a network "
-            f"trained on drawn pictures: on others of those it tells {judge['content']:.1%} of the shapes (in up to "
-            f"three styles at once) and {judge['styles']:.1%} of the styles."
+            f"tokens, {settings.steps} steps of FlowMatchEulerDiscreteScheduler) that draws ten {settings.contents} in "
+            f"five colours: {drawn['content']:.1%} of {drawn['count']} pictures show the right one. The judge is a "
+            f"network trained on drawn pictures: on others of those it tells {judge['content']:.1%} of the "
+            f"{settings.contents} (in up to three styles at once) and {judge['styles']:.1%} of the styles."
         )
+    person = "A person is a shape that the base does not know. " if PERSON in settings.groups else ""
     yield (
         "LoRAs of rank 8 (dotted, sepia) and 16, trained with PEFT: apart from each other, or going on from one "
-        "LoRA of the house style (a frame), at rank 16. A person is a shape that the base does not know. **Both** is "
+        f"LoRA of the house style (a frame), at rank 16. {person}**Both** is "
         "the share of pictures that show the right content and all styles that were mixed. Scales are the same for "
         f"both LoRAs; the best of {', '.join(f'{s:g}' for s in settings.scales)} is found on other noise and "
         f"{settings.screened} of the pairs. Differences from the plain sum (diffusers' `set_adapters`), at each way's "

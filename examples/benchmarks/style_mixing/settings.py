@@ -61,6 +61,8 @@ class Settings:
     screen_repeats: int
     steps: int
     needed: float
+    contents: str = "shapes"
+    """Or ``digits``: scikit-learn's."""
 
     def pairs(self, group: str) -> list[Mixed]:
         if group == PERSON:
@@ -111,6 +113,18 @@ FULL = Settings(
     screen_repeats=1,
     steps=8,
     needed=0.97,
+)
+# The main rows alone, on other contents.
+DIGITS = replace(
+    FULL,
+    name="digits",
+    contents="digits",
+    seeds=(0,),
+    groups=(APART, FAMILY),
+    ways=(PLAIN, "unique", DEFAULT),
+    repeated=(PLAIN, "unique", DEFAULT),
+    at_one=(PLAIN, "unique", DEFAULT),
+    of_persons=(),
 )
 QUICK = Settings(
     name="quick",

@@ -26,7 +26,8 @@ def base_questions(settings: Settings) -> Iterator[Question]:
 
 def base_answer(workshop: Workshop, question: Question) -> Answer:
     if question["what"] == "judge":
-        return {**accuracy(workshop.judge, workshop.settings.judge_examples // 2)}
+        settings = workshop.settings
+        return {**accuracy(workshop.judge, settings.judge_examples // 2, settings.contents)}
     content, colour = _prompts(0, 30 if workshop.settings.needed else 1, None)
     found = verdict(workshop.judge, workshop.paint(content, colour, torch.arange(len(content))))
     numbers = sum(p.numel() for p in workshop.pipe.transformer.parameters())
@@ -107,7 +108,7 @@ def final_answer(workshop: Workshop, question: Question) -> Answer:
         content, colour = prompts_of(settings, pair, number)
         noise = 1000 * number + torch.arange(len(content))
         if way == DRAWN:
-            images = draw(scenes(content, colour, 5 + number), pair.styles)
+            images = draw(scenes(content, colour, 5 + number, settings.contents), pair.styles)
         else:
             with workshop.mixed(pair, way, question["seed"], scale) as mix:
                 _set(mix, pair, way, scale)

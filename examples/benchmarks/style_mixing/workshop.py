@@ -44,11 +44,15 @@ class Workshop(AnyWorkshop):
             "of_persons",
         )  # they decide which questions there are, not the answers
         trained = {name: value for name, value in asdict(self.settings).items() if name not in asked}
+        if self.settings.contents == "shapes":  # as they all were when the first answers were given
+            del trained["contents"]
         return hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:12]
 
     @functools.cached_property
     def judge(self) -> Judge:
-        return train_judge(self.workdir / "judge.pt", self.settings.judge_steps, self.settings.judge_examples)
+        return train_judge(
+            self.workdir / "judge.pt", self.settings.judge_steps, self.settings.judge_examples, self.settings.contents
+        )
 
     @functools.cached_property
     def pipe(self) -> FluxPipeline:
@@ -58,7 +62,7 @@ class Workshop(AnyWorkshop):
         if directory.is_dir():
             pipe.transformer = FluxTransformer2DModel.from_pretrained(directory).eval()
             return pipe
-        drawn = every_prompt(how.examples, seed=0)
+        drawn = every_prompt(how.examples, 0, self.settings.contents)
         train(model, draw(drawn), prompts(drawn.content, drawn.colour), how, self.workdir / "base.begun", 0)
         model.save_pretrained(directory)
         return pipe
@@ -82,9 +86,9 @@ class Workshop(AnyWorkshop):
         """What a LoRA is trained on: all prompts, or those of the person."""
         number, count = 17 + 1000 * seed + sum(map(ord, family + style)), self.settings.lora.examples
         if style != PERSON:
-            return every_prompt(count, number)
+            return every_prompt(count, number, self.settings.contents)
         content = torch.full((count,), list(SHAPES).index(PERSON))
-        return scenes(content, torch.arange(count) % len(COLOURS), number)
+        return scenes(content, torch.arange(count) % len(COLOURS), number, self.settings.contents)
 
     @contextmanager
     def mixed(self, mixed: Mixed, way: str, seed: int, scale: float) -> Iterator[Any]:
@@ -122,13 +126,13 @@ class Workshop(AnyWorkshop):
 
     @functools.cache  # noqa: B019
     def _undressed(self, content: int, colour: int) -> Scenes:
-        return scenes(torch.full((TRUTHS,), content), torch.full((TRUTHS,), colour), seed=7)
+        return scenes(torch.full((TRUTHS,), content), torch.full((TRUTHS,), colour), 7, self.settings.contents)
 
 
-def every_prompt(count: int, seed: int) -> Scenes:
+def every_prompt(count: int, seed: int, contents: str) -> Scenes:
     """Scenes of all contents but the person's, in all colours, each as often as any other."""
     number = torch.arange(count)
-    return scenes(number % len(CONTENTS), number // len(CONTENTS) % len(COLOURS), seed)
+    return scenes(number % len(CONTENTS), number // len(CONTENTS) % len(COLOURS), seed, contents)
 
 
 def _styles(family: str, style: str) -> tuple[str, ...]:
