@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Answers]:
     given = parser.parse_args(arguments)
     settings = QUICK if given.quick else DIGITS if given.digits else FULL
     settings = replace(settings, groups=tuple(given.group or settings.groups))
-    workdir = given.workdir.expanduser().absolute() / settings.name
+    workdir: Path = given.workdir.expanduser().absolute() / settings.name
     workshop = Workshop(workdir, settings, "")
     ours = RESULTS.get(settings.name, workdir / "RESULTS-STYLES.md")
     out: Path = given.out or ours
