@@ -85,6 +85,7 @@ def test_digits_take_the_place_of_shapes_alone(monkeypatch: pytest.MonkeyPatch) 
     steps = (digits.distance[~person].diff(dim=2) / (2 / 32)).abs()
     assert steps.max() < 1.6, "a distance: no steeper than the way between two pixels"
     assert draw(digits, ("sepia", "framed")).shape == (33, 3, 32, 32)
+    assert len(scenes(torch.tensor([7, 7]), colour[:2], 1, "digits")) == 2, "of one digit alone"
 
 
 def test_the_example_of_images_trains_and_runs_its_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def scenes(content: Tensor, colour: Tensor, seed: int, contents: str = "shapes")
     angles = 0.06 * (2 * torch.rand(len(content), generator=generator) - 1)
     for number, name in enumerate(SHAPES):
         rows = (content == number).nonzero()[:, 0]
-        for part in rows.split(256):
+        for part in rows.split(256) if len(rows) else ():
             place = shifts[part], sizes[part], angles[part]
             if contents == "digits" and name != PERSON:
                 distance[part] = digit_distances(number, *place, SIDE, generator)
