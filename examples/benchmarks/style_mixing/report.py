@@ -104,10 +104,13 @@ def ranked(of: dict[str, Cell]) -> list[str]:
 
 def results(workshop: Workshop, found: dict[str, Answers], picture: Path | None, out: Path) -> str:
     """What is answered so far; ``picture`` is shown by its path from the directory of ``out``."""
+    command, kept = "`make bench-styles` (`python examples/benchmarks/bench_styles.py`)", "styles"
+    if workshop.settings.contents == "digits":
+        command, kept = "`python examples/benchmarks/bench_styles.py --digits`", "styles_digits"
     parts = [
         "# Mixes of style LoRAs on a small Flux, by every way\n",
-        "Written by `make bench-styles` (`python examples/benchmarks/bench_styles.py`); what was trained and painted "
-        "is kept, and the next run goes on from it, or from the answers behind these tables (answers/styles.tar.gz).\n",
+        f"Written by {command}; what was trained and painted is kept, and the next run goes on from it, or from the "
+        f"answers behind these tables (answers/{kept}.tar.gz).\n",
         f"![Content, styles, mixes and the drawn truth]({os.path.relpath(picture, out.parent)})" if picture else "",
         _missing(workshop, found),
         *_what(workshop, found),
