@@ -35,7 +35,7 @@ class Remade:
 
     @property
     def name(self) -> str:
-        return f"{self.part.place.component}.{self.part.place.module}"
+        return self.part.place.name
 
     def change(self, scales: Scales) -> LowRank:
         return combine(self.part, scales, keep_zeros=True)
@@ -58,6 +58,9 @@ class Remade:
     def write(self, layer: Factors, scales: Scales, changed: Set[str]) -> None:
         """What is another at these scales than it was, when those of ``changed`` were others."""
         self.rewrite(layer, scales)
+
+    def forget(self) -> None:
+        """Drop what is the same at all scales, once the adapter has it."""
 
 
 class Summed(Remade):
@@ -95,7 +98,7 @@ class Turned(Remade):
         self.made: tuple[dict[str, float], Tensor] | None = None
 
     def forget(self) -> None:
-        """The factor of the longer side, which the adapter has."""
+        """The factor of the longer side."""
         del self.fixed
 
     def change(self, scales: Scales) -> LowRank:
@@ -103,9 +106,12 @@ class Turned(Remade):
         return LowRank(moved, self.fixed.T) if self.left_moves else LowRank(self.fixed, moved.T)
 
     def check(self, scales: Scales, dtype: torch.dtype) -> None:
-        """Of a dtype as wide as float32 by the merged matrix, whose columns are as long as those of the product."""
-        merged = self._merged(scales)
-        rounded(self.name, merged if dtype in AS_WIDE else self._moved(scales), dtype)
+        """Of a dtype as wide as float32 by lengths in the merged matrix, which no entry of the product is above."""
+        if dtype in AS_WIDE:
+            lengths = self._merged(scales).to(torch.float64).norm(dim=0 if self.left_moves else 1)
+            rounded(self.name, lengths, dtype)
+        else:
+            rounded(self.name, self._moved(scales), dtype)
 
     def rewrite(self, layer: Factors, scales: Scales) -> None:
         self.write(layer, scales, set(self.matrices))
@@ -134,8 +140,7 @@ def live(part: Part, scales: Scales, rank: int) -> Remade:
     method = part.method
     if method is None:
         return Summed(part, rank)
-    name = f"{part.place.component}.{part.place.module}"
-    if (terms := method.terms(name, part.changes, scales)) is not None:
+    if (terms := method.terms(part.place.name, part.changes, scales)) is not None:
         return Summed(replace(part, changes=terms, method=None), rank)
     return (Turned if method.method.is_equivariant(method.options) else Remade)(part, rank)
 

@@ -20,7 +20,7 @@ from tvbases_hf.styles.mixing import Part, Recipe, Styles, bias, recipe_of, spli
 from tvbases_hf.styles.report import Tally
 from tvbases_hf.styles.scales import by_style, parse_scales
 
-from .live import Factors, Remade, Turned, are_finite, live
+from .live import Factors, Remade, are_finite, live
 from .pipeline import (
     AdapterState,
     adapters,
@@ -144,8 +144,7 @@ class StyleMix:
             pipe.set_adapters(adapter_name)
             self._remade = False
             for weight in self._weights:
-                if isinstance(weight, Turned):
-                    weight.forget()
+                weight.forget()
         except Exception:
             remove(pipe, adapter_name, self._before)
             raise

@@ -156,7 +156,7 @@ def _matrices(family: Family, places: list[Place]) -> tuple[Matrix, ...]:
             f"--loader comfy: {len(nameless)} of {len(places)} modules of {family.name} (first: {nameless[0]}) have no "
             "name in ComfyUI that is known here; leave --loader out"
         )
-    stored = {f"{place.component}.{place.module}": place for place in places}
+    stored = {place.name: place for place in places}
     found: dict[str, Matrix] = {}
     for place in places:
         name, modules = _named(family, place, two) or ("", ())

@@ -238,7 +238,7 @@ def is_mix(file: Path) -> bool:
 
 
 def _name(place: Place, part: str) -> str:
-    return f"{place.component}.{place.module}.{part}"
+    return f"{place.name}.{part}"
 
 
 def _stored(styles: Styles, dtype: torch.dtype | None) -> torch.dtype:

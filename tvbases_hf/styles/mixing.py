@@ -185,7 +185,7 @@ def split(styles: Styles, recipe: Recipe) -> Iterator[Part]:
 def combine(part: Part, scales: Mapping[str, float], *, keep_zeros: bool = False) -> LowRank:
     """The mix of the styles' parts of one weight; in a sum, factors side by side, scale 0 is left out, or kept."""
     if part.method is not None:
-        return part.method.mixed(f"{part.place.component}.{part.place.module}", part.changes, scales)
+        return part.method.mixed(part.place.name, part.changes, scales)
     terms = [(part.changes[name], scales[name]) for name in part.changes if keep_zeros or scales[name] != 0]
     return side_by_side(terms) if terms else LowRank.zeros(part.place.shape)
 
@@ -193,7 +193,7 @@ def combine(part: Part, scales: Mapping[str, float], *, keep_zeros: bool = False
 def bias(part: Part, scales: Mapping[str, float]) -> Tensor:
     """The mix of the styles' LoRA biases of one weight; they have no columns and are never shared."""
     if part.method is not None and part.biases:
-        return part.method.mixed_bias(f"{part.place.component}.{part.place.module}.bias", part.biases, scales)
+        return part.method.mixed_bias(f"{part.place.name}.bias", part.biases, scales)
     return sum((scales[name] * own for name, own in part.biases.items()), torch.zeros(part.place.shape[0]))
 
 

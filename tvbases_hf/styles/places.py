@@ -24,6 +24,11 @@ class Place:
     has_bias: bool
 
     @property
+    def name(self) -> str:
+        """What the weight is called in a file."""
+        return f"{self.component}.{self.module}"
+
+    @property
     def nbytes(self) -> int:
         """Of the factors, in float32."""
         return 4 * sum(self.ranks.values()) * sum(self.shape)

@@ -42,7 +42,7 @@ class Tally:
             row[0] += part.shared[name]
             row[1] += square
             row[2] += part.kept[name]
-        place = f"{part.place.component}.{part.place.module}"
+        place = part.place.name
         if part.fills:
             self.filled.append(place)
         self._add_chance(part, place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import tempfile
 from pathlib import Path
 
 from tvbases_hf.storage.output import file_transaction
@@ -34,10 +35,14 @@ def unpack(archive: Path, answers: Path) -> int:
     """Put the archive's answers where the work directory has none; how many these were. No archive: none."""
     if not archive.is_file():
         return 0
+    answers.mkdir(parents=True, exist_ok=True)
     count = 0
-    with tarfile.open(archive) as tar:
-        for entry in tar:
-            if not (answers / entry.name).is_file():
-                tar.extract(entry, answers, filter="data")
+    with tempfile.TemporaryDirectory(dir=answers.parent) as place, tarfile.open(archive) as tar:
+        tar.extractall(place, filter="data")
+        for file in Path(place).glob("*/*.json"):
+            wanted = answers / file.relative_to(place)
+            if not wanted.is_file():  # whole or not at all: a run may be cut off
+                wanted.parent.mkdir(exist_ok=True)
+                file.replace(wanted)
                 count += 1
     return count
