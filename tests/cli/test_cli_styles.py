@@ -118,8 +118,8 @@ def test_the_example_for_a_gpu_draws_every_strength_and_says_that_there_is_no_cl
 BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "a text file": (lambda p: ["--style", f"c={p / 'notes.txt'}"], "notes.txt"),
     "no such file": (lambda p: ["--style", f"c={p / 'c.safetensors'}"], "no such file"),
-    "no name": (lambda p: ["--style", "c.safetensors"], "is not NAME=PATH"),
-    "one name twice": (lambda p: ["--style", f"a={p / 'b'}"], 'named "a"'),
+    "no name": (lambda p: ["--style", "c.safetensors"], "is not NAME=PATH, for example anime="),
+    "one name twice": (lambda p: ["--style", f"a={p / 'b'}"], 'two styles are named "a"'),
     "a scale without a number": (lambda p: ["--scale", "a"], "is not NAME=NUMBER"),
     "a scale in words": (lambda p: ["--scale", "a=strong"], "is not NAME=NUMBER"),
     "a scale twice": (lambda p: ["--scale", "a=1", "--scale", "a=2"], 'two scales for "a"'),

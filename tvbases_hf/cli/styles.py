@@ -113,7 +113,7 @@ def mix_styles(
 
     if (grid is None) != (pipeline is None):
         raise ParameterError("--grid and --pipeline go together: the pipeline draws the picture")
-    styles, scales = parse_tasks(style), parse_numbers("--scale", scale or ())
+    styles, scales = parse_tasks(style, "style", "anime=anime.safetensors"), parse_numbers("--scale", scale or ())
     recipe = {"component": component, "shared_weight": shared_weight, "threshold": threshold}
     recipe |= {"subspace": subspace, "pool": pool, "side": side, "rank": rank}
     recipe |= {"method": method, "method_options": parse_values("--option", option or ())}

@@ -69,7 +69,7 @@ class Coverage:
 
 def given_twice(task: str, first: str) -> str:
     """What to say of a model under two names."""
-    return f'"{task}" is the same model as "{first}", which counts twice so; leave one of them out'
+    return f'"{task}" is the same model as "{first}", so it counts twice; leave one of them out'
 
 
 def changes_nothing(task: str) -> str:

@@ -207,19 +207,19 @@ def are_adapters(tasks: Mapping[str, str | Path]) -> bool:
     return all(path is not None and is_adapter(adapter_folder(path)) for path in places)
 
 
-def parse_tasks(items: Iterable[str]) -> dict[str, str]:
-    """``NAME=PATH`` arguments as a dictionary; ParameterError for a bad or repeated one."""
+def parse_tasks(items: Iterable[str], noun: str = "task", example: str = "math=path/to/math") -> dict[str, str]:
+    """``NAME=PATH`` arguments as a dictionary; ParameterError, of the ``noun``, for a bad or repeated one."""
     tasks: dict[str, str] = {}
     for item in items:
         name, separator, source = item.partition("=")
         if not separator or not name.strip() or not source.strip():
-            raise ParameterError(f'"{item}" is not NAME=PATH, for example math=path/to/math')
+            raise ParameterError(f'"{item}" is not NAME=PATH, for example {example}')
         if printable(name) != name:
             raise ParameterError(
-                f'task "{printable(name)}": its name has characters that cannot be seen; leave them out'
+                f'{noun} "{printable(name)}": its name has characters that cannot be seen; leave them out'
             )
         if name in tasks:
-            raise ParameterError(f'two tasks are named "{name}" ({tasks[name]} and {source}); give each its own name')
+            raise ParameterError(f'two {noun}s are named "{name}" ({tasks[name]} and {source}); give each its own name')
         tasks[name] = source
     return tasks
 
