@@ -71,7 +71,7 @@ class Kernel(ABC):
         return False
 
     def pieces(self, vectors: Pieces, settings: Settings, weight: Weight) -> Iterator[Tensor]:
-        """The same, flattened, in consecutive pieces of the work's dtype."""
+        """The same, flattened, in consecutive pieces of the work's dtype; asked of a kernel that ``streams`` alone."""
         raise NotImplementedError
 
 

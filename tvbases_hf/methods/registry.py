@@ -136,8 +136,8 @@ class Method:
     def is_equivariant(self, options: Mapping[str, Any]) -> bool:
         """Whether ``equivariant`` holds with these options.
 
-        Calibration asks about single directions, and those of a flat spectrum are any: which ones hangs on how the
-        changes are stored.
+        Calibration asks about single directions, and a flat spectrum has none of its own: which ones are found depends
+        on how the changes are stored.
         """
         return self.equivariant and not (self.of_matrices and self._last_step(options).calibrate != "none")
 
